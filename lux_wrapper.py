@@ -1,0 +1,963 @@
+"""The Lux AI Season 2 game (luxai-s2) as a vector environment with one reward per entity.
+
+This is the only file that knows Lux. It has three parts, each usable without the next:
+
+    early_phase_action   bidding and factory placement from an official observation
+    LuxEncoder           official observation -> arrays and masks, actions -> official orders
+    LuxVecEnv            N matches of two players each, stepped together (Gymnasium's vector conventions)
+
+Axis letters: N matches, P = 2 players, E entity slots, A actions, C channels, F features, H and W the
+board (x and y of the engine, in this order).
+
+**Observation**, a dict of arrays; every player sees the match from its own side:
+
+    key          shape               dtype    meaning
+    board        [N, P, C, H, W]     uint8    channels named in BOARD_CHANNELS, 0 to 100 (percent)
+    features     [N, P, E, F]        float32  columns named in FEATURES, about -1 to 1
+    position     [N, P, E, 2]        int64    cell of the entity (0, 0 where there is none)
+    kind         [N, P, E]           int64    NOBODY = 0, FACTORY = 1, LIGHT = 2, HEAVY = 3
+    group        [N, P, E]           int64    index in 0..E-1 of the trajectory the entity belongs to
+    action_mask  [N, P, E, A]        bool     True where the action may be taken
+
+An entity keeps its slot from birth to death: factories own the first `max_factories` slots, robots the
+rest. A slot that a robot left by dying is shown empty (kind 0) at least once before it is used again, so a
+learner that compares two successive `kind` arrays sees every birth and every death.
+
+**Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS; those of empty slots are ignored.
+
+**Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of these terms:
+
+    term             paid to   for                                                   weight (REWARDS)
+    ice_dug          robot     a unit of ice taken from the ground into the cargo    0.0005
+    ore_dug          robot     a unit of ore taken from the ground into the cargo    0.0001
+    ice_delivered    robot     a unit of ice that reached a factory of the team      0.001
+    ore_delivered    robot     a unit of ore that reached a factory of the team      0.0002
+    robot_lost       robot     being destroyed (times 0.1 for a light robot)         -0.2
+    water_made       factory   a unit of water refined from ice (4 ice)              0.002
+    metal_made       factory   a unit of metal refined from ore (5 ore)              0.001
+    lichen_grown     factory   a unit of lichen more on the factory's own strain     0.0001
+    survived         factory   a step that ends with the factory alive               0.005
+    factory_lost     factory   running out of water                                  -1.0
+
+A match ends after 1000 steps or when a player has lost its last factory; both are terminations (the game
+is over, nothing is cut short), so nothing is ever truncated. `step` then returns the first observation of
+the next match (Gymnasium's SAME_STEP autoreset) and the finished match's metrics in `infos["episode"]`.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from multiprocessing import connection
+
+import gymnasium as gym
+import numpy as np
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
+
+PLAYERS = ("player_0", "player_1")
+NOBODY, FACTORY, LIGHT, HEAVY = range(4)
+KINDS = ("nobody", "factory", "light", "heavy")
+
+# The engine's directions: 0 here, 1 up (y - 1), 2 right (x + 1), 3 down (y + 1), 4 left (x - 1).
+DX, DY = np.array([0, 0, 1, 0, -1]), np.array([0, -1, 0, 1, 0])
+ROBOT_ACTIONS = ("stay", "move_up", "move_right", "move_down", "move_left", "dig", "deliver", "pick_up_power")
+STAY, DIG, DELIVER, PICK_UP = 0, 5, 6, 7
+FACTORY_ACTIONS = ("nothing", "build_light", "build_heavy", "water_lichen")
+NOTHING, BUILD_LIGHT, BUILD_HEAVY, WATER = range(4)
+NUM_ACTIONS = len(ROBOT_ACTIONS)
+
+BOARD_CHANNELS = (
+    "inside",  # 100 on the board, so that padding beyond its edge can be told from empty ground
+    "ice",
+    "ore",
+    "rubble",
+    "own_lichen",
+    "opponent_lichen",
+    "own_factory",  # the 3 x 3 cells of a factory
+    "opponent_factory",
+    "own_light",
+    "own_heavy",
+    "opponent_light",
+    "opponent_heavy",
+)
+FEATURES = (
+    *("is_factory", "is_light", "is_heavy"),
+    *("power", "ice", "ore"),  # robots: share of what they can hold; factories: thousands, at most 3
+    *("water", "metal"),  # factories: log(1 + amount) / 5
+    *("ice_dx", "ice_dy", "ice_distance"),  # to the nearest ice cell, in eighths of a cell, at most 8 cells
+    *("ore_dx", "ore_dy", "ore_distance"),
+    *("home_dx", "home_dy", "home_distance"),  # to the nearest factory of the team
+    *("home_water", "home_power"),  # of that factory, log(1 + amount) / 5 and thousands, at most 3
+    *("on_ice", "on_ore", "rubble_here"),
+    *("order_up", "order_right", "order_down", "order_left", "order_dig"),  # the order under way: goes on free
+    *("group_lights", "group_heavies"),  # factories: robots built here and alive, in tens and fives
+    "centre_taken",  # factories: an own robot stands where robots appear
+    *("own_factories", "opponent_factories"),  # alive, in fives
+    *("is_day", "time_in_cycle", "time"),  # 0 to 1
+)
+COLUMN = {name: column for column, name in enumerate(FEATURES)}
+
+REWARDS = {
+    "ice_dug": 0.0005,
+    "ore_dug": 0.0001,
+    "ice_delivered": 0.001,
+    "ore_delivered": 0.0002,
+    "robot_lost": -0.2,
+    "water_made": 0.002,
+    "metal_made": 0.001,
+    "lichen_grown": 0.0001,
+    "survived": 0.005,
+    "factory_lost": -1.0,
+}
+
+# Game constants (luxai_s2.config.EnvConfig, the same in every match). Index 0 light, 1 heavy.
+GAME_LENGTH, CYCLE, DAY = 1000, 50, 30
+METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
+CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
+MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
+DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
+WORST_MOVE = np.array([6, 120])  # onto 100 rubble
+ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER = 4, 5, 10
+WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
+
+# Map seeds below this are held out for evaluation, those of training matches are above it.
+HELD_OUT_SEEDS = 1_000_000
+
+# ------------------------------------------------------------------------------------------------------
+# Bidding and factory placement
+# ------------------------------------------------------------------------------------------------------
+
+
+def gaussian_filter(board, sigma):
+    """Sum of `board` [H, W] weighted by exp(-distance^2 / (2 sigma^2)) around every cell, [H, W] float."""
+    kernels = []
+    for size in board.shape:
+        cells = np.arange(size)
+        kernels.append(np.exp(-((cells[:, None] - cells) ** 2) / (2 * sigma**2)))
+    return kernels[0] @ board @ kernels[1]
+
+
+def placement_score(obs):
+    """How good each cell is as the centre of the next factory, from Gaussian filters over the board.
+
+    Ice counts most, and most of all ice at the factory's edge, which a robot can mine without walking
+    between loads; then ore nearby, and free ground where lichen can grow. Rubble in the way and factories
+    that would share the ice count against.
+
+    Args:
+        obs: an official observation of the placement phase.
+
+    Returns:
+        [H, W] float; -inf where the game forbids a factory.
+    """
+    board = obs["board"]
+    factories = np.zeros(board["ice"].shape)
+    for player in PLAYERS:
+        for factory in obs["factories"][player].values():
+            factories[tuple(factory["pos"])] = 1
+    free = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0)
+    score = (
+        4.0 * np.minimum(gaussian_filter(board["ice"], 1.2), 0.6)
+        + 0.3 * np.minimum(gaussian_filter(board["ice"], 3.0), 3.0)
+        + 0.1 * np.minimum(gaussian_filter(board["ore"], 4.0), 3.0)
+        + 0.01 * gaussian_filter(free, 3.0)
+        - 0.0004 * gaussian_filter(board["rubble"], 2.0)
+        - 0.5 * gaussian_filter(factories, 5.0)
+    )
+    return np.where(board["valid_spawns_mask"], score, -np.inf)
+
+
+def early_phase_action(obs, player):
+    """The order of `player` while factories are placed: a bid of 0, then its factories one by one.
+
+    Args:
+        obs: official observation with `real_env_steps` below 0.
+        player: "player_0" or "player_1".
+
+    Returns:
+        An official action; {} where it is the other player's turn.
+    """
+    turn = obs["real_env_steps"] + 2 * obs["board"]["factories_per_team"] + 1
+    if turn == 0:
+        return {"bid": 0, "faction": "AlphaStrike" if player == "player_0" else "MotherMars"}
+    team = obs["teams"][player]
+    if team["place_first"] != (turn % 2 == 1) or team["factories_to_place"] == 0:
+        return {}
+    score = placement_score(obs)
+    spawn = np.array(np.unravel_index(np.argmax(score), score.shape))
+    share = team["factories_to_place"]  # water and metal are shared out evenly
+    return {"spawn": spawn, "water": team["water"] // share, "metal": team["metal"] // share}
+
+
+# ------------------------------------------------------------------------------------------------------
+# Official observations to arrays, actions to official orders
+# ------------------------------------------------------------------------------------------------------
+
+
+def _way_to_nearest(cells):
+    """Signed way from every cell to the nearest marked one by walking distance.
+
+    Args:
+        cells: [H, W], non-zero where marked.
+
+    Returns:
+        [H, W, 3] float32: dx, dy and distance in eighths of a cell, clipped to 8 cells; (0, 0, 1) on a
+        board without marked cells.
+    """
+    way = np.zeros((*cells.shape, 3), np.float32)
+    marked = np.argwhere(cells)
+    if len(marked) == 0:
+        way[..., 2] = 1
+        return way
+    here = np.stack(np.meshgrid(*map(np.arange, cells.shape), indexing="ij"), -1).reshape(-1, 2)
+    deltas = marked[None] - here[:, None]
+    nearest = np.abs(deltas).sum(-1).argmin(1)
+    way[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
+    way[..., 2] = np.abs(way[..., :2]).sum(-1)
+    return np.clip(way / 8, -1, 1)
+
+
+def _log(amount):
+    return np.log1p(amount) / 5
+
+
+class LuxEncoder:
+    """Both players' views of one match: slots, features and masks in, official orders out.
+
+    It reads nothing but official observations, so that it serves in the official runner too. Call `reset`
+    with the first observation after placement, then `encode` with that and every later observation in
+    turn, and `orders` after any of them.
+
+    Args:
+        map_size: side of the board in cells.
+        max_factories, max_robots: slots per team.
+        group_by: "entity", a trajectory for each; or "cluster", a trajectory for each factory with the
+            robots it built (when it dies they join the nearest factory).
+        safe_masks: also mask orders that are legal and plainly ruinous:
+            1. stepping onto a cell where an own robot stands (both would be destroyed),
+            2. stepping onto the centre of an own factory (robots appear there),
+            3. building while an own robot stands there,
+            4. digging where nothing is gained: bare ground, own lichen, or ice and ore with full cargo,
+            5. picking up less power than ten times what the order itself costs,
+            6. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
+            And where two own robots are told to step onto one cell, the first goes and the others wait.
+    """
+
+    def __init__(self, map_size=48, max_factories=5, max_robots=32, group_by="entity", safe_masks=True):
+        self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
+        self.num_entities = max_factories + max_robots
+        self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
+
+    def arrays(self):
+        """A dict of zeroed arrays [P, ...] with the keys, shapes and types of the table at the top."""
+        P, E, S = len(PLAYERS), self.num_entities, self.map_size
+        return {
+            "board": np.zeros((P, len(BOARD_CHANNELS), S, S), np.uint8),
+            "features": np.zeros((P, E, len(FEATURES)), np.float32),
+            "position": np.zeros((P, E, 2), np.int64),
+            "kind": np.zeros((P, E), np.int64),
+            "group": np.zeros((P, E), np.int64),
+            "action_mask": np.zeros((P, E, NUM_ACTIONS), bool),
+        }
+
+    def reset(self, obs):
+        """Forget the last match; `obs` is the first observation after placement, before any robot."""
+        size = self.map_size
+        self.ice, self.ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
+        self.way_to_ice, self.way_to_ore = _way_to_nearest(self.ice), _way_to_nearest(self.ore)
+        self.inside = np.zeros((size + 2, size + 2), bool)
+        self.inside[1:-1, 1:-1] = True
+        self.rubble = np.zeros((size + 2, size + 2), np.int64)
+        self.strains = obs["board"]["lichen_strains"]  # and those of the step before, from `encode` on
+        self.lichen_seen = True  # so that the first `encode` clears the channels
+        self.drawn = None  # the factories that the maps below show
+        self.team_of_strain = np.full(obs["global_id"] + 1, -1)  # its last entry serves strain -1, no lichen
+        self.factory_slot, self.robot_slot = [{}, {}], [{}, {}]  # per team: unit_id -> slot
+        self.home = np.tile(np.arange(self.num_entities), (2, 1))  # slot of the factory an entity belongs to
+        for team, player in enumerate(PLAYERS):
+            for slot, (unit_id, factory) in enumerate(obs["factories"][player].items()):
+                self.factory_slot[team][unit_id] = slot
+                self.team_of_strain[factory["strain_id"]] = team
+        self.blocked_builds = np.zeros(2, np.int64)  # factory steps in which only the slots forbade to build
+        self.right_of_way = np.zeros(2, np.int64)  # moves held back because an own robot had the same goal
+
+    def encode(self, obs, out):
+        """Write the match as both players see it into `out`.
+
+        Args:
+            obs: official observation of a step after placement.
+            out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
+                is written again).
+        """
+        self.time = obs["real_env_steps"]
+        self.strains_before, self.strains = self.strains, obs["board"]["lichen_strains"]
+        self._read_factories(obs)
+        self._read_robots(obs)
+        if self.drawn is None or (self.drawn != self.alive).any():
+            self._draw_factories(out)
+        self._draw_board(obs, out)
+        for key in ("features", "position", "kind", "action_mask"):
+            out[key][:] = 0
+        self._encode_factories(out)
+        if len(self.robots):
+            self._encode_robots(out)
+        features, alive = out["features"], self.alive.sum(1) / 5
+        features[..., COLUMN["own_factories"]] = alive[:, None]
+        features[..., COLUMN["opponent_factories"]] = alive[::-1, None]
+        features[..., COLUMN["is_day"]] = self.time % CYCLE < DAY
+        features[..., COLUMN["time_in_cycle"]] = self.time % CYCLE / CYCLE
+        features[..., COLUMN["time"]] = self.time / GAME_LENGTH
+        features[out["kind"] == NOBODY] = 0
+        out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
+
+    def _read_factories(self, obs):
+        """Cells, stocks and strains of the factories by slot."""
+        self.alive = np.zeros((2, self.max_factories), bool)
+        self.factory_pos = np.zeros((2, self.max_factories, 2), np.int64)
+        self.stock = np.zeros((2, self.max_factories, 5), np.int64)  # power, ice, ore, water, metal
+        self.strain_of = np.full((2, self.max_factories), -1)
+        for team, player in enumerate(PLAYERS):
+            for unit_id, factory in obs["factories"][player].items():
+                slot, cargo = self.factory_slot[team][unit_id], factory["cargo"]
+                stock = (factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"])
+                self.alive[team, slot] = True
+                self.factory_pos[team, slot] = factory["pos"]
+                self.stock[team, slot] = stock
+                self.strain_of[team, slot] = factory["strain_id"]
+
+    def _read_robots(self, obs):
+        """Table of the robots [R, 9]: team, slot, heavy, x, y, power, ice, ore, action of the order under way."""
+        rows = []
+        for team, player in enumerate(PLAYERS):
+            units, slots = obs["units"][player], self.robot_slot[team]
+            if units.keys() != slots.keys():
+                # A slot seen occupied in the last observation stays empty in this one.
+                free = iter(sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values())))
+                self.robot_slot[team] = slots = {
+                    unit_id: slots[unit_id] if unit_id in slots else self._birth(team, unit["pos"], next(free))
+                    for unit_id, unit in units.items()
+                }
+            for unit_id, unit in units.items():
+                (x, y), cargo, queue = unit["pos"].tolist(), unit["cargo"], unit["action_queue"]
+                under_way = STAY
+                if len(queue):
+                    order = queue[0].tolist()
+                    under_way = DIG if order[0] == 3 else order[1]  # only digs and moves outlast a step
+                heavy = unit["unit_type"] == "HEAVY"
+                row = (team, slots[unit_id], heavy, x, y, unit["power"], cargo["ice"], cargo["ore"], under_way)
+                rows.append(row)
+        self.robots = np.array(rows, np.int64).reshape(-1, 9)
+
+    def _birth(self, team, pos, slot):
+        """Give `slot` to a new robot, which belongs to the factory in whose centre it appears."""
+        distance = np.abs(self.factory_pos[team] - pos).sum(-1)
+        self.home[team, slot] = np.where(self.alive[team], distance, 10**6).argmin()
+        return slot
+
+    def _draw_factories(self, out):
+        """Draw the factories alive; robots of one that is gone join the nearest."""
+        size = self.map_size
+        self.factory_map = np.zeros((2, size + 2, size + 2), np.int64)  # slot + 1, with a border of 1 cell
+        self.centre_map = np.zeros((2, size + 2, size + 2), bool)
+        for team, slot in np.argwhere(self.alive):
+            x, y = self.factory_pos[team, slot]
+            self.factory_map[team, x : x + 3, y : y + 3] = slot + 1
+            self.centre_map[team, x + 1, y + 1] = True
+        for team, slot, _, x, y, *_ in self.robots:
+            if not self.alive[team, self.home[team, slot]]:
+                self._birth(team, (x, y), slot)
+        drawn = self.factory_map[:, 1:-1, 1:-1] > 0
+        out["board"][:, BOARD_CHANNELS.index("own_factory")] = drawn * 100
+        out["board"][:, BOARD_CHANNELS.index("opponent_factory")] = drawn[::-1] * 100
+        if self.drawn is None:  # a new match
+            out["board"][:, BOARD_CHANNELS.index("inside")] = 100
+            out["board"][:, BOARD_CHANNELS.index("ice")] = self.ice * 100
+            out["board"][:, BOARD_CHANNELS.index("ore")] = self.ore * 100
+        self.drawn = self.alive
+
+    def _draw_board(self, obs, out):
+        """The channels that change at every step: rubble, lichen and robots."""
+        board, maps = obs["board"], out["board"]
+        self.rubble[1:-1, 1:-1] = board["rubble"]
+        maps[:, BOARD_CHANNELS.index("rubble")] = board["rubble"]
+        self.lichen = board["lichen"]
+        if self.lichen_seen or self.lichen.any():
+            team = self.team_of_strain[self.strains]
+            for channel, owner in (("own_lichen", 0), ("opponent_lichen", 1)):
+                maps[0, BOARD_CHANNELS.index(channel)] = self.lichen * (team == owner)
+                maps[1, BOARD_CHANNELS.index(channel)] = self.lichen * (team == 1 - owner)
+            self.lichen_seen = self.lichen.any()
+        team, _, heavy, x, y = self.robots.T[:5]
+        own, opponent = BOARD_CHANNELS.index("own_light"), BOARD_CHANNELS.index("opponent_light")
+        maps[:, own:] = 0
+        maps[team, own + heavy, x, y] = 100
+        maps[1 - team, opponent + heavy, x, y] = 100
+
+    def _encode_factories(self, out):
+        """Features and masks of the factories."""
+        alive, pos, width = self.alive, self.factory_pos, self.max_factories
+        power, ice, ore, water, metal = np.moveaxis(self.stock, -1, 0)
+        x, y = pos[..., 0], pos[..., 1]
+        features = out["features"][:, :width]
+        out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
+        out["position"][:, :width] = pos
+        features[..., COLUMN["is_factory"]] = 1
+        for name, amount in (("power", power), ("ice", ice), ("ore", ore)):
+            features[..., COLUMN[name]] = np.minimum(amount / 1000, 3)
+        features[..., COLUMN["water"]] = features[..., COLUMN["home_water"]] = _log(water)
+        features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
+        features[..., COLUMN["metal"]] = _log(metal)
+        features[..., COLUMN["ice_dx"] : COLUMN["ice_distance"] + 1] = self.way_to_ice[x, y]
+        features[..., COLUMN["ore_dx"] : COLUMN["ore_distance"] + 1] = self.way_to_ore[x, y]
+        team, slot, heavy, robot_x, robot_y = self.robots.T[:5]
+        built = np.zeros((2, self.num_entities, 2))
+        np.add.at(built, (team, self.home[team, slot], heavy), 1)
+        features[..., COLUMN["group_lights"]] = built[:, :width, 0] / 10
+        features[..., COLUMN["group_heavies"]] = built[:, :width, 1] / 5
+        self.robot_map = np.zeros((2, self.map_size + 2, self.map_size + 2), bool)
+        self.robot_map[team, robot_x + 1, robot_y + 1] = True
+        taken = self.robot_map[[[0], [1]], x + 1, y + 1]
+        features[..., COLUMN["centre_taken"]] = taken
+
+        can_build = alive[..., None] & (metal[..., None] >= METAL_COST) & (power[..., None] >= POWER_COST)
+        free = self.max_robots - np.bincount(team, minlength=2)
+        has_slot = np.cumsum(alive, 1) <= free[:, None]  # enough slots even if every factory before it builds
+        self.blocked_builds += (can_build.any(-1) & ~has_slot).sum(1)
+        can_build &= has_slot[..., None]
+        if self.safe_masks:
+            can_build &= ~taken[..., None]
+        mask = out["action_mask"]
+        mask[:, :width, NOTHING] = alive
+        mask[:, :width, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build
+        reserve = min(WATER_RESERVE, GAME_LENGTH - self.time) if self.safe_masks else 0
+        for team, slot in np.argwhere(alive & (water > reserve)):
+            cost = self._water_cost(self.strain_of[team, slot])
+            mask[team, slot, WATER] = water[team, slot] - cost >= reserve
+
+    def _water_cost(self, strain):
+        """An upper bound on the water that watering a factory's lichen costs.
+
+        Lichen grows on the 12 cells at the factory's edge, on cells of its strain and on neighbours of
+        those that hold 20. The engine counts them one step late, so what has just withered counts too.
+        """
+        own = (self.strains == strain) | (self.strains_before == strain)
+        cells = 12
+        if own.any():
+            grown = np.pad(own & (self.lichen >= 18), 1)
+            spread = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
+            cells += (own | spread).sum()
+        return -(-cells // GROWTH_PER_WATER)
+
+    def _encode_robots(self, out):
+        """Features and masks of the robots."""
+        team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
+        cells = team[:, None], x[:, None] + DX + 1, y[:, None] + DY + 1  # its own cell and the four beside it
+        own_factory = self.factory_map[cells]
+        opponent_factory = self.factory_map[1 - cells[0], *cells[1:]]
+        rubble = self.rubble[cells[1:]]
+        on_ice, on_ore, cargo, battery = self.ice[x, y], self.ore[x, y], CARGO[heavy], BATTERY[heavy]
+
+        to_factory = self.factory_pos[team] - self.robots[:, None, 3:5]
+        distance = np.where(self.alive[team], np.abs(to_factory).sum(-1), 10**6)
+        nearest = distance.argmin(1)
+        home_power, home_water = self.stock[team, nearest, 0], self.stock[team, nearest, 3]
+
+        features = np.zeros((len(team), len(FEATURES)), np.float32)
+        row = np.arange(len(team))
+        features[row, COLUMN["is_light"] + heavy] = 1
+        features[:, COLUMN["power"]] = power / battery
+        features[:, COLUMN["ice"]] = ice / cargo
+        features[:, COLUMN["ore"]] = ore / cargo
+        features[:, COLUMN["ice_dx"] : COLUMN["ice_distance"] + 1] = self.way_to_ice[x, y]
+        features[:, COLUMN["ore_dx"] : COLUMN["ore_distance"] + 1] = self.way_to_ore[x, y]
+        features[:, COLUMN["home_dx"] : COLUMN["home_dy"] + 1] = np.clip(to_factory[row, nearest] / 8, -1, 1)
+        features[:, COLUMN["home_distance"]] = np.clip(distance[row, nearest] / 8, 0, 1)
+        features[:, COLUMN["home_water"]] = _log(home_water)
+        features[:, COLUMN["home_power"]] = np.minimum(home_power / 1000, 3)
+        features[:, COLUMN["on_ice"]] = on_ice
+        features[:, COLUMN["on_ore"]] = on_ore
+        features[:, COLUMN["rubble_here"]] = rubble[:, 0] / 100
+        going = under_way > STAY
+        features[row[going], COLUMN["order_up"] - 1 + under_way[going]] = 1
+
+        # An order that is under way goes on free; any other has to be paid for first.
+        order_cost = ORDER_COST[heavy]
+        left = power[:, None] - order_cost[:, None] * (np.arange(NUM_ACTIONS) != under_way[:, None])
+        move_cost = np.floor(MOVE_COST[heavy][:, None] + RUBBLE_COST[heavy][:, None] * rubble[:, 1:])
+        can_do = left >= 0
+        can_do[:, 1:5] = (left[:, 1:5] >= move_cost) & self.inside[cells[1:]][:, 1:] & (opponent_factory[:, 1:] == 0)
+        can_do[:, DIG] = (left[:, DIG] >= DIG_COST[heavy]) & (own_factory[:, 0] + opponent_factory[:, 0] == 0)
+        can_do[:, DELIVER] &= (own_factory > 0).any(1) & (ice + ore > 0)
+        gain = np.minimum(battery - left[:, PICK_UP], home_power)
+        can_do[:, PICK_UP] &= (own_factory[:, 0] > 0) & (gain > 0)
+        if self.safe_masks:
+            can_do[:, 1:5] &= ~(self.robot_map[cells] | self.centre_map[cells])[:, 1:]
+            own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & (self.lichen[x, y] > 0)
+            to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
+            to_clear = (rubble[:, 0] > 0) | ((self.lichen[x, y] > 0) & ~own_lichen)
+            can_do[:, DIG] &= to_mine | to_clear
+            can_do[:, PICK_UP] &= gain >= 10 * order_cost
+        can_do[:, STAY] |= ~can_do.any(1)
+
+        out["features"][team, slot] = features
+        out["position"][team, slot] = self.robots[:, 3:5]
+        out["kind"][team, slot] = LIGHT + heavy
+        out["action_mask"][team, slot] = can_do
+        self.deliver_direction = (own_factory > 0).argmax(1)
+        self.deliver_to = own_factory[row, self.deliver_direction] - 1  # slot of that factory
+
+    def orders(self, actions):
+        """Official orders for the observation encoded last.
+
+        A robot that goes on doing what it did gets no order, since every new one costs power. Moves and
+        digs are ordered for as many steps as the robot can pay and still afford another order after, so
+        that going on is free and changing its mind is always possible.
+
+        Args:
+            actions: int array [P, E].
+
+        Returns:
+            list of two dicts unit_id -> official action, for player_0 and player_1.
+        """
+        orders = [{}, {}]
+        for team in range(2):
+            for unit_id, slot in self.factory_slot[team].items():
+                if self.alive[team, slot] and actions[team, slot] != NOTHING:
+                    orders[team][unit_id] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
+        if len(self.robots) == 0:
+            return orders
+        team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
+        action = actions[team, slot]
+        if self.safe_masks:
+            action = self._give_way(action)
+        order_cost = ORDER_COST[heavy]
+        affordable = np.maximum((power - 2 * order_cost) // np.where(action == DIG, DIG_COST[heavy], WORST_MOVE[heavy]), 1)
+        moves = (STAY < action) & (action < DIG)
+        queue = np.zeros((len(team), 1, 6), np.int64)  # type, direction, resource, amount, repeat, n
+        queue[:, 0, 0] = np.array([0, 0, 0, 0, 0, 3, 1, 2])[action]
+        queue[:, 0, 1] = np.where(moves, action, np.where(action == DELIVER, self.deliver_direction, 0))
+        queue[:, 0, 2] = np.where(action == DELIVER, ore > ice, np.where(action == PICK_UP, 4, 0))
+        queue[:, 0, 3] = np.where(action == DELIVER, np.maximum(ice, ore), 0)
+        queue[:, 0, 3] += np.where(action == PICK_UP, BATTERY[heavy] - power + order_cost, 0)
+        queue[:, 0, 5] = np.where(moves | (action == DIG), affordable, 1)
+        unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
+        for row in np.flatnonzero(action != under_way):
+            orders[team[row]][unit_ids[row]] = queue[row, : int(action[row] != STAY)]  # no order: stay
+        return orders
+
+    def _give_way(self, action):
+        """Where own robots are told to step onto one cell, let the first go and the others wait."""
+        team, _, _, x, y = self.robots.T[:5]
+        moves = np.flatnonzero((STAY < action) & (action < DIG))
+        goal = (team[moves] * self.map_size + x[moves] + DX[action[moves]]) * self.map_size + y[moves] + DY[action[moves]]
+        waits = np.ones(len(moves), bool)
+        waits[np.unique(goal, return_index=True)[1]] = False
+        if waits.any():
+            action = action.copy()
+            action[moves[waits]] = STAY
+            self.right_of_way += np.bincount(team[moves[waits]], minlength=2)
+        return action
+
+
+# ------------------------------------------------------------------------------------------------------
+# Matches, and many of them
+# ------------------------------------------------------------------------------------------------------
+
+OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
+TERMS = tuple(REWARDS)
+ICE_DUG, ORE_DUG, ICE_DELIVERED, ORE_DELIVERED, ROBOT_LOST = range(5)
+WATER_MADE, METAL_MADE, LICHEN_GROWN, SURVIVED, FACTORY_LOST = range(5, 10)
+TEAM_METRICS = (
+    *("r", "ice_transferred", "ice_per_factory", "factories_alive", "factories_alive_share", "factories_placed"),
+    *("water", "ore", "metal", "lichen", "lights_built", "heavies_built", "robots_lost"),
+    *("own_collisions", "right_of_way", "blocked_builds"),
+)
+
+
+class LuxError(RuntimeError):
+    """The engine raised an exception or a worker process died; the message names the match and its seed."""
+
+
+class LuxMatch:
+    """One match of the real engine with its encoder, writing into arrays of the caller.
+
+    Args:
+        next_seed: function without arguments that returns the seed of the next match's map.
+        out: observation arrays [P, ...] to write into.
+        min_factories: fewest factories per team; `encoder_options` go to LuxEncoder.
+    """
+
+    def __init__(self, next_seed, out, min_factories=2, engine_options=None, **encoder_options):
+        from luxai_s2 import LuxAI_S2  # slow to import, and only processes that play need it
+
+        self.next_seed, self.out, self.seed = next_seed, out, None
+        self.encoder = LuxEncoder(**encoder_options)
+        self.engine = LuxAI_S2(
+            map_size=self.encoder.map_size,
+            MIN_FACTORIES=min_factories,
+            MAX_FACTORIES=self.encoder.max_factories,
+            verbose=0,
+            **{"validate_action_space": False, **(engine_options or {})},
+        )
+
+    def reset(self):
+        """Start the next match and play its bidding and placement phase."""
+        self.seed = self.next_seed()
+        obs = self.engine.reset(seed=self.seed)[0]["player_0"]
+        while obs["real_env_steps"] < 0:
+            actions = {player: early_phase_action(obs, player) for player in PLAYERS}
+            obs = self.engine.step(actions)[0]["player_0"]
+        self.placed = np.array([len(obs["factories"][player]) for player in PLAYERS])
+        self.totals = np.zeros((2, len(TERMS)))
+        self.built, self.lost = np.zeros((2, 2)), np.zeros(2)
+        self.own_collisions, self.factory_steps, self.returns = np.zeros(2), np.zeros(2), np.zeros(2)
+        self.lichen = np.zeros(obs["global_id"] + 1)
+        self.encoder.reset(obs)
+        self.encoder.encode(obs, self.out)
+
+    def step(self, actions, rewards):
+        """Play one step; starts the next match when this one ends.
+
+        Args:
+            actions: int array [P, E].
+            rewards: float32 array [P, E], written.
+
+        Returns:
+            None, or a dict of the finished match's metrics: "l" (episode_length) a number, those named in
+            TEAM_METRICS arrays [P].
+        """
+        state, encoder = self.engine.state, self.encoder
+        orders = encoder.orders(actions)
+        before = self._snapshot()
+        obs, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
+        obs = obs["player_0"]
+        amounts = self._achievements(before)
+        np.matmul(amounts, np.array(list(REWARDS.values())), out=rewards, casting="same_kind")
+        self.totals += amounts.sum(1)
+        self.returns += rewards.sum(1)
+        self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
+        if terminations["player_0"]:
+            metrics = self._metrics(obs)
+            self.reset()
+            return metrics
+        encoder.encode(obs, self.out)
+        return None
+
+    def _snapshot(self):
+        """What every entity has before the step: lists of (team, slot, engine object, its stocks)."""
+        units, factories = [], []
+        for team, player in enumerate(PLAYERS):
+            slots = self.encoder.robot_slot[team]
+            for unit_id, unit in self.engine.state.units[player].items():
+                units.append((team, slots[unit_id], unit, unit.cargo.ice, unit.cargo.ore))
+            slots = self.encoder.factory_slot[team]
+            for unit_id, factory in self.engine.state.factories[player].items():
+                factories.append((team, slots[unit_id], factory, factory.cargo.ice, factory.cargo.ore))
+        return units, factories
+
+    def _achievements(self, before):
+        """Amount of each reward term for each entity in the step just played, float [P, E, len(TERMS)]."""
+        units, factories = before
+        state, strains = self.engine.state, self.engine.state.board.lichen_strains
+        amounts = np.zeros((2, self.encoder.num_entities, len(TERMS)))
+        arrived = np.zeros((2, self.encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
+        for row, (team, slot, unit, ice, ore) in enumerate(units):
+            got = np.array([unit.cargo.ice - ice, unit.cargo.ore - ore])
+            if got.any():  # digging is all that fills a cargo, delivering to an own factory all that empties it
+                amounts[team, slot, [ICE_DUG, ORE_DUG]] = np.maximum(got, 0)
+                amounts[team, slot, [ICE_DELIVERED, ORE_DELIVERED]] = np.maximum(-got, 0)
+                arrived[team, self.encoder.deliver_to[row]] += np.maximum(-got, 0)
+            if unit.unit_id not in state.units[PLAYERS[team]]:
+                amounts[team, slot, ROBOT_LOST] = 1.0 if unit.is_heavy() else 0.1
+        if strains.max() >= 0 or self.lichen.any():
+            lichen = np.bincount(strains.ravel() + 1, state.board.lichen.ravel(), len(self.lichen) + 1)[1:]
+        else:
+            lichen = self.lichen
+        for team, slot, factory, ice, ore in factories:
+            ice, ore = arrived[team, slot] + (ice - factory.cargo.ice, ore - factory.cargo.ore)
+            amounts[team, slot, [WATER_MADE, METAL_MADE]] = ice // ICE_PER_WATER, ore // ORE_PER_METAL
+            amounts[team, slot, LICHEN_GROWN] = lichen[factory.num_id] - self.lichen[factory.num_id]
+            survived = factory.unit_id in state.factories[PLAYERS[team]]
+            amounts[team, slot, SURVIVED if survived else FACTORY_LOST] = 1
+        self.lichen = lichen
+        self._count_robots(units)
+        return amounts
+
+    def _count_robots(self, units):
+        """Count births, losses, and losses on a cell where another own robot ended the step too."""
+        for team, player in enumerate(PLAYERS):
+            robots = self.engine.state.units[player]
+            mine = [unit for owner, _, unit, _, _ in units if owner == team]
+            dead = [unit for unit in mine if unit.unit_id not in robots]
+            if len(robots) + len(dead) > len(mine):
+                old = {unit.unit_id for unit in mine}
+                for unit_id, unit in robots.items():
+                    self.built[team, int(unit.is_heavy())] += unit_id not in old
+            self.lost[team] += len(dead)
+            if dead:
+                ended = [tuple(unit.pos.pos) for unit in (*mine, *robots.values())]
+                alive_twice = [tuple(unit.pos.pos) for unit in mine if unit.unit_id in robots]
+                for unit in dead:
+                    cell = tuple(unit.pos.pos)
+                    self.own_collisions[team] += ended.count(cell) - alive_twice.count(cell) > 1
+
+    def _metrics(self, obs):
+        """Metrics of the match that has just ended; everything is per team, the length is per match."""
+        total = dict(zip(TERMS, self.totals.T))
+        lichen = [sum(obs["board"]["lichen"][obs["board"]["lichen_strains"] == s].sum() for s in obs["teams"][p]["factory_strains"]) for p in PLAYERS]
+        return {
+            "l": obs["real_env_steps"],
+            "r": self.returns,
+            "ice_transferred": total["ice_delivered"],
+            "ice_per_factory": total["ice_delivered"] / self.placed,
+            "factories_alive": self.factory_steps / GAME_LENGTH,
+            "factories_alive_share": self.factory_steps / GAME_LENGTH / self.placed,
+            "factories_placed": self.placed,
+            "water": total["water_made"],
+            "ore": total["ore_delivered"],
+            "metal": total["metal_made"],
+            "lichen": np.array(lichen),
+            "lights_built": self.built[:, 0],
+            "heavies_built": self.built[:, 1],
+            "robots_lost": self.lost,
+            "own_collisions": self.own_collisions,
+            "right_of_way": self.encoder.right_of_way,
+            "blocked_builds": self.encoder.blocked_builds,
+        }
+
+
+class _Matches:
+    """Matches `first` to `first + len(out)`, stepped one after the other in this process."""
+
+    def __init__(self, first, arrays, options):
+        self.first, self.arrays = first, arrays
+        held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
+        self.matches = []
+        for index in range(len(arrays["terminated"])):
+            out = {key: arrays[key][index] for key in OBSERVATION_KEYS}
+            seeds = self._held_out_seed if held_out else self._training_seed
+            self.matches.append(LuxMatch(lambda index=index: seeds(index), out, **options))
+
+    def _held_out_seed(self, index):
+        self.played[index] += 1
+        return (self.seed + self.first + index + (self.played[index] - 1) * self.num_envs) % HELD_OUT_SEEDS
+
+    def _training_seed(self, index):
+        return int(self.rngs[index].integers(HELD_OUT_SEEDS, 2**31))
+
+    def reset(self, seed):
+        self.seed, self.played = seed, [0] * len(self.matches)
+        self.rngs = [np.random.default_rng([seed, self.first + index]) for index in range(len(self.matches))]
+        return self._each(lambda index, match: match.reset())
+
+    def step(self, _):
+        def play(index, match):
+            metrics = match.step(self.arrays["actions"][index], self.arrays["rewards"][index])
+            self.arrays["terminated"][index] = metrics is not None
+            return metrics
+
+        return self._each(play)
+
+    def _each(self, play):
+        """List of (match index, what `play` returned) for those where that was something."""
+        results = []
+        for index, match in enumerate(self.matches):
+            try:
+                result = play(index, match)
+            except Exception as error:
+                name = f"match {self.first + index} (map seed {match.seed})"
+                raise LuxError(f"{name} failed in the engine: {type(error).__name__}: {error}") from error
+            if result is not None:
+                results.append((self.first + index, result))
+        return results
+
+
+def _work(pipe, first, arrays, options):
+    """A worker process: obey ("reset" | "step", argument) until the pipe closes."""
+    arrays = {key: _view(*array) for key, array in arrays.items()}
+    matches = _Matches(first, arrays, options)
+    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            command, argument = pipe.recv()
+            try:
+                pipe.send((True, getattr(matches, command)(argument)))
+            except LuxError as error:
+                pipe.send((False, str(error)))
+
+
+def _view(memory, shape, dtype, part=slice(None)):
+    return np.frombuffer(memory, dtype).reshape(shape)[part]
+
+
+class LuxVecEnv(gym.vector.VectorEnv):
+    """N matches of Lux AI Season 2, two players each, both played by the caller.
+
+    It follows Gymnasium's vector conventions, except that rewards are per entity: [N, P, E] float32.
+    Terminations and truncations are per match, [N] bool. See the top of the file for the observations.
+
+    Args:
+        num_envs: N.
+        num_workers: processes that share the matches; 0 plays them in this process, None takes one process
+            per core. The number changes nothing in what is played.
+        map_size, min_factories, max_factories: the stage; 48, 2 and 5 are season 2, 64, 4 and 10 NeurIPS.
+        max_robots: robot slots per team.
+        group_by, safe_masks: see LuxEncoder.
+        held_out: play the maps kept for evaluation: match i starts with map `seed + i`.
+        render_mode: None or "rgb_array" (with num_workers 0).
+        engine_options: more settings for the engine, such as {"validate_action_space": True}.
+
+    Raises:
+        LuxError: from `reset` and `step`, if the engine fails or a worker process dies.
+    """
+
+    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
+
+    def __init__(
+        self,
+        num_envs,
+        num_workers=None,
+        map_size=48,
+        min_factories=2,
+        max_factories=5,
+        max_robots=32,
+        group_by="entity",
+        safe_masks=True,
+        held_out=False,
+        render_mode=None,
+        engine_options=None,
+    ):
+        self.num_envs, self.render_mode = num_envs, render_mode
+        encoder_options = {
+            "map_size": map_size,
+            "max_factories": max_factories,
+            "max_robots": max_robots,
+            "group_by": group_by,
+            "safe_masks": safe_masks,
+        }
+        blank = LuxEncoder(**encoder_options).arrays()
+        entities = blank["kind"].shape
+        high = {"board": 100, "features": np.inf, "position": map_size - 1, "kind": HEAVY, "group": entities[1] - 1}
+        self.single_observation_space = gym.spaces.Dict(
+            {
+                key: gym.spaces.MultiBinary(array.shape)
+                if array.dtype == bool
+                else gym.spaces.Box(-high[key] if key == "features" else 0, high[key], array.shape, array.dtype)
+                for key, array in blank.items()
+            }
+        )
+        self.single_action_space = gym.spaces.MultiDiscrete(np.full(entities, NUM_ACTIONS))
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+        # One block of memory per array, shared with the workers: nothing is pickled at a step.
+        shapes = {key: ((num_envs, *array.shape), array.dtype) for key, array in blank.items()}
+        shapes |= {"actions": ((num_envs, *entities), np.dtype(np.int64))}
+        shapes |= {"rewards": ((num_envs, *entities), np.dtype(np.float32)), "terminated": ((num_envs,), np.dtype(bool))}
+        # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        memory = {
+            key: (context.RawArray("b", int(np.prod(shape)) * dtype.itemsize), shape, dtype)
+            for key, (shape, dtype) in shapes.items()
+        }
+        self.arrays = {key: _view(*array) for key, array in memory.items()}
+        self.workers, self.pipes, self.matches = [], [], None
+        options = {
+            "min_factories": min_factories,
+            "held_out": held_out,
+            "num_envs": num_envs,
+            "engine_options": engine_options,
+            **encoder_options,
+        }
+        num_workers = min(num_envs, (os.cpu_count() or 1) if num_workers is None else num_workers)
+        if num_workers == 0:
+            self.matches = _Matches(0, self.arrays, options)
+        bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
+        self.shares = list(zip(bounds[:-1], bounds[1:]))
+        for first, end in self.shares:
+            here, there = context.Pipe()
+            part = {key: (*array, slice(first, end)) for key, array in memory.items()}
+            worker = context.Process(target=_work, args=(there, first, part, options), daemon=True)
+            worker.start()
+            there.close()
+            self.workers.append(worker)
+            self.pipes.append(here)
+
+    def reset(self, *, seed=None, options=None):
+        """Start a new match everywhere. Match i plays the same maps for the same seed whatever N is.
+
+        Returns:
+            Observations and an empty infos dict. The arrays are written again by the next `step`: copy
+            what has to last.
+        """
+        seed = int(np.random.SeedSequence().entropy % 2**31) if seed is None else seed
+        self._call("reset", seed)
+        return self._observations(), {}
+
+    def step(self, actions):
+        """Play one step of every match.
+
+        Args:
+            actions: [N, P, E] ints.
+
+        Returns:
+            observations, rewards [N, P, E], terminations [N], truncations [N], infos. The first two are
+            written again by the next step. Where matches ended, `infos["episode"]` holds "l" [N] and the
+            TEAM_METRICS [N, P], and `infos["_episode"]` [N] says which of them ended.
+        """
+        self.arrays["actions"][:] = actions
+        finished = self._call("step", None)
+        infos = {}
+        if finished:
+            indices = [index for index, _ in finished]
+            infos["_episode"] = np.zeros(self.num_envs, bool)
+            infos["_episode"][indices] = True
+            infos["episode"] = {"l": np.zeros(self.num_envs, np.int64)}
+            infos["episode"] |= {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
+            for index, metrics in finished:
+                for key, value in metrics.items():
+                    infos["episode"][key][index] = value
+        terminated = self.arrays["terminated"].copy()
+        return self._observations(), self.arrays["rewards"], terminated, np.zeros_like(terminated), infos
+
+    def render(self):
+        """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
+        if self.render_mode != "rgb_array" or self.matches is None:
+            raise ValueError('rendering needs LuxVecEnv(..., num_workers=0, render_mode="rgb_array")')
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
+        return tuple(match.engine.render() for match in self.matches.matches)
+
+    def _observations(self):
+        return {key: self.arrays[key] for key in OBSERVATION_KEYS}
+
+    def _call(self, command, argument):
+        """Let every worker obey; the lists that they return, joined in the order of the matches."""
+        if self.matches is not None:
+            return getattr(self.matches, command)(argument)
+        results = []
+        try:
+            for pipe in self.pipes:
+                pipe.send((command, argument))
+            for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
+                # Wakes up when the worker answers and also when it dies.
+                connection.wait([pipe, worker.sentinel])
+                if not pipe.poll():
+                    raise EOFError
+                done, result = pipe.recv()
+                if not done:
+                    raise LuxError(result)
+                results += result
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise LuxError(f"a worker process died (matches {first} to {end - 1})") from None
+        return results
+
+    def close_extras(self, **kwargs):
+        """End the worker processes."""
+        for pipe in self.pipes:
+            pipe.close()
+        for worker in self.workers:
+            worker.join(timeout=5)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self.workers, self.pipes = [], []
