@@ -28,16 +28,16 @@ learner that compares two successive `kind` arrays sees every birth and every de
 **Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of these terms:
 
     term             paid to   for                                                   weight (REWARDS)
-    ice_dug          robot     a unit of ice taken from the ground into the cargo    0.0005
-    ore_dug          robot     a unit of ore taken from the ground into the cargo    0.0001
-    ice_delivered    robot     a unit of ice that reached a factory of the team      0.001
-    ore_delivered    robot     a unit of ore that reached a factory of the team      0.0002
-    robot_lost       robot     being destroyed (times 0.1 for a light robot)         -0.2
-    water_made       factory   a unit of water refined from ice (4 ice)              0.002
-    metal_made       factory   a unit of metal refined from ore (5 ore)              0.001
+    ice_dug          robot     a unit of ice taken from the ground into the cargo    0.002
+    ore_dug          robot     a unit of ore taken from the ground into the cargo    0.0004
+    ice_delivered    robot     a unit of ice that reached a factory of the team      0.004
+    ore_delivered    robot     a unit of ore that reached a factory of the team      0.0008
+    robot_lost       robot     being destroyed (times 0.1 for a light robot)         -0.05
+    water_made       factory   a unit of water refined from ice (4 ice)              0.004
+    metal_made       factory   a unit of metal refined from ore (5 ore)              0.004
     lichen_grown     factory   a unit of lichen more on the factory's own strain     0.0001
-    survived         factory   a step that ends with the factory alive               0.005
-    factory_lost     factory   running out of water                                  -1.0
+    survived         factory   a step that ends with the factory alive               0.001
+    factory_lost     factory   running out of water                                  -0.2
 
 A match ends after 1000 steps or when a player has lost its last factory; both are terminations (the game
 is over, nothing is cut short), so nothing is ever truncated. `step` then returns the first observation of
@@ -45,6 +45,7 @@ the next match (Gymnasium's SAME_STEP autoreset) and the finished match's metric
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -99,16 +100,16 @@ FEATURES = (
 COLUMN = {name: column for column, name in enumerate(FEATURES)}
 
 REWARDS = {
-    "ice_dug": 0.0005,
-    "ore_dug": 0.0001,
-    "ice_delivered": 0.001,
-    "ore_delivered": 0.0002,
-    "robot_lost": -0.2,
-    "water_made": 0.002,
-    "metal_made": 0.001,
+    "ice_dug": 0.002,
+    "ore_dug": 0.0004,
+    "ice_delivered": 0.004,
+    "ore_delivered": 0.0008,
+    "robot_lost": -0.05,
+    "water_made": 0.004,
+    "metal_made": 0.004,
     "lichen_grown": 0.0001,
-    "survived": 0.005,
-    "factory_lost": -1.0,
+    "survived": 0.001,
+    "factory_lost": -0.2,
 }
 
 # Game constants (luxai_s2.config.EnvConfig, the same in every match). Index 0 light, 1 heavy.
@@ -119,6 +120,7 @@ MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
 WORST_MOVE = np.array([6, 120])  # onto 100 rubble
 ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER = 4, 5, 10
+CLEARING = 4  # walking distance from a factory's centre within which clearing rubble is worth its power
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 
 # Map seeds below this are held out for evaluation, those of training matches are above it.
@@ -237,14 +239,16 @@ class LuxEncoder:
         safe_masks: also mask orders that are legal and plainly ruinous:
             1. stepping onto a cell where an own robot stands (both would be destroyed),
             2. stepping onto the centre of an own factory (robots appear there),
-            3. building while an own robot stands there,
-            4. digging where nothing is gained: bare ground, own lichen, or ice and ore with full cargo,
+            3. building while an own robot stands there, and building a light robot from the metal that the
+               factory's first heavy one needs,
+            4. digging where nothing is gained: bare ground, own lichen, ice and ore with full cargo, and
+               rubble that is neither on ice or ore nor within CLEARING cells of an own factory,
             5. picking up less power than ten times what the order itself costs,
             6. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
     """
 
-    def __init__(self, map_size=48, max_factories=5, max_robots=32, group_by="entity", safe_masks=True):
+    def __init__(self, map_size=48, max_factories=5, max_robots=20, group_by="entity", safe_masks=True):
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
@@ -427,6 +431,8 @@ class LuxEncoder:
         can_build &= has_slot[..., None]
         if self.safe_masks:
             can_build &= ~taken[..., None]
+            has_heavy = built[:, :width, 1] > 0
+            can_build[..., 0] &= has_heavy | (metal >= METAL_COST.sum())
         mask = out["action_mask"]
         mask[:, :width, NOTHING] = alive
         mask[:, :width, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build
@@ -495,7 +501,8 @@ class LuxEncoder:
             can_do[:, 1:5] &= ~(self.robot_map[cells] | self.centre_map[cells])[:, 1:]
             own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & (self.lichen[x, y] > 0)
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
-            to_clear = (rubble[:, 0] > 0) | ((self.lichen[x, y] > 0) & ~own_lichen)
+            near = on_ice | on_ore | (distance[row, nearest] <= CLEARING)
+            to_clear = ((rubble[:, 0] > 0) & near) | ((self.lichen[x, y] > 0) & ~own_lichen)
             can_do[:, DIG] &= to_mine | to_clear
             can_do[:, PICK_UP] &= gain >= 10 * order_cost
         can_do[:, STAY] |= ~can_do.any(1)
@@ -777,6 +784,8 @@ def _work(pipe, first, arrays, options):
     """A worker process: obey ("reset" | "step", argument) until the pipe closes."""
     arrays = {key: _view(*array) for key, array in arrays.items()}
     matches = _Matches(first, arrays, options)
+    gc.collect()
+    gc.freeze()  # what is there now stays: without this, a third of the time goes into collecting garbage
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             command, argument = pipe.recv()
@@ -820,7 +829,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
         map_size=48,
         min_factories=2,
         max_factories=5,
-        max_robots=32,
+        max_robots=20,
         group_by="entity",
         safe_masks=True,
         held_out=False,

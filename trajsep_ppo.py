@@ -28,6 +28,7 @@ import torch
 import torch.nn as nn
 import torch.optim as optim
 import tyro
+from PIL import Image
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -43,7 +44,7 @@ class Args:
     seed: int = 1
     """seed of the experiment"""
     torch_deterministic: bool = True
-    """if toggled, torch uses deterministic algorithms only"""
+    """if toggled, `torch.backends.cudnn.deterministic=True`; on a CPU the same seed always gives the same run"""
     cuda: bool = True
     """if toggled, cuda is used where there is one"""
     track: bool = False
@@ -70,7 +71,7 @@ class Args:
     """fewest factories per team (season 2: 2, NeurIPS stage: 4)"""
     max_factories: int = 5
     """most factories per team (season 2: 5, NeurIPS stage: 10)"""
-    max_robots: int = 32
+    max_robots: int = 20
     """robot slots per team; nothing is built while they are full"""
     safe_masks: bool = True
     """if toggled, orders that are legal but plainly ruinous are masked too"""
@@ -90,7 +91,7 @@ class Args:
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches of a rollout; each has num_envs * num_steps / num_minibatches environment steps"""
     update_epochs: int = 3
     """passes over a rollout"""
@@ -173,9 +174,9 @@ def group_sum(x, obs):
     return torch.zeros_like(x).scatter_add(-1, obs["group"], x)
 
 
-def group_value(value, team_value, obs, critic):
-    """Value of each group [..., G]: the mean of its members' values, or the team's for all (critic "global")."""
-    if critic == "global":
+def group_value(value, team_value, obs, args):
+    """Value of each group [..., G]: the mean of its members' values, or the team's (--critic global)."""
+    if args.critic == "global":
         return team_value[..., None].expand(value.shape)
     return group_sum(value, obs) / group_sum(torch.ones_like(value), obs).clamp(min=1)
 
@@ -215,6 +216,17 @@ def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
 
 
 @torch.no_grad()
+def play(agent, envs, device):
+    """Play held-out matches with the agent's policy, for ever; yields the infos of every step."""
+    generator = torch.Generator(device).manual_seed(0)
+    obs, _ = envs.reset(seed=0)
+    while True:
+        logits, _, _ = agent(to_tensors(obs, device))
+        action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
+        obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
+        yield infos
+
+
 def evaluate(agent, args, device):
     """Play `args.eval_episodes` matches on held-out maps, each once.
 
@@ -222,21 +234,33 @@ def evaluate(agent, args, device):
         dict of lists, metric -> one number per match (mean of the two teams).
     """
     envs = make_envs(args, args.eval_episodes, held_out=True)
-    generator = torch.Generator(device).manual_seed(0)
     metrics, playing = {}, np.ones(args.eval_episodes, bool)
-    obs, _ = envs.reset(seed=0)
-    with tqdm(total=args.eval_episodes, desc="evaluating", unit=" matches", leave=False) as progress:
-        while playing.any():
-            logits, _, _ = agent(to_tensors(obs, device))
-            action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator).view(logits.shape[:-1])
-            obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
-            for match in np.flatnonzero(infos.get("_episode", 0) & playing):
+    with tqdm(total=args.eval_episodes, desc="evaluating", unit="match", leave=False) as progress:
+        for infos in play(agent, envs, device):
+            for match in np.flatnonzero(infos.get("_episode", False) & playing):
                 for key, value in infos["episode"].items():
                     metrics.setdefault(key, [None] * args.eval_episodes)[match] = float(np.mean(value[match]))
                 playing[match] = False
                 progress.update()
+            if not playing.any():
+                break
     envs.close()
     return metrics
+
+
+def record_video(agent, args, device, path):
+    """Play the first held-out match and draw every fourth step of it into an animated GIF."""
+    envs = make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
+    frames = []
+    for step, infos in enumerate(play(agent, envs, device)):
+        if infos:
+            break
+        if step % 4 == 0:
+            frames.append(Image.fromarray(envs.render()[0]).quantize(64))
+    envs.close()
+    options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+    write_atomically(path, lambda temporary: frames[0].save(temporary, **options))
+    print(f"written to {path}")
 
 
 def report(metrics, path):
@@ -276,30 +300,6 @@ def load_checkpoint(path):
         fail(f"{path} is damaged or no checkpoint of this script ({reason[:120]})")
 
 
-def record_video(agent, args, device, path, every=4):
-    """Play the first held-out match once more and write every fourth step as an animated GIF."""
-    from PIL import Image
-
-    envs = make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
-    generator = torch.Generator(device).manual_seed(0)
-    obs, _ = envs.reset(seed=0)
-    frames, infos = [], {}
-    while not infos:
-        if len(frames) % every == 0:
-            frames.append(Image.fromarray(envs.render()[0]).quantize(64))
-        else:
-            frames.append(None)
-        with torch.no_grad():
-            logits, _, _ = agent(to_tensors(obs, device))
-        action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
-        obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
-    envs.close()
-    frames = frames[::every]
-    write = lambda temporary: frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
-    write_atomically(path, write)
-    print(f"written to {path}")
-
-
 def train(args, run_dir, device):
     """The whole training: rollout, advantages, update, log; returns the trained agent."""
     if args.track:
@@ -322,7 +322,7 @@ def train(args, run_dir, device):
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
 
     envs = make_envs(args, args.num_envs)
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
@@ -359,20 +359,21 @@ def train(args, run_dir, device):
             global_step += args.num_envs
             for key, x in next_obs.items():
                 obs[key][step] = x
+            step_obs = {key: x[step] for key, x in obs.items()}  # a copy: the environment reuses its arrays
             with torch.no_grad():
-                logits, value, team_value = agent(next_obs)
+                logits, value, team_value = agent(step_obs)
             dist = Categorical(logits=logits, validate_args=False)
             action = dist.sample()
             actions[step] = action
-            logprobs[step] = group_sum(dist.log_prob(action), next_obs)
-            values[step] = group_value(value, team_value, next_obs, args.critic)
-            active[step] = group_sum(torch.ones_like(value), next_obs) > 0
+            logprobs[step] = group_sum(dist.log_prob(action), step_obs)
+            values[step] = group_value(value, team_value, step_obs, args)
+            active[step] = group_sum(torch.ones_like(value), step_obs) > 0
 
             env_obs, reward, terminated, truncated, infos = envs.step(action.view(args.num_envs, -1, action.shape[-1]).cpu().numpy())
             reward = torch.as_tensor(reward, device=device).flatten(0, 1)
             reward = torch.where(reward > 0, reward * positive_weight, reward)
             # The rewards belong to the entities that acted, so to the observation before the step.
-            rewards[step] = share_reward(group_sum(reward, next_obs), active[step], args.agent_reward_weight)
+            rewards[step] = share_reward(group_sum(reward, step_obs), active[step], args.agent_reward_weight)  # (*)
             dones[step] = torch.as_tensor(terminated | truncated, device=device).repeat_interleave(B // args.num_envs)
             next_obs = to_tensors(env_obs, device)
 
@@ -384,17 +385,20 @@ def train(args, run_dir, device):
 
         with torch.no_grad():
             _, value, team_value = agent(next_obs)
-            values[-1] = group_value(value, team_value, next_obs, args.critic)
+            values[-1] = group_value(value, team_value, next_obs, args)
             active[-1] = group_sum(torch.ones_like(value), next_obs) > 0
             advantages = compute_gae(rewards, values, active, dones, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
-            if args.advantage == "global":
+            if args.advantage == "global":  # (*)
                 advantages = share_reward(advantages, active[:-1], 0.0)
 
         # The batch: one row per team and step
         b_obs = {key: x.flatten(0, 1) for key, x in obs.items()}
         b_actions, b_logprobs, b_active = actions.flatten(0, 1), logprobs.flatten(0, 1), active[:-1].flatten(0, 1)
         b_advantages, b_returns, b_values = advantages.flatten(0, 1), returns.flatten(0, 1), values[:-1].flatten(0, 1)
+
+        # Value losses are relative to this, so that vf_coef means the same on every scale of rewards.
+        return_variance = masked_mean((b_returns - masked_mean(b_returns, b_active)) ** 2, b_active) + 1e-8
 
         clipfracs = []
         for epoch in range(args.update_epochs):
@@ -403,7 +407,7 @@ def train(args, run_dir, device):
                 logits, value, team_value = agent(mb_obs)
                 dist = Categorical(logits=logits, validate_args=False)
                 newlogprob = group_sum(dist.log_prob(b_actions[mb]), mb_obs)
-                newvalue = group_value(value, team_value, mb_obs, args.critic)
+                newvalue = group_value(value, team_value, mb_obs, args)
                 logratio = torch.where(mb_active, newlogprob - b_logprobs[mb], 0)
                 ratio = logratio.exp()
 
@@ -427,7 +431,7 @@ def train(args, run_dir, device):
                 if args.clip_vloss:
                     clipped = b_values[mb] + torch.clamp(newvalue - b_values[mb], -args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (clipped - b_returns[mb]) ** 2)
-                v_loss = 0.5 * masked_mean(v_loss, mb_active)
+                v_loss = 0.5 * masked_mean(v_loss, mb_active) / return_variance
 
                 entropy_loss = masked_mean(group_sum(dist.entropy(), mb_obs), mb_active)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
@@ -440,9 +444,7 @@ def train(args, run_dir, device):
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
-        mean_return = masked_mean(b_returns, b_active)
-        unexplained = masked_mean((b_returns - b_values) ** 2, b_active)
-        explained_var = 1 - unexplained / masked_mean((b_returns - mean_return) ** 2, b_active)
+        explained_var = 1 - masked_mean((b_returns - b_values) ** 2, b_active) / return_variance
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
         writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
@@ -478,4 +480,35 @@ if __name__ == "__main__":
     args = tyro.cli(Args)
     check_args(args)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
-    train(args, "runs/x", device)
+    if args.evaluate:
+        model, trained = load_checkpoint(args.evaluate)
+        run_dir = os.path.dirname(args.evaluate) or "."
+        for name in ("cuda", "num_workers", "eval_episodes", "capture_video", "evaluate"):
+            setattr(trained, name, getattr(args, name))
+        args = trained
+    else:
+        run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            os.makedirs(run_dir)
+        except OSError as error:
+            fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")
+    try:
+        if args.evaluate:
+            envs = make_envs(args, 1, num_workers=0)
+            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
+            try:
+                agent.load_state_dict(model)
+            except RuntimeError:
+                fail(f"{args.evaluate} holds another network than this version's")
+        else:
+            with open(f"{run_dir}/args.json", "w") as file:
+                json.dump(asdict(args), file, indent=1)
+            agent = train(args, run_dir, device)
+        report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
+        if args.capture_video:
+            record_video(agent, args, device, f"{run_dir}/video.gif")
+    except LuxError as error:
+        kept = f"; the last checkpoint is {run_dir}/checkpoint.pt" if os.path.exists(f"{run_dir}/checkpoint.pt") else ""
+        fail(f"{error}{kept}", 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)

@@ -1,0 +1,493 @@
+"""Global PPO on Lux AI Season 2, the baseline of trajsep_ppo.py: one trajectory per team.
+
+    python global_ppo.py
+    python global_ppo.py --evaluate runs/<run>/checkpoint.pt
+
+One shared encoder looks at the map; the team has one reward (the sum over its entities), one value, one
+advantage, one joint probability ratio (the product over its entities) and one entropy (their sum). The
+sibling trajsep_ppo.py is the same program with one trajectory per entity or cluster: every line in which
+the two differ is about trajectories being separate, and is marked with (*).
+
+Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.
+
+Source: Takács, Magyar, Gulyás, "Scalable Distributed Reinforcement Learning in Multi-Agent Environments"
+(2024). The layout and the names of flags and metrics follow CleanRL's ppo.py.
+"""
+
+import json
+import os
+import random
+import sys
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.optim as optim
+import tyro
+from PIL import Image
+from torch.distributions import Categorical
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from hybrid_model import HybridNet
+from lux_wrapper import LuxError, LuxVecEnv
+
+
+@dataclass
+class Args:
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]
+    """the name of this experiment"""
+    seed: int = 1
+    """seed of the experiment"""
+    torch_deterministic: bool = True
+    """if toggled, `torch.backends.cudnn.deterministic=True`; on a CPU the same seed always gives the same run"""
+    cuda: bool = True
+    """if toggled, cuda is used where there is one"""
+    track: bool = False
+    """if toggled, this experiment is tracked with Weights and Biases (pip install wandb)"""
+    wandb_project_name: str = "trajsep-ppo"
+    """the project's name in Weights and Biases"""
+    wandb_entity: Optional[str] = None
+    """the entity (team) of the project in Weights and Biases"""
+    capture_video: bool = False
+    """if toggled, one evaluation match is drawn by the engine's renderer into video.gif in the run's folder"""
+    evaluate: Optional[str] = None
+    """a checkpoint to evaluate instead of training"""
+    eval_episodes: int = 20
+    """matches of the evaluation at the end, on maps never trained on"""
+    checkpoint_interval: int = 10
+    """updates between two checkpoints"""
+
+    # The game
+    num_workers: Optional[int] = None
+    """processes that play the matches; 0 plays them in this process, the default is one per core"""
+    map_size: int = 48
+    """side of the board in cells (season 2: 48, NeurIPS stage: 64)"""
+    min_factories: int = 2
+    """fewest factories per team (season 2: 2, NeurIPS stage: 4)"""
+    max_factories: int = 5
+    """most factories per team (season 2: 5, NeurIPS stage: 10)"""
+    max_robots: int = 20
+    """robot slots per team; nothing is built while they are full"""
+    safe_masks: bool = True
+    """if toggled, orders that are legal but plainly ruinous are masked too"""
+
+    # The algorithm
+    total_timesteps: int = 102400
+    """environment steps of the training (one step of one match, in which both players act)"""
+    learning_rate: float = 1e-3
+    """the learning rate of the optimizer"""
+    num_envs: int = 16
+    """matches played at a time"""
+    num_steps: int = 64
+    """steps of every match in a rollout"""
+    anneal_lr: bool = True
+    """if toggled, the learning rate falls linearly to 0"""
+    gamma: float = 0.99
+    """the discount factor gamma"""
+    gae_lambda: float = 0.95
+    """the lambda of generalized advantage estimation"""
+    num_minibatches: int = 8
+    """minibatches of a rollout; each has num_envs * num_steps / num_minibatches environment steps"""
+    update_epochs: int = 3
+    """passes over a rollout"""
+    norm_adv: bool = True
+    """if toggled, advantages are normalized in every minibatch"""
+    clip_coef: float = 0.2
+    """the surrogate clipping coefficient"""
+    clip_vloss: bool = False
+    """if toggled, the value loss is clipped too"""
+    ent_coef: float = 0.01
+    """coefficient of the entropy"""
+    vf_coef: float = 0.5
+    """coefficient of the value loss"""
+    max_grad_norm: float = 0.5
+    """the largest norm of the gradient"""
+    target_kl: Optional[float] = None
+    """the KL divergence at which the passes over a rollout end early"""
+    positive_reward_weight: float = 1.1
+    """weight of positive rewards at the start, falls linearly to 1 over the training; 1 is off"""
+
+
+def fail(message, code=2):
+    """End the program with one sentence for the person who started it."""
+    print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_args(args):
+    """Refuse what cannot work before anything is written."""
+    counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
+    for name in (*counts, "checkpoint_interval", "map_size", "min_factories", "max_robots"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name in ("learning_rate", "max_grad_norm", "clip_coef", "positive_reward_weight"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda"):  # (*)
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+    if args.num_workers is not None and args.num_workers < 0:
+        fail(f"--num-workers must be at least 0, got {args.num_workers}")
+    if args.max_factories < args.min_factories:
+        fail(f"--max-factories {args.max_factories} is below --min-factories {args.min_factories}")
+    if not 24 <= args.map_size <= 64:
+        fail(f"--map-size must be between 24 and 64, got {args.map_size}")
+    if args.num_envs * args.num_steps % args.num_minibatches:
+        fail(
+            f"a rollout of {args.num_envs} x {args.num_steps} steps does not divide into {args.num_minibatches} "
+            "minibatches; change --num-envs, --num-steps or --num-minibatches"
+        )
+    if args.total_timesteps < args.num_envs * args.num_steps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, {args.num_envs * args.num_steps} steps")
+
+
+def make_envs(args, num_envs, **options):
+    """The vector environment; all that the rest of this file knows of the game is its arrays."""
+    game = ("num_workers", "map_size", "min_factories", "max_factories", "max_robots", "safe_masks")
+    options = {name: getattr(args, name) for name in game} | options
+    return LuxVecEnv(num_envs, **options)  # (*)
+
+
+def to_tensors(obs, device):
+    """Observation arrays [N, P, ...] as tensors [B, ...]; on a CPU they share memory with the arrays."""
+    return {key: torch.as_tensor(array, device=device).flatten(0, 1) for key, array in obs.items()}
+
+
+# (*) Entities to groups: the entity axis is reduced
+def group_sum(x, obs):
+    """Sum over the entities of each team: [..., E] per entity to [..., G] per group, with G = 1."""
+    return torch.where(obs["kind"] > 0, x, 0).sum(-1, keepdim=True)
+
+
+def group_value(value, team_value, obs, args):
+    """Value of each group [..., G]: the team's."""
+    return team_value[..., None]
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask; what stands elsewhere, be it NaN, counts for nothing."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+
+
+def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
+    """Generalized advantage estimation for trajectories that begin and end at any step.
+
+    Args:
+        rewards: [T, B, G], of the actions at each step.
+        values, active: [T + 1, B, G], of the observations, the last one included. A group that is inactive
+            in the next observation has ended, as has every group where the match is done.
+        dones: [T, B], whether the match ended with this step.
+
+    Returns:
+        advantages [T, B, G], 0 where inactive.
+    """
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        goes_on = active[t + 1] & active[t] & ~dones[t, :, None]
+        delta = rewards[t] + gamma * torch.where(goes_on, values[t + 1], 0) - values[t]
+        last = torch.where(active[t], delta + gamma * gae_lambda * torch.where(goes_on, last, 0), 0)
+        advantages[t] = last
+    return advantages
+
+
+@torch.no_grad()
+def play(agent, envs, device):
+    """Play held-out matches with the agent's policy, for ever; yields the infos of every step."""
+    generator = torch.Generator(device).manual_seed(0)
+    obs, _ = envs.reset(seed=0)
+    while True:
+        logits, _, _ = agent(to_tensors(obs, device))
+        action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
+        obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
+        yield infos
+
+
+def evaluate(agent, args, device):
+    """Play `args.eval_episodes` matches on held-out maps, each once.
+
+    Returns:
+        dict of lists, metric -> one number per match (mean of the two teams).
+    """
+    envs = make_envs(args, args.eval_episodes, held_out=True)
+    metrics, playing = {}, np.ones(args.eval_episodes, bool)
+    with tqdm(total=args.eval_episodes, desc="evaluating", unit="match", leave=False) as progress:
+        for infos in play(agent, envs, device):
+            for match in np.flatnonzero(infos.get("_episode", False) & playing):
+                for key, value in infos["episode"].items():
+                    metrics.setdefault(key, [None] * args.eval_episodes)[match] = float(np.mean(value[match]))
+                playing[match] = False
+                progress.update()
+            if not playing.any():
+                break
+    envs.close()
+    return metrics
+
+
+def record_video(agent, args, device, path):
+    """Play the first held-out match and draw every fourth step of it into an animated GIF."""
+    envs = make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
+    frames = []
+    for step, infos in enumerate(play(agent, envs, device)):
+        if infos:
+            break
+        if step % 4 == 0:
+            frames.append(Image.fromarray(envs.render()[0]).quantize(64))
+    envs.close()
+    options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+    write_atomically(path, lambda temporary: frames[0].save(temporary, **options))
+    print(f"written to {path}")
+
+
+def report(metrics, path):
+    """Print the evaluation as a table and write it to `path` as JSON."""
+    summary = {key: {"mean": np.mean(x), "std": np.std(x), "min": min(x), "max": max(x)} for key, x in metrics.items()}
+    print(f"\nevaluation on {len(metrics['l'])} held-out matches\n{'':24}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}")
+    names = {"l": "episode_length", "r": "episodic_return"}
+    for key, row in summary.items():
+        print(f"{names.get(key, key):24}" + "".join(f"{number:10.1f}" for number in row.values()))
+    write_atomically(path, lambda temporary: json.dump({"summary": summary, "matches": metrics}, open(temporary, "w"), indent=1))
+    print(f"written to {path}")
+
+
+def write_atomically(path, write):
+    """Write a file under another name and rename it, so that a full disk never costs what was there before."""
+    temporary = f"{path}.tmp"
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is kept", 1)
+
+
+def load_checkpoint(path):
+    """The checkpoint of a run of this script, as tensors and plain values only."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        known = {field.name for field in fields(Args)}
+        arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
+        return checkpoint["model"], Args(**arguments)
+    except FileNotFoundError:
+        fail(f"there is no checkpoint {path}")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fail(f"{path} is damaged or no checkpoint of this script ({reason[:120]})")
+
+
+def train(args, run_dir, device):
+    """The whole training: rollout, advantages, update, log; returns the trained agent."""
+    if args.track:
+        try:
+            import wandb
+        except ImportError:
+            fail("--track needs Weights and Biases: pip install wandb")
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            sync_tensorboard=True,
+            config=vars(args),
+            name=os.path.basename(run_dir),
+            save_code=True,
+        )
+    writer = SummaryWriter(run_dir)
+    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+
+    envs = make_envs(args, args.num_envs)
+    agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}")
+
+    # Rollout storage. Masks are data: stored with the observation, replayed in the update.
+    next_obs, _ = envs.reset(seed=args.seed)
+    next_obs = to_tensors(next_obs, device)
+    B = len(next_obs["kind"])
+    obs = {key: x.new_zeros((args.num_steps, *x.shape)) for key, x in next_obs.items()}
+    actions = torch.zeros((args.num_steps, *next_obs["kind"].shape), dtype=torch.long, device=device)
+    dones = torch.zeros((args.num_steps, B), dtype=torch.bool, device=device)
+    G = group_sum(next_obs["kind"].float(), next_obs).shape[-1]
+    logprobs = torch.zeros((args.num_steps, B, G), device=device)
+    rewards = torch.zeros((args.num_steps, B, G), device=device)
+    values = torch.zeros((args.num_steps + 1, B, G), device=device)
+    active = torch.zeros((args.num_steps + 1, B, G), dtype=torch.bool, device=device)
+
+    rollout_steps = args.num_envs * args.num_steps
+    num_updates = args.total_timesteps // rollout_steps
+    minibatch_size = args.num_steps * B // args.num_minibatches
+    global_step, start_time = 0, time.time()
+    finished = deque(maxlen=20)  # metrics of the last matches
+    progress = tqdm(total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True)
+
+    for update in range(1, num_updates + 1):
+        done_share = (update - 1) / num_updates
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = (1 - done_share) * args.learning_rate
+        positive_weight = args.positive_reward_weight + (1 - args.positive_reward_weight) * done_share
+
+        for step in range(args.num_steps):
+            global_step += args.num_envs
+            for key, x in next_obs.items():
+                obs[key][step] = x
+            step_obs = {key: x[step] for key, x in obs.items()}  # a copy: the environment reuses its arrays
+            with torch.no_grad():
+                logits, value, team_value = agent(step_obs)
+            dist = Categorical(logits=logits, validate_args=False)
+            action = dist.sample()
+            actions[step] = action
+            logprobs[step] = group_sum(dist.log_prob(action), step_obs)
+            values[step] = group_value(value, team_value, step_obs, args)
+            active[step] = group_sum(torch.ones_like(value), step_obs) > 0
+
+            env_obs, reward, terminated, truncated, infos = envs.step(action.view(args.num_envs, -1, action.shape[-1]).cpu().numpy())
+            reward = torch.as_tensor(reward, device=device).flatten(0, 1)
+            reward = torch.where(reward > 0, reward * positive_weight, reward)
+            # The rewards belong to the entities that acted, so to the observation before the step.
+            rewards[step] = group_sum(reward, step_obs)  # (*)
+            dones[step] = torch.as_tensor(terminated | truncated, device=device).repeat_interleave(B // args.num_envs)
+            next_obs = to_tensors(env_obs, device)
+
+            for match in np.flatnonzero(infos.get("_episode", ())):
+                finished.append({key: np.mean(x[match]) for key, x in infos["episode"].items()})
+                for key, x in finished[-1].items():
+                    name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"lux/{key}")
+                    writer.add_scalar(name, x, global_step)
+
+        with torch.no_grad():
+            _, value, team_value = agent(next_obs)
+            values[-1] = group_value(value, team_value, next_obs, args)
+            active[-1] = group_sum(torch.ones_like(value), next_obs) > 0
+            advantages = compute_gae(rewards, values, active, dones, args.gamma, args.gae_lambda)
+            returns = advantages + values[:-1]
+
+        # The batch: one row per team and step
+        b_obs = {key: x.flatten(0, 1) for key, x in obs.items()}
+        b_actions, b_logprobs, b_active = actions.flatten(0, 1), logprobs.flatten(0, 1), active[:-1].flatten(0, 1)
+        b_advantages, b_returns, b_values = advantages.flatten(0, 1), returns.flatten(0, 1), values[:-1].flatten(0, 1)
+
+        # Value losses are relative to this, so that vf_coef means the same on every scale of rewards.
+        return_variance = masked_mean((b_returns - masked_mean(b_returns, b_active)) ** 2, b_active) + 1e-8
+
+        clipfracs = []
+        for epoch in range(args.update_epochs):
+            for mb in torch.randperm(len(b_actions), device=device).split(minibatch_size):
+                mb_obs, mb_active, mb_advantages = {key: x[mb] for key, x in b_obs.items()}, b_active[mb], b_advantages[mb]
+                logits, value, team_value = agent(mb_obs)
+                dist = Categorical(logits=logits, validate_args=False)
+                newlogprob = group_sum(dist.log_prob(b_actions[mb]), mb_obs)
+                newvalue = group_value(value, team_value, mb_obs, args)
+                logratio = torch.where(mb_active, newlogprob - b_logprobs[mb], 0)
+                ratio = logratio.exp()
+
+                with torch.no_grad():
+                    # http://joschu.net/blog/kl-approx.html
+                    approx_kl = masked_mean((ratio - 1) - logratio, mb_active)
+                    clipfracs.append(masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active).item())
+
+                if args.norm_adv:
+                    mean = masked_mean(mb_advantages, mb_active)
+                    std = masked_mean((mb_advantages - mean) ** 2, mb_active).sqrt()
+                    mb_advantages = (mb_advantages - mean) / (std + 1e-8)
+
+                # Policy loss: the group axis stays up to the mean over active cells
+                pg_loss1 = -mb_advantages * ratio
+                pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss = masked_mean(torch.max(pg_loss1, pg_loss2), mb_active)
+
+                # Value loss
+                v_loss = (newvalue - b_returns[mb]) ** 2
+                if args.clip_vloss:
+                    clipped = b_values[mb] + torch.clamp(newvalue - b_values[mb], -args.clip_coef, args.clip_coef)
+                    v_loss = torch.max(v_loss, (clipped - b_returns[mb]) ** 2)
+                v_loss = 0.5 * masked_mean(v_loss, mb_active) / return_variance
+
+                entropy_loss = masked_mean(group_sum(dist.entropy(), mb_obs), mb_active)
+                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+
+            if args.target_kl is not None and approx_kl > args.target_kl:
+                break
+
+        explained_var = 1 - masked_mean((b_returns - b_values) ** 2, b_active) / return_variance
+        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+        writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
+        writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
+        writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
+        writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
+        writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
+        writer.add_scalar("losses/explained_variance", explained_var.item(), global_step)
+        writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
+        progress.update(rollout_steps)
+        if finished:
+            shown = {"return": "r", "length": "l", "ice": "ice_transferred", "factories": "factories_alive"}
+            means = {name: np.mean([match.get(key, np.nan) for match in finished]) for name, key in shown.items()}
+            progress.set_postfix({name: f"{mean:.1f}" for name, mean in means.items()})
+
+        if update % args.checkpoint_interval == 0 or update == num_updates:
+            checkpoint = {
+                "args": asdict(args),
+                "model": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "update": update,
+                "global_step": global_step,
+                "torch_rng": torch.get_rng_state(),
+            }
+            write_atomically(f"{run_dir}/checkpoint.pt", lambda temporary: torch.save(checkpoint, temporary))
+
+    progress.close()
+    envs.close()
+    writer.close()
+    return agent
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    check_args(args)
+    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    if args.evaluate:
+        model, trained = load_checkpoint(args.evaluate)
+        run_dir = os.path.dirname(args.evaluate) or "."
+        for name in ("cuda", "num_workers", "eval_episodes", "capture_video", "evaluate"):
+            setattr(trained, name, getattr(args, name))
+        args = trained
+    else:
+        run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            os.makedirs(run_dir)
+        except OSError as error:
+            fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")
+    try:
+        if args.evaluate:
+            envs = make_envs(args, 1, num_workers=0)
+            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
+            try:
+                agent.load_state_dict(model)
+            except RuntimeError:
+                fail(f"{args.evaluate} holds another network than this version's")
+        else:
+            with open(f"{run_dir}/args.json", "w") as file:
+                json.dump(asdict(args), file, indent=1)
+            agent = train(args, run_dir, device)
+        report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
+        if args.capture_video:
+            record_video(agent, args, device, f"{run_dir}/video.gif")
+    except LuxError as error:
+        kept = f"; the last checkpoint is {run_dir}/checkpoint.pt" if os.path.exists(f"{run_dir}/checkpoint.pt") else ""
+        fail(f"{error}{kept}", 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
