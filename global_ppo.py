@@ -21,7 +21,9 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, Optional
+from functools import partial
+from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -105,7 +107,7 @@ class Args:
     """coefficient of the entropy"""
     vf_coef: float = 0.5
     """coefficient of the value loss"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = 2.0
     """the largest norm of the gradient"""
     target_kl: Optional[float] = None
     """the KL divergence at which the passes over a rollout end early"""
@@ -142,8 +144,9 @@ def check_args(args):
             f"a rollout of {args.num_envs} x {args.num_steps} steps does not divide into {args.num_minibatches} "
             "minibatches; change --num-envs, --num-steps or --num-minibatches"
         )
-    if args.total_timesteps < args.num_envs * args.num_steps:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, {args.num_envs * args.num_steps} steps")
+    rollout_steps = args.num_envs * args.num_steps
+    if args.total_timesteps < rollout_steps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_steps} steps")
 
 
 def make_envs(args, num_envs, **options):
@@ -251,7 +254,8 @@ def report(metrics, path):
     names = {"l": "episode_length", "r": "episodic_return"}
     for key, row in summary.items():
         print(f"{names.get(key, key):24}" + "".join(f"{number:10.1f}" for number in row.values()))
-    write_atomically(path, lambda temporary: json.dump({"summary": summary, "matches": metrics}, open(temporary, "w"), indent=1))
+    text = json.dumps({"summary": summary, "matches": metrics}, indent=1)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
     print(f"written to {path}")
 
 
@@ -350,7 +354,8 @@ def train(args, run_dir, device):
             values[step] = group_value(value, team_value, step_obs, args)
             active[step] = group_sum(torch.ones_like(value), step_obs) > 0
 
-            env_obs, reward, terminated, truncated, infos = envs.step(action.view(args.num_envs, -1, action.shape[-1]).cpu().numpy())
+            env_actions = action.view(args.num_envs, -1, action.shape[-1]).cpu().numpy()  # waits for the device
+            env_obs, reward, terminated, truncated, infos = envs.step(env_actions)
             reward = torch.as_tensor(reward, device=device).flatten(0, 1)
             reward = torch.where(reward > 0, reward * positive_weight, reward)
             # The rewards belong to the entities that acted, so to the observation before the step.
@@ -376,13 +381,11 @@ def train(args, run_dir, device):
         b_actions, b_logprobs, b_active = actions.flatten(0, 1), logprobs.flatten(0, 1), active[:-1].flatten(0, 1)
         b_advantages, b_returns, b_values = advantages.flatten(0, 1), returns.flatten(0, 1), values[:-1].flatten(0, 1)
 
-        # Value losses are relative to this, so that vf_coef means the same on every scale of rewards.
-        return_variance = masked_mean((b_returns - masked_mean(b_returns, b_active)) ** 2, b_active) + 1e-8
-
         clipfracs = []
-        for epoch in range(args.update_epochs):
+        for _ in range(args.update_epochs):
             for mb in torch.randperm(len(b_actions), device=device).split(minibatch_size):
-                mb_obs, mb_active, mb_advantages = {key: x[mb] for key, x in b_obs.items()}, b_active[mb], b_advantages[mb]
+                mb_obs = {key: x[mb] for key, x in b_obs.items()}
+                mb_active, mb_advantages = b_active[mb], b_advantages[mb]
                 logits, value, team_value = agent(mb_obs)
                 dist = Categorical(logits=logits, validate_args=False)
                 newlogprob = group_sum(dist.log_prob(b_actions[mb]), mb_obs)
@@ -410,7 +413,7 @@ def train(args, run_dir, device):
                 if args.clip_vloss:
                     clipped = b_values[mb] + torch.clamp(newvalue - b_values[mb], -args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (clipped - b_returns[mb]) ** 2)
-                v_loss = 0.5 * masked_mean(v_loss, mb_active) / return_variance
+                v_loss = 0.5 * masked_mean(v_loss, mb_active)
 
                 entropy_loss = masked_mean(group_sum(dist.entropy(), mb_obs), mb_active)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
@@ -423,6 +426,7 @@ def train(args, run_dir, device):
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
+        return_variance = masked_mean((b_returns - masked_mean(b_returns, b_active)) ** 2, b_active)
         explained_var = 1 - masked_mean((b_returns - b_values) ** 2, b_active) / return_variance
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
@@ -447,7 +451,7 @@ def train(args, run_dir, device):
                 "global_step": global_step,
                 "torch_rng": torch.get_rng_state(),
             }
-            write_atomically(f"{run_dir}/checkpoint.pt", lambda temporary: torch.save(checkpoint, temporary))
+            write_atomically(f"{run_dir}/checkpoint.pt", partial(torch.save, checkpoint))
 
     progress.close()
     envs.close()
@@ -480,8 +484,7 @@ if __name__ == "__main__":
             except RuntimeError:
                 fail(f"{args.evaluate} holds another network than this version's")
         else:
-            with open(f"{run_dir}/args.json", "w") as file:
-                json.dump(asdict(args), file, indent=1)
+            Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
             agent = train(args, run_dir, device)
         report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
         if args.capture_video:

@@ -78,9 +78,7 @@ class HybridNet(nn.Module):
             nn.ReLU(),
         )
         self.actor = layer_init(nn.Linear(width, 2 * num_actions), std=0.01)
-        self.critic = nn.Sequential(
-            layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0)
-        )
+        self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0))
         self.team_critic = nn.Sequential(
             layer_init(nn.Linear(width + 2 * channels, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0)
         )

@@ -120,7 +120,6 @@ MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
 WORST_MOVE = np.array([6, 120])  # onto 100 rubble
 ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER = 4, 5, 10
-CLEARING = 4  # walking distance from a factory's centre within which clearing rubble is worth its power
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 
 # Map seeds below this are held out for evaluation, those of training matches are above it.
@@ -161,11 +160,11 @@ def placement_score(obs):
     free = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0)
     score = (
         4.0 * np.minimum(gaussian_filter(board["ice"], 1.2), 0.6)
-        + 0.3 * np.minimum(gaussian_filter(board["ice"], 3.0), 3.0)
+        + 0.5 * np.minimum(gaussian_filter(board["ice"], 4.0), 3.0)
         + 0.1 * np.minimum(gaussian_filter(board["ore"], 4.0), 3.0)
-        + 0.01 * gaussian_filter(free, 3.0)
+        + 0.004 * gaussian_filter(free, 3.0)
         - 0.0004 * gaussian_filter(board["rubble"], 2.0)
-        - 0.5 * gaussian_filter(factories, 5.0)
+        - 0.3 * gaussian_filter(factories, 4.0)
     )
     return np.where(board["valid_spawns_mask"], score, -np.inf)
 
@@ -241,10 +240,12 @@ class LuxEncoder:
             2. stepping onto the centre of an own factory (robots appear there),
             3. building while an own robot stands there, and building a light robot from the metal that the
                factory's first heavy one needs,
-            4. digging where nothing is gained: bare ground, own lichen, ice and ore with full cargo, and
-               rubble that is neither on ice or ore nor within CLEARING cells of an own factory,
-            5. picking up less power than ten times what the order itself costs,
-            6. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
+            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
+               ice and ore with full cargo,
+            5. digging, or stepping away from home, with less power left than the way back to the nearest own
+               factory costs on bare ground (a robot without power stands where it is until the sun shines),
+            6. picking up less power than ten times what the order itself costs,
+            7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
     """
 
@@ -460,7 +461,7 @@ class LuxEncoder:
         team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
         cells = team[:, None], x[:, None] + DX + 1, y[:, None] + DY + 1  # its own cell and the four beside it
         own_factory = self.factory_map[cells]
-        opponent_factory = self.factory_map[1 - cells[0], *cells[1:]]
+        opponent_factory = self.factory_map[(1 - cells[0], *cells[1:])]
         rubble = self.rubble[cells[1:]]
         on_ice, on_ore, cargo, battery = self.ice[x, y], self.ore[x, y], CARGO[heavy], BATTERY[heavy]
 
@@ -501,10 +502,14 @@ class LuxEncoder:
             can_do[:, 1:5] &= ~(self.robot_map[cells] | self.centre_map[cells])[:, 1:]
             own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & (self.lichen[x, y] > 0)
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
-            near = on_ice | on_ore | (distance[row, nearest] <= CLEARING)
-            to_clear = ((rubble[:, 0] > 0) & near) | ((self.lichen[x, y] > 0) & ~own_lichen)
+            to_clear = ((rubble[:, 0] > 0) & (on_ice | on_ore)) | ((self.lichen[x, y] > 0) & ~own_lichen)
             can_do[:, DIG] &= to_mine | to_clear
             can_do[:, PICK_UP] &= gain >= 10 * order_cost
+            gap = np.abs(np.stack(cells[1:], -1) - 1 - self.factory_pos[team, nearest][:, None]) - 1
+            steps_home = np.maximum(gap, 0).sum(-1)  # of the five cells, to the edge of the nearest factory
+            way_home = steps_home * MOVE_COST[heavy][:, None]
+            can_do[:, 1:5] &= (left[:, 1:5] - move_cost >= way_home[:, 1:]) | (steps_home[:, 1:] < steps_home[:, :1])
+            can_do[:, DIG] &= left[:, DIG] - DIG_COST[heavy] >= way_home[:, 0]
         can_do[:, STAY] |= ~can_do.any(1)
 
         out["features"][team, slot] = features
@@ -539,7 +544,8 @@ class LuxEncoder:
         if self.safe_masks:
             action = self._give_way(action)
         order_cost = ORDER_COST[heavy]
-        affordable = np.maximum((power - 2 * order_cost) // np.where(action == DIG, DIG_COST[heavy], WORST_MOVE[heavy]), 1)
+        step_cost = np.where(action == DIG, DIG_COST[heavy], WORST_MOVE[heavy])
+        affordable = np.maximum((power - 2 * order_cost) // step_cost, 1)
         moves = (STAY < action) & (action < DIG)
         queue = np.zeros((len(team), 1, 6), np.int64)  # type, direction, resource, amount, repeat, n
         queue[:, 0, 0] = np.array([0, 0, 0, 0, 0, 3, 1, 2])[action]
@@ -557,7 +563,8 @@ class LuxEncoder:
         """Where own robots are told to step onto one cell, let the first go and the others wait."""
         team, _, _, x, y = self.robots.T[:5]
         moves = np.flatnonzero((STAY < action) & (action < DIG))
-        goal = (team[moves] * self.map_size + x[moves] + DX[action[moves]]) * self.map_size + y[moves] + DY[action[moves]]
+        goal_x, goal_y = x[moves] + DX[action[moves]], y[moves] + DY[action[moves]]
+        goal = np.ravel_multi_index((team[moves], goal_x, goal_y), (2, self.map_size, self.map_size))
         waits = np.ones(len(moves), bool)
         waits[np.unique(goal, return_index=True)[1]] = False
         if waits.any():
@@ -712,7 +719,7 @@ class LuxMatch:
     def _metrics(self, obs):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
         total = dict(zip(TERMS, self.totals.T))
-        lichen = [sum(obs["board"]["lichen"][obs["board"]["lichen_strains"] == s].sum() for s in obs["teams"][p]["factory_strains"]) for p in PLAYERS]
+        owner = self.encoder.team_of_strain[obs["board"]["lichen_strains"]]
         return {
             "l": obs["real_env_steps"],
             "r": self.returns,
@@ -724,7 +731,7 @@ class LuxMatch:
             "water": total["water_made"],
             "ore": total["ore_delivered"],
             "metal": total["metal_made"],
-            "lichen": np.array(lichen),
+            "lichen": np.array([obs["board"]["lichen"][owner == team].sum() for team in range(2)]),
             "lights_built": self.built[:, 0],
             "heavies_built": self.built[:, 1],
             "robots_lost": self.lost,
@@ -780,15 +787,20 @@ class _Matches:
         return results
 
 
-def _work(pipe, first, arrays, options):
-    """A worker process: obey ("reset" | "step", argument) until the pipe closes."""
+def _work(pipe, inherited, first, arrays, options):
+    """A worker process: obey ("reset" | "step", argument) until it gets None or the parent is gone."""
+    for other in inherited:  # while a copy of the parent's end is open here, its death would go unnoticed
+        other.close()
     arrays = {key: _view(*array) for key, array in arrays.items()}
     matches = _Matches(first, arrays, options)
     gc.collect()
     gc.freeze()  # what is there now stays: without this, a third of the time goes into collecting garbage
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
-            command, argument = pipe.recv()
+            message = pipe.recv()
+            if message is None:
+                break
+            command, argument = message
             try:
                 pipe.send((True, getattr(matches, command)(argument)))
             except LuxError as error:
@@ -862,7 +874,10 @@ class LuxVecEnv(gym.vector.VectorEnv):
         # One block of memory per array, shared with the workers: nothing is pickled at a step.
         shapes = {key: ((num_envs, *array.shape), array.dtype) for key, array in blank.items()}
         shapes |= {"actions": ((num_envs, *entities), np.dtype(np.int64))}
-        shapes |= {"rewards": ((num_envs, *entities), np.dtype(np.float32)), "terminated": ((num_envs,), np.dtype(bool))}
+        shapes |= {
+            "rewards": ((num_envs, *entities), np.dtype(np.float32)),
+            "terminated": ((num_envs,), np.dtype(bool)),
+        }
         # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         memory = {
@@ -886,7 +901,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
         for first, end in self.shares:
             here, there = context.Pipe()
             part = {key: (*array, slice(first, end)) for key, array in memory.items()}
-            worker = context.Process(target=_work, args=(there, first, part, options), daemon=True)
+            inherited = [*self.pipes, here] if context.get_start_method() == "fork" else []
+            worker = context.Process(target=_work, args=(there, inherited, first, part, options), daemon=True)
             worker.start()
             there.close()
             self.workers.append(worker)
@@ -963,6 +979,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
     def close_extras(self, **kwargs):
         """End the worker processes."""
         for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
             pipe.close()
         for worker in self.workers:
             worker.join(timeout=5)
