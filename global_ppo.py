@@ -135,16 +135,13 @@ def check_args(args):
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
     if args.num_workers is not None and args.num_workers < 0:
         fail(f"--num-workers must be at least 0, got {args.num_workers}")
-    if args.max_factories < args.min_factories:
-        fail(f"--max-factories {args.max_factories} is below --min-factories {args.min_factories}")
+    if not args.min_factories <= args.max_factories <= 10:
+        fail(f"--max-factories must be between --min-factories and 10, got {args.max_factories}")
     if not 24 <= args.map_size <= 64:
         fail(f"--map-size must be between 24 and 64, got {args.map_size}")
-    if args.num_envs * args.num_steps % args.num_minibatches:
-        fail(
-            f"a rollout of {args.num_envs} x {args.num_steps} steps does not divide into {args.num_minibatches} "
-            "minibatches; change --num-envs, --num-steps or --num-minibatches"
-        )
     rollout_steps = args.num_envs * args.num_steps
+    if rollout_steps % args.num_minibatches:
+        fail(f"--num-envs x --num-steps = {rollout_steps} does not divide by --num-minibatches {args.num_minibatches}")
     if args.total_timesteps < rollout_steps:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_steps} steps")
 

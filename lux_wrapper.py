@@ -564,7 +564,7 @@ class LuxEncoder:
         team, _, _, x, y = self.robots.T[:5]
         moves = np.flatnonzero((STAY < action) & (action < DIG))
         goal_x, goal_y = x[moves] + DX[action[moves]], y[moves] + DY[action[moves]]
-        goal = np.ravel_multi_index((team[moves], goal_x, goal_y), (2, self.map_size, self.map_size))
+        goal = np.ravel_multi_index((team[moves], goal_x, goal_y), (2, self.map_size, self.map_size), "clip")
         waits = np.ones(len(moves), bool)
         waits[np.unique(goal, return_index=True)[1]] = False
         if waits.any():
