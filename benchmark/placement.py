@@ -1,6 +1,6 @@
 """Draw the factory placement of one map: the board, the score of every cell, the chosen cells.
 
-python benchmark/placement.py --seed 3        # writes benchmark/placement.png
+python benchmark/placement.py --seed 7        # writes benchmark/placement.png
 """
 
 import sys
@@ -19,7 +19,7 @@ from luxai_s2 import LuxAI_S2  # noqa: E402
 from lux_wrapper import PLAYERS, early_phase_action, placement_score  # noqa: E402
 
 
-def main(seed: int = 3, path: Path = Path(__file__).parent / "placement.png"):
+def main(seed: int = 7, path: Path = Path(__file__).parent / "placement.png"):
     """Play the placement phase of one season-2 map (48 x 48) and draw it.
 
     Args:
