@@ -782,6 +782,7 @@ class _Matches:
             except Exception as error:
                 name = f"match {self.first + index} (map seed {match.seed})"
                 raise LuxError(f"{name} failed in the engine: {type(error).__name__}: {error}") from error
+            self.arrays["map_seed"][index] = match.seed
             if result is not None:
                 results.append((self.first + index, result))
         return results
@@ -873,10 +874,11 @@ class LuxVecEnv(gym.vector.VectorEnv):
 
         # One block of memory per array, shared with the workers: nothing is pickled at a step.
         shapes = {key: ((num_envs, *array.shape), array.dtype) for key, array in blank.items()}
-        shapes |= {"actions": ((num_envs, *entities), np.dtype(np.int64))}
         shapes |= {
+            "actions": ((num_envs, *entities), np.dtype(np.int64)),
             "rewards": ((num_envs, *entities), np.dtype(np.float32)),
             "terminated": ((num_envs,), np.dtype(bool)),
+            "map_seed": ((num_envs,), np.dtype(np.int64)),
         }
         # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -973,7 +975,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
                     raise LuxError(result)
                 results += result
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise LuxError(f"a worker process died (matches {first} to {end - 1})") from None
+            seeds = ", ".join(map(str, self.arrays["map_seed"][first:end]))
+            raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) died") from None
         return results
 
     def close_extras(self, **kwargs):
