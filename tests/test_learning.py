@@ -1,0 +1,190 @@
+"""Training on a toy game with the wrapper's interface: credit per entity, and nothing from empty slots."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+import global_ppo
+import trajsep_ppo
+
+CHOICES, PLAYERS, SIZE = 4, 2, 8
+
+
+class ToyVecEnv:
+    """Everybody sees a cue of its own, 0 to 3, and gets 1 / slots where it chooses the action of that number.
+
+    Entities appear and vanish at random; matches end after 10 steps. The arrays are written again at every
+    step, as the wrapper does.
+
+    Args:
+        num_envs: N.
+        slots: E, of which the first is a factory, on average two thirds of them live.
+        padding: slots more in which nobody ever is, full of garbage.
+        clusters: how many groups share the slots; as many as slots by default.
+        penalty: what a wrong choice costs, in shares of what a right one earns.
+        diary: a list that gets (kind, rewards, terminated) of every step.
+    """
+
+    def __init__(self, num_envs, slots=16, padding=0, clusters=None, penalty=0.0, diary=None):
+        self.num_envs, self.slots, self.penalty = num_envs, slots, penalty
+        self.diary = [] if diary is None else diary
+        shape = (num_envs, PLAYERS, slots + padding)
+        self.obs = {
+            "board": np.zeros((num_envs, PLAYERS, 2, SIZE, SIZE), np.uint8),
+            "features": np.full((*shape, CHOICES), np.nan, np.float32),
+            "position": np.full((*shape, 2), SIZE - 1),
+            "kind": np.zeros(shape, np.int64),
+            "group": np.broadcast_to(np.arange(shape[-1]) % (clusters or shape[-1]), shape).copy(),
+            "action_mask": np.ones((*shape, CHOICES), bool),
+        }
+        self.rewards = np.full(shape, np.nan, np.float32)
+        spaces = {key: gym.spaces.Box(-np.inf, np.inf, x.shape[1:]) for key, x in self.obs.items()}
+        self.single_observation_space = gym.spaces.Dict(spaces)
+        self.single_action_space = gym.spaces.MultiDiscrete(np.full(shape[1:], CHOICES))
+
+    def reset(self, *, seed=None, options=None):
+        self.rng = np.random.default_rng(seed)
+        self.time = np.zeros(self.num_envs, np.int64)
+        self.time += np.arange(self.num_envs) % 10  # matches do not end together
+        self.returns = np.zeros((self.num_envs, PLAYERS))
+        self.live = self.rng.random((self.num_envs, PLAYERS, self.slots)) < 0.67
+        return self._observe(), {}
+
+    def _observe(self):
+        self.cue = self.rng.integers(0, CHOICES, self.live.shape)
+        own = (slice(None), slice(None), slice(self.slots))
+        self.obs["kind"][own] = self.live * np.where(np.arange(self.slots) == 0, 1, 2)
+        self.obs["features"][own] = np.where(self.live[..., None], np.eye(CHOICES)[self.cue], np.nan)
+        self.obs["position"][own] = self.rng.integers(0, SIZE, (*self.live.shape, 2))
+        return self.obs
+
+    def step(self, actions):
+        right = self.live & (actions[..., : self.slots] == self.cue)
+        self.rewards[..., : self.slots] = np.where(self.live, np.where(right, 1, -self.penalty) / self.slots, np.nan)
+        self.returns += right.sum(-1) / self.slots
+        self.time += 1
+        terminated = self.time >= 10
+        self.diary.append((self.obs["kind"].copy(), self.rewards.copy(), terminated.copy()))
+        infos = {}
+        if terminated.any():
+            infos = {"_episode": terminated, "episode": {"l": self.time.copy(), "r": self.returns.copy()}}
+        self.time[terminated], self.returns[terminated] = 0, 0
+        # One in eight vanishes, and one in four of the empty slots is filled a step later at the earliest.
+        chance = self.rng.random(self.live.shape)
+        self.live = np.where(self.live, chance > 0.125, chance < 0.25)
+        return self._observe(), self.rewards, terminated, np.zeros_like(terminated), infos
+
+    def close(self):
+        pass
+
+
+def train_on_toy(monkeypatch, script, run_dir, toy=None, **options):
+    """The agent that a script's own `train` makes of the toy game. All that matters is set here, not by defaults."""
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **_: ToyVecEnv(num_envs, **(toy or {})))
+    settings = {
+        **{"cuda": False, "num_envs": 4, "num_steps": 20, "num_minibatches": 4, "update_epochs": 4},
+        **{"learning_rate": 2e-3, "anneal_lr": True, "gamma": 0.9, "gae_lambda": 0.95, "clip_coef": 0.2},
+        **{"ent_coef": 0.01, "vf_coef": 0.5, "max_grad_norm": 0.5, "norm_adv": True, "target_kl": None},
+        **{"positive_reward_weight": 1.0},
+    }
+    if script is trajsep_ppo:
+        settings["agent_reward_weight"] = 0.8
+    run_dir.mkdir(parents=True)
+    return script.train(script.Args(**(settings | options)), str(run_dir), torch.device("cpu"))
+
+
+def accuracy(agent):
+    """Mean probability of the right choice over the live entities of fresh observations."""
+    env = ToyVecEnv(50)
+    obs, _ = env.reset(seed=12345)
+    tensors = {key: torch.as_tensor(x).flatten(0, 1) for key, x in obs.items()}
+    with torch.no_grad():
+        probability = agent(tensors)[0].softmax(-1).view(50, PLAYERS, 16, CHOICES).numpy()
+    right = np.take_along_axis(probability, env.cue[..., None], -1)[..., 0]
+    return right[env.live].mean()
+
+
+def test_separate_trajectories_learn_faster(monkeypatch, tmp_path):
+    """With the same budget of 1,200 steps each entity has learned its own choice, while the team's sum has not told."""
+    for seed in (1, 2, 3):
+        reached = {}
+        for script in (trajsep_ppo, global_ppo):
+            run_dir = tmp_path / f"{script.__name__}_{seed}"
+            agent = train_on_toy(monkeypatch, script, run_dir, seed=seed, total_timesteps=1200)
+            reached[script] = accuracy(agent)
+        print(seed, {script.__name__: round(float(share), 3) for script, share in reached.items()})
+        assert reached[trajsep_ppo] > 0.8, "separated trajectories must have learned (chance is 0.25)"
+        assert reached[trajsep_ppo] > reached[global_ppo] + 0.15
+
+
+@pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
+@pytest.mark.parametrize("weight", [1.0, 1.5])
+def test_the_rollout_is_what_was_played(monkeypatch, tmp_path, script, weight):
+    """Who was there, what they got and which matches ended reach the advantages at the right team and step.
+
+    Positive rewards count more at first: here 1.5 times in the first of three updates, then 4/3 and 7/6 times.
+    """
+    seen, diary, compute_gae = [], [], script.compute_gae
+
+    def spy(rewards, values, active, dones, *args):
+        seen.append([x.clone() for x in (rewards, active, dones)])
+        return compute_gae(rewards, values, active, dones, *args)
+
+    monkeypatch.setattr(script, "compute_gae", spy)
+    options = {"agent_reward_weight": 1.0} if script is trajsep_ppo else {}
+    toy = {"slots": 5, "penalty": 0.5, "diary": diary}
+    options |= {"total_timesteps": 3 * 4 * 20, "positive_reward_weight": weight}
+    train_on_toy(monkeypatch, script, tmp_path / "run", toy, seed=1, **options)
+
+    assert len(seen) == 3 and len(diary) == 60
+    kinds = torch.as_tensor(np.array([kind for kind, _, _ in diary])).flatten(1, 2)
+    paid = torch.as_tensor(np.array([rewards for _, rewards, _ in diary])).flatten(1, 2)
+    ended = torch.as_tensor(np.array([terminated for _, _, terminated in diary]))
+    assert (paid > 0).any() and (paid < 0).any() and ended.any() and not ended.all(1).any()
+    for update, (rewards, active, dones) in enumerate(seen):
+        steps = slice(20 * update, 20 * update + 20)
+        factor = 1 + (weight - 1) * (1 - update / 3)
+        expected = torch.where(kinds[steps] > 0, torch.where(paid[steps] > 0, factor * paid[steps], paid[steps]), 0)
+        present = kinds[20 * update : 20 * update + 21] > 0
+        if script is global_ppo:
+            expected, present = expected.sum(-1, keepdim=True), present.any(-1, keepdim=True)
+        torch.testing.assert_close(rewards, expected)
+        assert torch.equal(active[: len(present)], present) and len(active) == 21
+        assert torch.equal(dones, torch.stack([ended[steps]] * PLAYERS, -1).flatten(1))
+
+
+class SlotwiseCategorical(torch.distributions.Categorical):
+    """Samples with the same random numbers for a slot however many slots there are."""
+
+    generator = torch.Generator()
+
+    def sample(self):
+        *batch, slots, choices = self.logits.shape
+        noise = torch.rand(*batch, 64, choices, generator=self.generator)[..., :slots, :]
+        return (self.logits - torch.log(-torch.log(noise))).argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "script, clusters, options",
+    [
+        (trajsep_ppo, None, {}),
+        (trajsep_ppo, 3, {"clip_vloss": True}),
+        (trajsep_ppo, None, {"critic": "global", "advantage": "global"}),
+        (global_ppo, None, {}),
+    ],
+)
+def test_empty_slots_count_for_nothing(monkeypatch, tmp_path, script, clusters, options):
+    """Six more slots, always empty and full of NaN, leave the trained parameters as they are.
+
+    Any mean, normalisation, entropy, ratio or value loss that took empty slots in would show here.
+    """
+    monkeypatch.setattr(script, "Categorical", SlotwiseCategorical)
+    parameters = []
+    for padding in (0, 6):
+        SlotwiseCategorical.generator.manual_seed(0)
+        toy = {"slots": 6, "padding": padding, "clusters": clusters}
+        agent = train_on_toy(monkeypatch, script, tmp_path / str(padding), toy, seed=1, total_timesteps=240, **options)
+        parameters.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))
+    assert parameters[0].isfinite().all()
+    torch.testing.assert_close(parameters[0], parameters[1], atol=1e-5, rtol=1e-4)

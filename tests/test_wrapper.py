@@ -1,0 +1,837 @@
+"""The wrapper against the real engine: slots, rewards, groups, placement, matches, workers."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from helpers import after_every_step, entities, hash_of, in_process, masked_random, scripted
+from luxai_s2.unit import UnitType
+
+import lux_wrapper as lux
+
+CHANNEL = {name: channel for channel, name in enumerate(lux.BOARD_CHANNELS)}
+
+
+@contextlib.contextmanager
+def time_limit(seconds):
+    """Fail instead of hanging."""
+
+    def too_long(signum, frame):
+        raise TimeoutError(f"not done in {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def play(env, obs, policy, steps):
+    """Play `steps` steps; yields (observations before, actions, what `step` returned)."""
+    for _ in range(steps):
+        before = {key: array.copy() for key, array in obs.items()}
+        actions = policy(before)
+        result = env.step(actions)
+        yield before, actions, result
+        obs = result[0]
+
+
+def random_policy(seed=0, weights=1.0):
+    rng = np.random.default_rng(seed)
+    return lambda obs: masked_random(rng, obs["action_mask"], weights)
+
+
+def idle(obs):
+    return np.zeros(obs["kind"].shape, np.int64)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Gymnasium's conventions
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_spaces_describe_what_comes_back():
+    """Observations of `reset` and `step` lie in the spaces; rewards are [N, P, E], ends [N]."""
+    env, _ = in_process(2)
+    assert isinstance(env, gym.vector.VectorEnv) and env.num_envs == 2
+    obs, infos = env.reset(seed=1)
+    assert infos == {} and env.observation_space.contains(obs)
+    for step, (_, actions, result) in enumerate(play(env, obs, random_policy(), 40)):
+        obs, rewards, terminated, truncated, infos = result
+        assert env.action_space.contains(actions)
+        if step % 10 == 9:
+            assert env.observation_space.contains(obs)
+            for match in range(2):
+                assert env.single_observation_space.contains({key: array[match] for key, array in obs.items()})
+        assert rewards.shape == obs["kind"].shape and rewards.dtype == np.float32
+        assert terminated.shape == truncated.shape == (2,) and terminated.dtype == truncated.dtype == bool
+        assert infos == {}
+    assert (obs["kind"] >= lux.LIGHT).any()
+    assert env.action_space.sample().shape == obs["kind"].shape
+    env.close()
+
+
+def test_features_are_small_and_finite():
+    """Inputs of a network: finite, of order 1, and exactly 0 in empty slots."""
+    env, _ = in_process(2)
+    obs, _ = env.reset(seed=2)
+    for before, _, _ in play(env, obs, random_policy(), 120):
+        assert np.isfinite(before["features"]).all() and np.abs(before["features"]).max() <= 4
+        empty = before["kind"] == lux.NOBODY
+        assert not before["features"][empty].any() and not before["action_mask"][empty].any()
+        assert not before["position"][empty].any()
+        assert before["action_mask"].any(-1)[~empty].all()
+    env.close()
+
+
+def test_both_players_see_their_own_side():
+    """The board of the second player is that of the first with own and opponent's channels swapped."""
+    env, (match,) = in_process(1, safe_masks=False)
+    obs, _ = env.reset(seed=3)
+    for _, _, (obs, *_) in play(env, obs, random_policy(), 60):
+        pass
+    mine, theirs = obs["board"][0]
+    for what in ("factory", "lichen", "light", "heavy"):
+        for a, b in (("own", "opponent"), ("opponent", "own")):
+            assert (mine[CHANNEL[f"{a}_{what}"]] == theirs[CHANNEL[f"{b}_{what}"]]).all()
+    board, state = match.engine.state.board, match.engine.state
+    for view in (mine, theirs):
+        assert (view[CHANNEL["ice"]] == 100 * board.ice).all() and (view[CHANNEL["ore"]] == 100 * board.ore).all()
+        assert (view[CHANNEL["rubble"]] == board.rubble).all()
+        assert (view[CHANNEL["own_lichen"]] + view[CHANNEL["opponent_lichen"]] == board.lichen).all()
+    for team, player in enumerate(lux.PLAYERS):
+        owned = [factory.num_id for factory in state.factories[player].values()]
+        area = np.isin(board.factory_occupancy_map, owned)
+        assert (obs["board"][0, team, CHANNEL["own_factory"]] == 100 * area).all()
+        robots = np.zeros_like(board.rubble)
+        for unit in state.units[player].values():
+            robots[unit.pos.x, unit.pos.y] = 100
+        own = obs["board"][0, team, CHANNEL["own_light"]] + obs["board"][0, team, CHANNEL["own_heavy"]]
+        assert robots.any() and (own == robots).all()
+    assert board.lichen.any()
+    env.close()
+
+
+def test_compass():
+    """The way to the nearest ice, ore and factory, recomputed for every robot the slow way."""
+    env, (match,) = in_process(1)
+    obs, _ = env.reset(seed=4)
+    checked = 0
+    for before, _, _ in play(env, obs, random_policy(), 60):
+        board = match.encoder
+        for team, slot in np.argwhere(before["kind"][0] >= lux.LIGHT):
+            here = before["position"][0, team, slot]
+            row = before["features"][0, team, slot]
+            factories = before["kind"][0, team] == lux.FACTORY
+            for name, places in (
+                ("ice", np.argwhere(board.ice)),
+                ("ore", np.argwhere(board.ore)),
+                ("home", before["position"][0, team][factories]),
+            ):
+                distance = np.abs(places - here).sum(1)
+                dx, dy, length = (row[lux.COLUMN[f"{name}_{what}"]] * 8 for what in ("dx", "dy", "distance"))
+                assert length == pytest.approx(min(distance.min(), 8), abs=1e-4)
+                if distance.min() <= 8:  # beyond that they are cut
+                    goal = here + np.round([dx, dy]).astype(int)
+                    assert (places[distance == distance.min()] == goal).all(1).any()
+                    checked += 1
+    assert checked > 500
+    env.close()
+
+
+def test_render():
+    """Pictures by the engine's renderer, without a screen."""
+    env, _ = in_process(1, render_mode="rgb_array")
+    env.reset(seed=1)
+    (picture,) = env.render()
+    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.std() > 5
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Slots
+# ------------------------------------------------------------------------------------------------------
+
+
+def keep_alive(state):
+    """Stocks that let a team live, build and walk for ever."""
+    robots, factories = entities(state)
+    for factory in factories:
+        factory.cargo.water, factory.cargo.metal, factory.power = 500, 500, 2000
+    for unit in robots:
+        unit.power = max(unit.power, 30)
+
+
+def test_slots_over_a_full_match():
+    """1000 steps with hundreds of births and deaths: who has a slot keeps it, and nobody inherits it unseen.
+
+    The match ends by time: terminated, not truncated, and followed by the first observation of the next.
+    """
+    env, (match,) = in_process(1, max_factories=2, max_robots=6, safe_masks=False)
+    obs, _ = env.reset(seed=5)
+    rng = np.random.default_rng(5)
+
+    def accidents(state):
+        keep_alive(state)
+        for unit in entities(state)[0]:
+            if rng.random() < 0.02:
+                state.board.units_map[state.board.pos_hash(unit.pos)].remove(unit)
+                match.engine.destroy_unit(unit)
+
+    after_every_step(match, accidents)
+    encoder, state = match.encoder, match.engine.state
+    owner = [{}, {}]  # slot -> unit_id as last seen
+    births = deaths = reused = 0
+    used = [set(), set()]
+    for step, (before, _, (after, _, terminated, truncated, infos)) in enumerate(
+        play(env, obs, random_policy(5), lux.GAME_LENGTH), start=1
+    ):
+        assert not truncated.any()
+        if step == lux.GAME_LENGTH:
+            break
+        assert not terminated.any() and infos == {}
+        for team, player in enumerate(lux.PLAYERS):
+            units, slots = state.units[player], encoder.robot_slot[team]
+            assert slots.keys() == units.keys() and len(set(slots.values())) == len(slots) <= 6
+            now = {slot: unit_id for unit_id, slot in slots.items()}
+            for slot, unit_id in now.items():
+                assert encoder.max_factories <= slot < encoder.num_entities
+                unit = units[unit_id]
+                assert after["kind"][0, team, slot] == (lux.HEAVY if unit.is_heavy() else lux.LIGHT)
+                assert tuple(after["position"][0, team, slot]) == tuple(unit.pos.pos)
+                if owner[team].get(slot) != unit_id:  # born: the slot was empty, and seen empty
+                    assert slot not in owner[team] and before["kind"][0, team, slot] == lux.NOBODY
+                    births += 1
+                    reused += slot in used[team]
+            gone = owner[team].keys() - now.keys()
+            deaths += len(gone)
+            assert not after["kind"][0, team, list(gone)].any()
+            assert {int(s) for s in np.flatnonzero(after["kind"][0, team] >= lux.LIGHT)} == now.keys()
+            assert all(now[slot] == owner[team][slot] for slot in now.keys() & owner[team].keys())
+            for unit_id, factory in state.factories[player].items():
+                slot = encoder.factory_slot[team][unit_id]
+                assert after["kind"][0, team, slot] == lux.FACTORY and slot < encoder.max_factories
+                assert tuple(after["position"][0, team, slot]) == tuple(factory.pos.pos)
+            owner[team] = now
+            used[team] |= now.keys()
+    assert births > 50 and deaths > 50 and reused > 40
+
+    assert terminated.tolist() == [True] and truncated.tolist() == [False]
+    episode = infos["episode"]
+    assert infos["_episode"].tolist() == [True] and episode["l"].tolist() == [lux.GAME_LENGTH]
+    assert (episode["factories_alive"] == episode["factories_placed"]).all()
+    assert (episode["factories_alive_share"] == 1).all()
+    assert match.engine.state is not state and match.engine.state.real_env_steps == 0
+    assert (after["kind"] <= lux.FACTORY).all() and not after["features"][..., lux.COLUMN["time"]].any()
+    env.close()
+
+
+def test_full_slots_forbid_building():
+    """With every slot taken nothing may be built, there are never more robots than slots, and it is counted."""
+    env, (match,) = in_process(1, max_robots=3, min_factories=3)
+    env.reset(seed=6)
+    after_every_step(match, keep_alive)
+    obs, _ = env.reset(seed=6)  # now the first observation is rich too, and all factories may build at once
+    weights = np.ones(lux.NUM_ACTIONS)
+    weights[[lux.BUILD_LIGHT, lux.BUILD_HEAVY]] = 20  # the numbers of moves for robots, which leave the centre
+    full = 0
+    for before, _, _ in play(env, obs, random_policy(6, weights), 100):
+        robots = (before["kind"][0] >= lux.LIGHT).sum(-1)
+        assert (robots <= 3).all()
+        builds = before["action_mask"][0, :, : match.encoder.max_factories, lux.BUILD_LIGHT : lux.BUILD_HEAVY + 1]
+        assert not builds[robots == 3].any()
+        assert (builds.any(-1).sum(-1) <= 3 - robots).all()
+        full += robots == 3
+    assert (full > 20).all()
+    # All factories are rich, so each of them was held back in each of those steps.
+    assert (match.encoder.blocked_builds >= full * match.placed).all()
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Groups
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_by", ["entity", "cluster"])
+def test_groups(group_by):
+    """Entities stand alone; or robots belong to the factory that built them, and to the nearest after its end."""
+    env, (match,) = in_process(1, group_by=group_by, min_factories=4, max_robots=12)
+    obs, _ = env.reset(seed=8)
+    assert match.placed.min() >= 3
+    after_every_step(match, keep_alive)
+    state, encoder = match.engine.state, match.encoder
+    home = {}  # unit_id -> slot of its factory, by the test's own reckoning
+    moved = 0
+    for step, (_, _, (obs, *_)) in enumerate(play(env, obs, random_policy(8), 80)):
+        if group_by == "entity":
+            assert (obs["group"] == np.arange(encoder.num_entities)).all()
+            continue
+        if step in (40, 60):  # one factory of each team dies of thirst
+            for player in lux.PLAYERS:
+                next(iter(state.factories[player].values())).cargo.water = 0
+        for team, player in enumerate(lux.PLAYERS):
+            standing = {encoder.factory_slot[team][key]: f.pos.pos for key, f in state.factories[player].items()}
+            for slot in standing:
+                assert obs["group"][0, team, slot] == slot
+            for unit_id, unit in state.units[player].items():
+                if unit_id not in home:
+                    (home[unit_id],) = [slot for slot, pos in standing.items() if (pos == unit.pos.pos).all()]
+                group = int(obs["group"][0, team, encoder.robot_slot[team][unit_id]])
+                if home[unit_id] in standing:
+                    assert group == home[unit_id]
+                else:
+                    distance = {slot: np.abs(pos - unit.pos.pos).sum() for slot, pos in standing.items()}
+                    assert distance[group] == min(distance.values())
+                    home[unit_id], moved = group, moved + 1
+    assert group_by == "entity" or moved >= 2
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Rewards
+# ------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Compares the totals of a match with the engine's own counters, every 20 steps and at its end."""
+
+    def __init__(self, match):
+        self.match, self.engine, self.ended = match, match.engine, {}
+        self.engine.collect_stats = True
+        self.achievements, self.reset, self.step = match._achievements, match.reset, match.step
+        match._achievements, match.reset, match.step = self.watch_achievements, self.watch_reset, self.watch_step
+
+    def watch_reset(self):
+        if self.engine.state.stats:  # a match has just ended
+            self.check()
+            self.ended = dict(zip(lux.TERMS, self.match.totals.sum(0)))
+        self.dug, self.lichen, self.lichen_of = {"LIGHT": np.zeros(2), "HEAVY": np.zeros(2)}, np.zeros(2), {}
+        self.reset()
+
+    def watch_achievements(self, before):
+        amounts, board = self.achievements(before), self.engine.state.board
+        for team, slot, unit, _, _ in before[0]:
+            self.dug[unit.unit_type.name][team] += amounts[team, slot, lux.ICE_DUG]
+        for team, _, factory, _, _ in before[1]:
+            now = int(board.lichen[board.lichen_strains == factory.num_id].sum())
+            self.lichen[team] += now - self.lichen_of.get(factory, 0)
+            self.lichen_of[factory] = now
+        return amounts
+
+    def watch_step(self, actions, rewards):
+        before, present = self.match.totals.copy(), self.match.out["kind"] > 0
+        metrics = self.step(actions, rewards)
+        assert not rewards[~present].any()
+        if metrics is None:
+            gained = (self.match.totals - before) @ list(lux.REWARDS.values())
+            np.testing.assert_allclose(rewards.sum(-1), gained, atol=1e-5)
+            if self.engine.state.real_env_steps % 20 == 0:
+                self.check()
+        return metrics
+
+    def check(self):
+        total = dict(zip(lux.TERMS, self.match.totals.T))
+        for team, player in enumerate(lux.PLAYERS):
+            stats = self.engine.state.stats[player]
+            generation = stats["generation"]
+            for kind, dug in self.dug.items():
+                assert dug[team] == generation["ice"][kind]
+            assert total["ice_dug"][team] == sum(generation["ice"].values())
+            assert total["ore_dug"][team] == sum(generation["ore"].values())
+            assert total["ice_delivered"][team] == stats["transfer"]["ice"]
+            assert total["ore_delivered"][team] == stats["transfer"]["ore"]
+            assert total["water_made"][team] == generation["water"]
+            assert total["metal_made"][team] == generation["metal"]
+            assert total["factory_lost"][team] == stats["destroyed"]["FACTORY"]
+            assert total["lichen_grown"][team] == self.lichen[team]
+        returns = self.match.totals @ list(lux.REWARDS.values())
+        np.testing.assert_allclose(self.match.returns, returns, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "policy, safe_masks, must_happen",
+    [
+        ("random", True, ("ice_dug", "ore_dug", "ice_delivered", "robot_lost", "factory_lost")),
+        ("random", False, ("ice_dug", "ice_delivered", "robot_lost", "factory_lost")),
+        ("scripted", True, ("ice_dug", "ore_dug", "ice_delivered", "ore_delivered", "water_made", "metal_made")),
+        ("scripted", False, ("ice_delivered", "water_made", "lichen_grown", "factory_lost")),
+    ],
+)
+def test_rewards_sum_to_the_engines_counters(policy, safe_masks, must_happen):
+    """Every term, per team, over whole matches, against `state.stats` of the engine."""
+    env, matches = in_process(3, safe_masks=safe_masks)
+    watches = [Watch(match) for match in matches]
+    obs, _ = env.reset(seed=9)
+    weights = np.ones(lux.NUM_ACTIONS)
+    weights[[lux.DIG, lux.DELIVER]] = 5
+    scripted_ice_and_ore = partial(scripted, resources=("ice", "ore"))  # the second player dies of thirst
+    policy = {"random": random_policy(9, weights), "scripted": scripted_ice_and_ore}[policy]
+    ended = np.zeros(3, bool)
+    for _, _, (_, _, terminated, _, infos) in play(env, obs, policy, 400):
+        ended |= terminated
+        if ended.all():
+            break
+    assert ended.all()
+    for name in must_happen:
+        assert any(watch.ended[name] != 0 for watch in watches), name
+    env.close()
+
+
+def place_robot(match, team, pos, kind=UnitType.HEAVY, **cargo):
+    """A robot out of nowhere; it is seen from the next observation on."""
+    engine = match.engine
+    unit = engine.add_unit(engine.state.teams[lux.PLAYERS[team]], kind, np.array(pos))
+    for name, amount in cargo.items():
+        setattr(unit.cargo, name, amount)
+    return unit
+
+
+def ice_at_a_factory(match, team=0):
+    """A factory of a team and an ice cell beside it (it is made where there is none)."""
+    state = match.engine.state
+    factory = next(iter(state.factories[lux.PLAYERS[team]].values()))
+    x, y = factory.pos.pos
+    x += 2 if x + 2 < state.board.rubble.shape[0] else -2
+    state.board.rubble[x, y], state.board.ice[x, y], state.board.ore[x, y] = 0, 1, 0
+    return factory, (int(x), int(y))
+
+
+@pytest.fixture
+def mine():
+    """A match with a heavy robot of player 0 on ice beside a factory: env, match, factory, robot, its slot."""
+    env, (match,) = in_process(1)
+    env.reset(seed=10)
+    factory, cell = ice_at_a_factory(match)
+    unit = place_robot(match, 0, cell)
+    match.encoder.reset(match.engine.state.get_obs())
+    match.encoder.encode(match.engine.state.get_obs(), match.out)
+    yield env, match, factory, unit, match.encoder.robot_slot[0][unit.unit_id]
+    env.close()
+
+
+def act(env, slot, action):
+    """Let player 0's robot do something and everybody else nothing; rewards [P, E] of the step."""
+    actions = np.zeros(env.arrays["kind"].shape, np.int64)
+    actions[0, 0, slot] = action
+    return env.step(actions)[1][0].copy()
+
+
+def test_rewards_by_hand(mine):
+    """Two digs of 20 ice and one delivery of 40, each paid to the one who did it, and 10 water to the factory."""
+    env, match, factory, unit, slot = mine
+    at = match.encoder.factory_slot[0][factory.unit_id]
+    others = np.ones((2, match.encoder.num_entities), bool)
+    others[0, [slot, at]] = False
+    survived = np.where(env.arrays["kind"][0] == lux.FACTORY, lux.REWARDS["survived"], 0)
+    for dug in (20, 40):
+        rewards = act(env, slot, lux.DIG)
+        assert unit.cargo.ice == dug
+        assert rewards[0, slot] == pytest.approx(20 * lux.REWARDS["ice_dug"])
+        np.testing.assert_allclose(rewards[0, at], lux.REWARDS["survived"], rtol=1e-5)
+        np.testing.assert_allclose(rewards[others], survived[others], rtol=1e-5)
+    water = factory.cargo.water
+    rewards = act(env, slot, lux.DELIVER)
+    assert unit.cargo.ice == 0 and factory.cargo.water == water + 10 - 1
+    assert rewards[0, slot] == pytest.approx(40 * lux.REWARDS["ice_delivered"])
+    assert rewards[0, at] == pytest.approx(10 * lux.REWARDS["water_made"] + lux.REWARDS["survived"])
+    np.testing.assert_allclose(rewards[others], survived[others], rtol=1e-5)
+
+
+def test_going_on_costs_no_power(mine):
+    """A robot that keeps digging is ordered once: 10 power for the order, 60 for each dig, 10 back by day."""
+    env, match, _, unit, slot = mine
+    orders, step = [], match.engine.step
+    match.engine.step = lambda actions: (orders.append(actions["player_0"]), step(actions))[1]
+    unit.power = 1000
+    match.encoder.encode(match.engine.state.get_obs(), match.out)
+    for digs in range(1, 11):
+        act(env, slot, lux.DIG)
+        assert unit.power == 1000 - 10 - 60 * digs + 10 * digs
+    assert [unit.unit_id in order for order in orders] == [True] + [False] * 9
+    act(env, slot, 0)  # stopping is an order again
+    assert list(orders[-1]) == [unit.unit_id] and len(orders[-1][unit.unit_id]) == 0
+    act(env, slot, 0)  # staying is not
+    assert orders[-1] == {}
+
+
+def test_dropping_pays_nothing(mine):
+    """Ice pays only in a factory: `deliver` elsewhere is masked, and pays nothing if it is sent all the same."""
+    env, match, factory, unit, slot = mine
+    assert not env.arrays["action_mask"][0, 0, slot, lux.DELIVER]  # nothing to deliver yet
+    act(env, slot, lux.DIG)
+    assert env.arrays["action_mask"][0, 0, slot, lux.DELIVER]
+    state = match.engine.state
+    theirs = next(iter(state.factories["player_1"].values()))
+    far = next(
+        cell
+        for cell in np.argwhere(state.board.factory_occupancy_map == -1)
+        if min(np.abs(cell - f.pos.pos).max() for f in entities(state)[1]) > 4
+    )
+    beside_theirs = theirs.pos.pos + ([2, 0] if theirs.pos.x + 2 < 48 else [-2, 0])
+    for cell in (far, beside_theirs):
+        state.board.units_map[state.board.pos_hash(unit.pos)].remove(unit)
+        unit.pos.pos = np.array(cell)
+        state.board.units_map[state.board.pos_hash(unit.pos)].append(unit)
+        match.encoder.encode(state.get_obs(), match.out)
+        assert not env.arrays["action_mask"][0, 0, slot, lux.DELIVER]
+        rewards = act(env, slot, lux.DELIVER)
+        assert rewards[0, slot] == 0
+        factories = match.out["kind"] == lux.FACTORY
+        np.testing.assert_allclose(rewards, np.where(factories, lux.REWARDS["survived"], 0), rtol=1e-5)
+    assert match.totals[:, [lux.ICE_DELIVERED, lux.ORE_DELIVERED, lux.WATER_MADE]].sum() == 0
+
+
+def test_a_lost_robot_is_charged_to_itself():
+    """Two own robots on one cell (possible without the safe masks): both are lost, both pay, both are counted."""
+    env, (match,) = in_process(1, safe_masks=False)
+    env.reset(seed=11)
+    free = np.argwhere((match.engine.state.board.rubble == 0) & (match.engine.state.board.factory_occupancy_map == -1))
+    x, y = next((x, y) for x, y in free.tolist() if 2 < x < 45 and [x + 2, y] in free.tolist())
+    left, right = (place_robot(match, 0, (x + dx, y), UnitType.LIGHT) for dx in (0, 2))
+    match.encoder.encode(match.engine.state.get_obs(), match.out)
+    slots = [match.encoder.robot_slot[0][unit.unit_id] for unit in (left, right)]
+    actions = np.zeros(env.arrays["kind"].shape, np.int64)
+    actions[0, 0, slots] = lux.ROBOT_ACTIONS.index("move_right"), lux.ROBOT_ACTIONS.index("move_left")
+    obs, rewards, *_ = env.step(actions)
+    assert not match.engine.state.units["player_0"] and not obs["kind"][0, 0, slots].any()
+    np.testing.assert_allclose(rewards[0, 0, slots], 0.1 * lux.REWARDS["robot_lost"], rtol=1e-5)
+    assert match.lost.tolist() == [2, 0] and match.own_collisions.tolist() == [2, 0]
+    env.close()
+
+
+def test_a_robot_built_onto_another_is_counted():
+    """Without the safe masks a factory may build where a robot stands; the engine destroys both at once."""
+    env, (match,) = in_process(1, safe_masks=False)
+    match.engine.collect_stats = True
+    env.reset(seed=12)
+    actions = np.zeros(env.arrays["kind"].shape, np.int64)
+    actions[0, 0, 0] = lux.BUILD_LIGHT
+    env.step(actions)
+    env.step(actions)
+    stats = match.engine.state.stats["player_0"]
+    assert not match.engine.state.units["player_0"]
+    assert match.built[0].tolist() == [stats["generation"]["built"]["LIGHT"], 0] == [2, 0]
+    assert match.lost[0] == stats["destroyed"]["LIGHT"] == 2
+    assert match.own_collisions[0] >= 1
+    env.close()
+
+
+def test_metrics_of_a_match():
+    """What `infos` says at the end of a match is what the engine counted."""
+    env, (match,) = in_process(1)
+    match.engine.collect_stats = True
+    obs, _ = env.reset(seed=13)
+    state, board = match.engine.state, match.engine.state.board
+    alive = np.zeros(2)
+    for before, _, (_, _, terminated, _, infos) in play(env, obs, random_policy(13), 400):
+        alive += [len(state.factories[player]) for player in lux.PLAYERS]
+        if terminated[0]:
+            break
+    episode = infos["episode"]
+    assert set(episode) == {"l", *lux.TEAM_METRICS} and infos["_episode"].tolist() == [True]
+    assert episode["l"].tolist() == [state.real_env_steps] and 100 < state.real_env_steps < 1000
+    wanted = ("ice_transferred", "ice_per_factory", "factories_alive", "water", "ore", "metal", "lichen")
+    for name in (*wanted, "r", "lights_built", "heavies_built", "robots_lost", "own_collisions", "blocked_builds"):
+        assert episode[name].shape == (1, 2), name
+    placed = [len(state.teams[player].factory_strains) for player in lux.PLAYERS]
+    assert episode["factories_placed"][0].tolist() == placed
+    np.testing.assert_allclose(episode["factories_alive"][0], alive / 1000)  # nothing after its end
+    np.testing.assert_allclose(episode["factories_alive_share"][0], alive / 1000 / placed)
+    for team, player in enumerate(lux.PLAYERS):
+        stats = state.stats[player]
+        assert episode["ice_transferred"][0, team] == stats["transfer"]["ice"]
+        assert episode["ice_per_factory"][0, team] == pytest.approx(stats["transfer"]["ice"] / placed[team])
+        assert episode["water"][0, team] == stats["generation"]["water"]
+        assert episode["ore"][0, team] == stats["transfer"]["ore"]
+        assert episode["metal"][0, team] == stats["generation"]["metal"]
+        assert episode["lights_built"][0, team] == stats["generation"]["built"]["LIGHT"] > 0
+        assert episode["heavies_built"][0, team] == stats["generation"]["built"]["HEAVY"]
+        assert episode["robots_lost"][0, team] == stats["destroyed"]["LIGHT"] + stats["destroyed"]["HEAVY"]
+        lichen = board.lichen[np.isin(board.lichen_strains, state.teams[player].factory_strains)].sum()
+        assert episode["lichen"][0, team] == lichen
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The encoder alone, as in the official runner
+# ------------------------------------------------------------------------------------------------------
+
+
+def to_json(obs):
+    """What the official runner sends: text."""
+    return json.dumps(obs, default=lambda x: x.tolist())
+
+
+def from_json(text):
+    """What the official starter kit makes of it: dicts, numbers, and arrays for lists."""
+
+    def arrays(x):
+        if isinstance(x, dict):
+            return {key: arrays(value) for key, value in x.items()}
+        return np.array(x) if isinstance(x, list) else x
+
+    return arrays(json.loads(text))
+
+
+@pytest.mark.parametrize("group_by", ["entity", "cluster"])
+def test_encoder_needs_only_the_observation(group_by):
+    """A second encoder that gets every observation as JSON writes the same arrays and gives the same orders."""
+    env, (match,) = in_process(1, group_by=group_by)
+    observations, sent, step = [], [], match.engine.step
+
+    def recorded_step(actions):
+        sent.append(actions)
+        result = step(actions)
+        observations.append(to_json(result[0]["player_0"]))
+        return result
+
+    match.engine.step = recorded_step
+    obs, _ = env.reset(seed=14)
+    alone = lux.LuxEncoder(group_by=group_by)
+    out = alone.arrays()
+    first = from_json(observations[-1])
+    alone.reset(first)
+    alone.encode(first, out)
+    for before, actions, _ in play(env, obs, random_policy(14), 60):
+        for key, array in out.items():
+            assert (array == before[key][0]).all(), key
+        for player, orders in zip(lux.PLAYERS, alone.orders(actions[0])):
+            assert orders.keys() == sent[-1][player].keys()
+            assert all(np.array_equal(order, sent[-1][player][unit_id]) for unit_id, order in orders.items())
+        alone.encode(from_json(observations[-1]), out)
+    assert (out["kind"] >= lux.LIGHT).sum() > 3
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Placement
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_factories_stand_near_ice():
+    """Every factory is placed where the engine allows it, and most stand within one step of ice."""
+    env, (match,) = in_process(1)
+    engine, near, placed = match.engine, 0, 0
+    warnings = []
+    engine.log_warning = lambda *message: warnings.append(message)
+    for seed in range(15):
+        match.next_seed = lambda: seed
+        match.reset()
+        state = engine.state
+        ice = np.argwhere(state.board.ice)
+        for player in lux.PLAYERS:
+            factories = state.factories[player].values()
+            assert len(factories) == state.board.factories_per_team and 2 <= len(factories) <= 5
+            for factory in factories:
+                assert (factory.cargo.water, factory.cargo.metal) == (150, 150)  # shared out evenly
+                steps = np.maximum(np.abs(ice - factory.pos.pos) - 1, 0).sum(1)  # from its nearest cell
+                near += steps.min() <= 1
+                placed += 1
+    assert not warnings
+    assert near / placed > 0.6
+    env.close()
+
+
+def test_every_factory_is_placed_on_a_valid_cell():
+    """The cell chosen is one of the observation's valid spawns; the score forbids all others."""
+    env, (match,) = in_process(1)
+    obs = match.engine.reset(seed=15)[0]["player_0"]
+    placed = 0
+    while obs["real_env_steps"] < 0:
+        orders = {player: lux.early_phase_action(obs, player) for player in lux.PLAYERS}
+        spawns = [order["spawn"] for order in orders.values() if "spawn" in order]
+        assert len(spawns) <= 1
+        for spawn in spawns:
+            assert obs["board"]["valid_spawns_mask"][tuple(spawn)]
+            score = lux.placement_score(obs)
+            assert np.isneginf(score[~obs["board"]["valid_spawns_mask"]]).all()
+            assert np.isfinite(score[obs["board"]["valid_spawns_mask"]]).all()
+            placed += 1
+        obs = match.engine.step(orders)[0]["player_0"]
+    assert placed == 2 * obs["board"]["factories_per_team"]
+    env.close()
+
+
+def test_neurips_stage():
+    """64 x 64 cells and 4 to 10 factories work too."""
+    env, (match,) = in_process(1, map_size=64, min_factories=4, max_factories=10)
+    obs, _ = env.reset(seed=16)
+    assert obs["board"].shape[-2:] == (64, 64) and 4 <= match.placed[0] <= 10
+    for _, _, (obs, *_) in play(env, obs, random_policy(16), 20):
+        pass
+    assert env.observation_space.contains(obs)
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Many matches: seeds, determinism, workers that fail
+# ------------------------------------------------------------------------------------------------------
+
+
+def rollout_hash(num_workers, steps=160, seed=17):
+    """Hash of everything that 3 matches return under random actions; long enough that matches end."""
+    env = lux.LuxVecEnv(3, num_workers=num_workers)
+    digest, ends = [], 0
+    with contextlib.closing(env), time_limit(120):
+        obs, _ = env.reset(seed=seed)
+        for before, _, (_, rewards, terminated, truncated, infos) in play(env, obs, random_policy(seed), steps):
+            ends += terminated.sum()
+            metrics = [array for _, array in sorted(infos.get("episode", {}).items())]
+            digest.append(hash_of(*before.values(), rewards, terminated, truncated, *metrics))
+    assert ends > 0
+    return digest
+
+
+def test_same_seed_same_rollout():
+    """In this process, in one worker and in two (which share 3 matches unevenly): bit by bit the same."""
+    alone = rollout_hash(0)
+    assert alone == rollout_hash(1)
+    assert alone == rollout_hash(2)
+    assert alone[0] != rollout_hash(0, steps=155, seed=18)[0]
+
+
+def test_maps_do_not_depend_on_the_number_of_matches():
+    """Match i plays the same maps, one after the other, for the same seed, whatever N is."""
+
+    def maps(num_envs):
+        env, matches = in_process(num_envs)
+        env.reset(seed=19)
+        seeds = [[match.seed] for match in matches]
+        for _ in range(3):
+            for match, played in zip(matches, seeds):
+                match.reset()
+                played.append(match.seed)
+        env.close()
+        return seeds
+
+    three = maps(3)
+    assert maps(1) == three[:1] and maps(2) == three[:2]
+    assert len({seed for played in three for seed in played}) == 12
+
+
+def test_reset_with_a_seed_starts_over():
+    """`reset(seed)` is the start of the same run, however often and after whatever came before."""
+    env, _ = in_process(2)
+    first = hash_of(*env.reset(seed=20)[0].values())
+    for _ in play(env, env.reset(seed=21)[0], random_policy(), 5):
+        pass
+    assert hash_of(*env.reset(seed=20)[0].values()) == first != hash_of(*env.reset(seed=21)[0].values())
+    assert hash_of(*env.reset()[0].values()) != hash_of(*env.reset()[0].values())
+    env.close()
+
+
+def test_held_out_maps_are_never_trained_on():
+    """Evaluation plays map `seed + i` in match i, training maps come from elsewhere."""
+    training, matches = in_process(4)
+    training.reset(seed=0)
+    trained = {match.next_seed() for match in matches for _ in range(500)} | {match.seed for match in matches}
+    held_out, matches = in_process(4, held_out=True)
+    held_out.reset(seed=0)
+    assert [match.seed for match in matches] == [0, 1, 2, 3]
+    evaluated = [match.next_seed() for _ in range(500) for match in matches]
+    assert len(set(evaluated)) == 2000 and not set(evaluated) & trained
+    assert max(evaluated) < lux.HELD_OUT_SEEDS <= min(trained)
+    training.close()
+    held_out.close()
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_killed_worker_is_an_error_not_a_hang(when, capfd):
+    """A worker that is killed between or within steps raises LuxError at once and leaves no process behind.
+
+    The error is all that is said: the other workers end without a traceback of their own.
+    """
+    env = lux.LuxVecEnv(2, num_workers=2)
+    workers = list(env.workers)
+    with time_limit(60):
+        obs, _ = env.reset(seed=22)
+        for _ in play(env, obs, random_policy(), 3):
+            pass
+
+        def kill():
+            os.kill(workers[1].pid, signal.SIGKILL)
+
+        if when == "before":
+            kill()
+            workers[1].join()
+        else:
+            os.kill(workers[1].pid, signal.SIGSTOP)  # it will not answer
+            threading.Timer(0.5, kill).start()
+        start = time.time()
+        with pytest.raises(lux.LuxError, match="match"):
+            env.step(idle(obs))
+        assert time.time() - start < 10
+        env.close()
+    assert capfd.readouterr().err == ""
+    assert not any(worker.is_alive() for worker in workers)
+    assert not {worker.pid for worker in workers} & {child.pid for child in multiprocessing.active_children()}
+
+
+def test_no_orphans_when_the_program_is_killed(tmp_path):
+    """Workers end by themselves when the process that owns them is gone without a word."""
+    program = (
+        "import lux_wrapper, time\n"
+        "env = lux_wrapper.LuxVecEnv(2, num_workers=2)\n"
+        "env.reset(seed=0)\n"
+        "print(*[worker.pid for worker in env.workers], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(lux.__file__).parent)}
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    with time_limit(120):
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        assert len(pids) == 2
+        owner.kill()
+        owner.wait()
+        deadline = time.time() + 20
+        while time.time() < deadline and any(map(is_running, pids)):
+            time.sleep(0.1)
+    assert not any(map(is_running, pids))
+
+
+def is_running(pid):
+    """Whether a process runs; one that has ended and waits to be collected by init does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_engine_exception_names_match_and_seed(monkeypatch, num_workers):
+    """Whatever the engine raises arrives as LuxError with the match, the seed of its map and the cause."""
+    original = lux.LuxMatch.step
+
+    def broken(match, actions, rewards):
+        if actions[0, 0] == lux.WATER:
+            raise IndexError("boom")
+        return original(match, actions, rewards)
+
+    monkeypatch.setattr(lux.LuxMatch, "step", broken)  # workers are forked, so they get it too
+    env = lux.LuxVecEnv(3, num_workers=num_workers, held_out=True)
+    workers = list(env.workers)
+    with contextlib.closing(env), time_limit(60):
+        obs, _ = env.reset(seed=500)
+        actions = idle(obs)
+        env.step(actions)
+        actions[2, 0, 0] = lux.WATER
+        with pytest.raises(lux.LuxError) as error:
+            env.step(actions)
+    message = str(error.value)
+    assert "match 2" in message and "502" in message and "IndexError" in message and "boom" in message
+    assert "\n" not in message
+    assert not any(worker.is_alive() for worker in workers)
