@@ -14,6 +14,9 @@ Source: Takács, Magyar, Gulyás, "Scalable Distributed Reinforcement Learning i
 (2024). The layout and the names of flags and metrics follow CleanRL's ppo.py.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import random
@@ -121,8 +124,23 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def parse_args():
+    """The arguments of the command line; what tyro says of wrong ones in a box becomes one sentence."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Args)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+    lines = [line.strip("│ ") for line in said.getvalue().splitlines()]
+    fail(" ".join(lines[1 : next(i for i, line in enumerate(lines) if line.startswith("──"))]))
+
+
 def check_args(args):
     """Refuse what cannot work before anything is written."""
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed must be between 0 and 2**32 - 1, got {args.seed}")
     counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
     for name in (*counts, "checkpoint_interval", "map_size", "min_factories", "max_robots"):
         if getattr(args, name) < 1:
@@ -133,6 +151,8 @@ def check_args(args):
     for name in ("gamma", "gae_lambda"):  # (*)
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights and Biases: pip install wandb")
     if args.num_workers is not None and args.num_workers < 0:
         fail(f"--num-workers must be at least 0, got {args.num_workers}")
     if not args.min_factories <= args.max_factories <= 10:
@@ -274,6 +294,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in fields(Args)}
         arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
+        check_args(Args(**arguments))
         return checkpoint["model"], Args(**arguments)
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}")
@@ -285,10 +306,8 @@ def load_checkpoint(path):
 def train(args, run_dir, device):
     """The whole training: rollout, advantages, update, log; returns the trained agent."""
     if args.track:
-        try:
-            import wandb
-        except ImportError:
-            fail("--track needs Weights and Biases: pip install wandb")
+        import wandb
+
         wandb.init(
             project=args.wandb_project_name,
             entity=args.wandb_entity,
@@ -457,7 +476,7 @@ def train(args, run_dir, device):
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
+    args = parse_args()
     check_args(args)
     device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
     if args.evaluate:
@@ -478,7 +497,7 @@ if __name__ == "__main__":
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
             try:
                 agent.load_state_dict(model)
-            except RuntimeError:
+            except (RuntimeError, TypeError, AttributeError):
                 fail(f"{args.evaluate} holds another network than this version's")
         else:
             Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
@@ -487,6 +506,7 @@ if __name__ == "__main__":
         if args.capture_video:
             record_video(agent, args, device, f"{run_dir}/video.gif")
     except LuxError as error:
+        print(file=sys.stderr)  # below the progress bar
         kept = f"; the last checkpoint is {run_dir}/checkpoint.pt" if os.path.exists(f"{run_dir}/checkpoint.pt") else ""
         fail(f"{error}{kept}", 1)
     except KeyboardInterrupt:

@@ -659,7 +659,7 @@ class LuxMatch:
         return None
 
     def _snapshot(self):
-        """What every entity has before the step: lists of (team, slot, engine object, its stocks)."""
+        """What every entity has before the step: lists of (team, slot, engine object, ice, ore[, metal])."""
         units, factories = [], []
         for team, player in enumerate(PLAYERS):
             slots = self.encoder.robot_slot[team]
@@ -667,7 +667,8 @@ class LuxMatch:
                 units.append((team, slots[unit_id], unit, unit.cargo.ice, unit.cargo.ore))
             slots = self.encoder.factory_slot[team]
             for unit_id, factory in self.engine.state.factories[player].items():
-                factories.append((team, slots[unit_id], factory, factory.cargo.ice, factory.cargo.ore))
+                cargo = factory.cargo
+                factories.append((team, slots[unit_id], factory, cargo.ice, cargo.ore, cargo.metal))
         return units, factories
 
     def _achievements(self, before):
@@ -688,33 +689,37 @@ class LuxMatch:
             lichen = np.bincount(strains.ravel() + 1, state.board.lichen.ravel(), len(self.lichen) + 1)[1:]
         else:
             lichen = self.lichen
-        for team, slot, factory, ice, ore in factories:
+        built = [[], []]  # per team: centres of the factories that built, and 0 or 1 for light or heavy
+        for team, slot, factory, ice, ore, metal in factories:
             ice, ore = arrived[team, slot] + (ice - factory.cargo.ice, ore - factory.cargo.ore)
             amounts[team, slot, [WATER_MADE, METAL_MADE]] = ice // ICE_PER_WATER, ore // ORE_PER_METAL
+            spent = metal + ore // ORE_PER_METAL - factory.cargo.metal  # building is all that takes metal
+            if spent:
+                built[team].append((tuple(factory.pos.pos), int(spent == METAL_COST[1])))
             amounts[team, slot, LICHEN_GROWN] = lichen[factory.num_id] - self.lichen[factory.num_id]
             survived = factory.unit_id in state.factories[PLAYERS[team]]
             amounts[team, slot, SURVIVED if survived else FACTORY_LOST] = 1
         self.lichen = lichen
-        self._count_robots(units)
+        self._count_robots(units, built)
         return amounts
 
-    def _count_robots(self, units):
-        """Count births, losses, and losses on a cell where another own robot ended the step too."""
+    def _count_robots(self, units, built):
+        """Count births, losses, and losses on a cell where another own robot ended the step too.
+
+        A robot that is built onto another one is gone before any observation shows it, but counts.
+        """
         for team, player in enumerate(PLAYERS):
             robots = self.engine.state.units[player]
             mine = [unit for owner, _, unit, _, _ in units if owner == team]
             dead = [unit for unit in mine if unit.unit_id not in robots]
-            if len(robots) + len(dead) > len(mine):
-                old = {unit.unit_id for unit in mine}
-                for unit_id, unit in robots.items():
-                    self.built[team, int(unit.is_heavy())] += unit_id not in old
-            self.lost[team] += len(dead)
+            still_born = len(mine) - len(dead) + len(built[team]) - len(robots)
+            for _, heavy in built[team]:
+                self.built[team, heavy] += 1
+            self.lost[team] += len(dead) + still_born
             if dead:
-                ended = [tuple(unit.pos.pos) for unit in (*mine, *robots.values())]
-                alive_twice = [tuple(unit.pos.pos) for unit in mine if unit.unit_id in robots]
-                for unit in dead:
-                    cell = tuple(unit.pos.pos)
-                    self.own_collisions[team] += ended.count(cell) - alive_twice.count(cell) > 1
+                cells = [tuple(unit.pos.pos) for unit in mine] + [centre for centre, _ in built[team]]
+                self.own_collisions[team] += sum(cells.count(tuple(unit.pos.pos)) > 1 for unit in dead)
+            self.own_collisions[team] += still_born
 
     def _metrics(self, obs):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
@@ -796,7 +801,7 @@ def _work(pipe, inherited, first, arrays, options):
     matches = _Matches(first, arrays, options)
     gc.collect()
     gc.freeze()  # what is there now stays: without this, a third of the time goes into collecting garbage
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             message = pipe.recv()
             if message is None:
@@ -963,7 +968,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
             return getattr(self.matches, command)(argument)
         results = []
         try:
-            for pipe in self.pipes:
+            for pipe, (first, end) in zip(self.pipes, self.shares):
                 pipe.send((command, argument))
             for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
                 # Wakes up when the worker answers and also when it dies.
@@ -974,7 +979,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
                 if not done:
                     raise LuxError(result)
                 results += result
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+        except (EOFError, ConnectionError):
             seeds = ", ".join(map(str, self.arrays["map_seed"][first:end]))
             raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) died") from None
         return results
