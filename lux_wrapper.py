@@ -614,6 +614,14 @@ class LuxMatch:
             verbose=0,
             **{"validate_action_space": False, **(engine_options or {})},
         )
+        # A robot that is built onto another one is gone before any observation shows it: listen to the engine.
+        self.births, add_unit = [], self.engine.add_unit
+
+        def add_and_note(*args, **kwargs):
+            self.births.append(add_unit(*args, **kwargs))
+            return self.births[-1]
+
+        self.engine.add_unit = add_and_note
 
     def reset(self):
         """Start the next match and play its bidding and placement phase."""
@@ -659,16 +667,16 @@ class LuxMatch:
         return None
 
     def _snapshot(self):
-        """What every entity has before the step: lists of (team, slot, engine object, ice, ore[, metal])."""
+        """What every entity has before the step: lists of (team, slot, engine object, ice, ore)."""
         units, factories = [], []
+        self.births.clear()
         for team, player in enumerate(PLAYERS):
             slots = self.encoder.robot_slot[team]
             for unit_id, unit in self.engine.state.units[player].items():
                 units.append((team, slots[unit_id], unit, unit.cargo.ice, unit.cargo.ore))
             slots = self.encoder.factory_slot[team]
             for unit_id, factory in self.engine.state.factories[player].items():
-                cargo = factory.cargo
-                factories.append((team, slots[unit_id], factory, cargo.ice, cargo.ore, cargo.metal))
+                factories.append((team, slots[unit_id], factory, factory.cargo.ice, factory.cargo.ore))
         return units, factories
 
     def _achievements(self, before):
@@ -689,37 +697,27 @@ class LuxMatch:
             lichen = np.bincount(strains.ravel() + 1, state.board.lichen.ravel(), len(self.lichen) + 1)[1:]
         else:
             lichen = self.lichen
-        built = [[], []]  # per team: centres of the factories that built, and 0 or 1 for light or heavy
-        for team, slot, factory, ice, ore, metal in factories:
+        for team, slot, factory, ice, ore in factories:
             ice, ore = arrived[team, slot] + (ice - factory.cargo.ice, ore - factory.cargo.ore)
             amounts[team, slot, [WATER_MADE, METAL_MADE]] = ice // ICE_PER_WATER, ore // ORE_PER_METAL
-            spent = metal + ore // ORE_PER_METAL - factory.cargo.metal  # building is all that takes metal
-            if spent:
-                built[team].append((tuple(factory.pos.pos), int(spent == METAL_COST[1])))
             amounts[team, slot, LICHEN_GROWN] = lichen[factory.num_id] - self.lichen[factory.num_id]
             survived = factory.unit_id in state.factories[PLAYERS[team]]
             amounts[team, slot, SURVIVED if survived else FACTORY_LOST] = 1
         self.lichen = lichen
-        self._count_robots(units, built)
+        self._count_robots([unit for _, _, unit, _, _ in units])
         return amounts
 
-    def _count_robots(self, units, built):
-        """Count births, losses, and losses on a cell where another own robot ended the step too.
-
-        A robot that is built onto another one is gone before any observation shows it, but counts.
-        """
+    def _count_robots(self, units):
+        """Count births, losses, and losses on a cell where another own robot ended the step too."""
         for team, player in enumerate(PLAYERS):
-            robots = self.engine.state.units[player]
-            mine = [unit for owner, _, unit, _, _ in units if owner == team]
-            dead = [unit for unit in mine if unit.unit_id not in robots]
-            still_born = len(mine) - len(dead) + len(built[team]) - len(robots)
-            for _, heavy in built[team]:
-                self.built[team, heavy] += 1
-            self.lost[team] += len(dead) + still_born
-            if dead:
-                cells = [tuple(unit.pos.pos) for unit in mine] + [centre for centre, _ in built[team]]
-                self.own_collisions[team] += sum(cells.count(tuple(unit.pos.pos)) > 1 for unit in dead)
-            self.own_collisions[team] += still_born
+            born = [unit for unit in self.births if unit.team_id == team]
+            everyone = [unit for unit in units if unit.team_id == team] + born
+            dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[player]]
+            for unit in born:
+                self.built[team, int(unit.is_heavy())] += 1
+            self.lost[team] += len(dead)
+            cells = [tuple(unit.pos.pos) for unit in everyone] if dead else []
+            self.own_collisions[team] += sum(cells.count(tuple(unit.pos.pos)) > 1 for unit in dead)
 
     def _metrics(self, obs):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
