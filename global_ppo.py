@@ -294,8 +294,9 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in fields(Args)}
         arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
-        check_args(Args(**arguments))
-        return checkpoint["model"], Args(**arguments)
+        trained = Args(**(arguments | {"track": False}))  # evaluating needs no wandb
+        check_args(trained)
+        return checkpoint["model"], trained
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}")
     except Exception as error:

@@ -58,7 +58,6 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pyg
 
 PLAYERS = ("player_0", "player_1")
 NOBODY, FACTORY, LIGHT, HEAVY = range(4)
-KINDS = ("nobody", "factory", "light", "heavy")
 
 # The engine's directions: 0 here, 1 up (y - 1), 2 right (x + 1), 3 down (y + 1), 4 left (x - 1).
 DX, DY = np.array([0, 0, 1, 0, -1]), np.array([0, -1, 0, 1, 0])
@@ -86,7 +85,7 @@ FEATURES = (
     *("is_factory", "is_light", "is_heavy"),
     *("power", "ice", "ore"),  # robots: share of what they can hold; factories: thousands, at most 3
     *("water", "metal"),  # factories: log(1 + amount) / 5
-    *("ice_dx", "ice_dy", "ice_distance"),  # to the nearest ice cell, in eighths of a cell, at most 8 cells
+    *("ice_dx", "ice_dy", "ice_distance"),  # to the nearest ice cell, in cells / 8, clipped to 1
     *("ore_dx", "ore_dy", "ore_distance"),
     *("home_dx", "home_dy", "home_distance"),  # to the nearest factory of the team
     *("home_water", "home_power"),  # of that factory, log(1 + amount) / 5 and thousands, at most 3
@@ -203,8 +202,8 @@ def _way_to_nearest(cells):
         cells: [H, W], non-zero where marked.
 
     Returns:
-        [H, W, 3] float32: dx, dy and distance in eighths of a cell, clipped to 8 cells; (0, 0, 1) on a
-        board without marked cells.
+        [H, W, 3] float32: dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) on a board
+        without marked cells.
     """
     way = np.zeros((*cells.shape, 3), np.float32)
     marked = np.argwhere(cells)
@@ -798,7 +797,7 @@ def _work(pipe, inherited, first, arrays, options):
     arrays = {key: _view(*array) for key, array in arrays.items()}
     matches = _Matches(first, arrays, options)
     gc.collect()
-    gc.freeze()  # what is there now stays: without this, a third of the time goes into collecting garbage
+    gc.freeze()  # what is there now stays: collecting garbage need not look at it again and again
     with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         while True:
             message = pipe.recv()

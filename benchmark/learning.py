@@ -113,7 +113,7 @@ def main(
         list(pool.map(lambda job: run(job[1], job[0], out, flags, parallel), [(s, a) for s in seeds for a in arms]))
 
     lines = [
-        "| arm | episode length | ice transferred | ice per factory | factories alive | steps to length 500 |",
+        "| arm | episode length | ice transferred | ice per factory | factories alive, share | steps to length 500 |",
         "|---|---|---|---|---|---|",
     ]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -121,7 +121,7 @@ def main(
         folders = [out / f"{arm}__{seed}" for seed in seeds]
         summaries = [json.loads((folder / "evaluation.json").read_text())["summary"] for folder in folders]
         cells = []
-        for key, digits in (("l", 0), ("ice_transferred", 0), ("ice_per_factory", 0), ("factories_alive", 2)):
+        for key, digits in (("l", 0), ("ice_transferred", 0), ("ice_per_factory", 0), ("factories_alive_share", 2)):
             x = [summary[key]["mean"] for summary in summaries]
             cells.append(
                 f"{np.mean(x):,.{digits}f} ({np.std(x):,.{digits}f}): " + ", ".join(f"{v:,.{digits}f}" for v in x)
