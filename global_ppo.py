@@ -30,6 +30,7 @@ from typing import Optional
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.optim as optim
 import tyro
@@ -40,6 +41,10 @@ from tqdm import tqdm
 
 from hybrid_model import HybridNet
 from lux_wrapper import LuxError, LuxVecEnv
+
+# This process among those of torchrun, which share every rollout and every minibatch; alone without torchrun
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @dataclass
@@ -69,7 +74,7 @@ class Args:
 
     # The game
     num_workers: Optional[int] = None
-    """processes that play the matches; 0 plays them in this process, the default is one per core"""
+    """workers that play the matches; 0 plays them in this process, the default is one per core (shared by torchrun)"""
     map_size: int = 48
     """side of the board in cells (season 2: 48, NeurIPS stage: 64)"""
     min_factories: int = 2
@@ -120,7 +125,8 @@ class Args:
 
 def fail(message, code=2):
     """End the program with one sentence for the person who started it."""
-    print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+    if RANK == 0 or code == 1:  # a wrong flag is wrong in every process of torchrun, and one of them says so
+        print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -151,6 +157,10 @@ def check_args(args):
     for name in ("gamma", "gae_lambda"):  # (*)
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+    if "--cuda" in sys.argv and not torch.cuda.is_available():
+        fail("--cuda needs a GPU and a PyTorch with CUDA, and there is none here; without the flag the CPU is used")
+    if args.num_envs % WORLD_SIZE:
+        fail(f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes of torchrun")
     if args.track and importlib.util.find_spec("wandb") is None:
         fail("--track needs Weights and Biases: pip install wandb")
     if args.num_workers is not None and args.num_workers < 0:
@@ -189,9 +199,50 @@ def group_value(value, team_value, obs, args):
     return team_value[..., None]
 
 
-def masked_mean(x, mask):
-    """Mean of x where mask; what stands elsewhere, be it NaN, counts for nothing."""
-    return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
+def masked_mean(x, mask, count=None):
+    """Mean of x where mask; what stands elsewhere, be it NaN, counts for nothing.
+
+    With `count`, the number of such cells in all processes, it is this process's part of their mean.
+    """
+    count = mask.sum() if count is None else count
+    return torch.where(mask, x, 0).sum() / count.clamp(min=1)
+
+
+def all_sum(x):
+    """Sum of the tensor over all processes of torchrun, the same in each of them; x itself where there is one."""
+    if WORLD_SIZE > 1:
+        try:
+            dist.all_reduce(x)
+        except RuntimeError:
+            fail("another process of this training has died", 1)
+    return x
+
+
+def choose_device(args):
+    """The device of this process; each process of torchrun on a machine has a GPU of its own."""
+    if not (args.cuda and torch.cuda.is_available()):
+        return torch.device("cpu")
+    if LOCAL_WORLD_SIZE > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        fail(f"torchrun started {LOCAL_WORLD_SIZE} processes for {gpus} GPUs; --no-cuda does without them")
+    torch.cuda.set_device(LOCAL_RANK)
+    return torch.device("cuda", LOCAL_RANK)
+
+
+def join_processes(device):
+    """Meet the other processes of torchrun, if any."""
+    if WORLD_SIZE > 1:
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0][:120]
+            fail(f"cannot meet the other processes: is MASTER_ADDR right and MASTER_PORT free? ({reason})", 1)
+
+
+def sample(probs):
+    """An action for every entity; every process draws for all of them, so that their number changes nothing."""
+    noise = torch.empty((WORLD_SIZE, *probs.shape), device=probs.device).exponential_()
+    return (probs / noise[RANK]).argmax(-1)
 
 
 def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
@@ -306,7 +357,7 @@ def load_checkpoint(path):
 
 def train(args, run_dir, device):
     """The whole training: rollout, advantages, update, log; returns the trained agent."""
-    if args.track:
+    if args.track and RANK == 0:
         import wandb
 
         wandb.init(
@@ -317,19 +368,27 @@ def train(args, run_dir, device):
             name=os.path.basename(run_dir),
             save_code=True,
         )
-    writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    if RANK == 0:
+        writer = SummaryWriter(run_dir)
+        table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
 
-    envs = make_envs(args, args.num_envs)
+    num_envs = args.num_envs // WORLD_SIZE  # those of this process
+    cores = (os.cpu_count() or 1) // LOCAL_WORLD_SIZE
+    num_workers = args.num_workers if args.num_workers is not None else cores if cores > 1 else 0
+    envs = make_envs(args, num_envs, num_workers=num_workers, first_match=RANK * num_envs)
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
+    if WORLD_SIZE > 1:  # the same seed gives the same parameters, but for rounding on another kind of machine
+        for parameter in agent.parameters():
+            dist.broadcast(parameter.data, 0)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}")
+    if RANK == 0:
+        print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs, _ = envs.reset(seed=args.seed)
@@ -346,16 +405,19 @@ def train(args, run_dir, device):
 
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
-    minibatch_size = args.num_steps * B // args.num_minibatches
+    minibatch_size = args.num_steps * B * WORLD_SIZE // args.num_minibatches
     global_step, start_time = 0, time.time()
     finished = deque(maxlen=20)  # metrics of the last matches
-    progress = tqdm(total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True)
+    progress = tqdm(
+        total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True, disable=RANK > 0
+    )
 
     for update in range(1, num_updates + 1):
         done_share = (update - 1) / num_updates
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - done_share) * args.learning_rate
         positive_weight = args.positive_reward_weight + (1 - args.positive_reward_weight) * done_share
+        episodes = []
 
         for step in range(args.num_steps):
             global_step += args.num_envs
@@ -364,27 +426,24 @@ def train(args, run_dir, device):
             step_obs = {key: x[step] for key, x in obs.items()}  # a copy: the environment reuses its arrays
             with torch.no_grad():
                 logits, value, team_value = agent(step_obs)
-            dist = Categorical(logits=logits, validate_args=False)
-            action = dist.sample()
+            policy = Categorical(logits=logits, validate_args=False)
+            action = sample(policy.probs)
             actions[step] = action
-            logprobs[step] = group_sum(dist.log_prob(action), step_obs)
+            logprobs[step] = group_sum(policy.log_prob(action), step_obs)
             values[step] = group_value(value, team_value, step_obs, args)
             active[step] = group_sum(torch.ones_like(value), step_obs) > 0
 
-            env_actions = action.view(args.num_envs, -1, action.shape[-1]).cpu().numpy()  # waits for the device
+            env_actions = action.view(num_envs, -1, action.shape[-1]).cpu().numpy()  # waits for the device
             env_obs, reward, terminated, truncated, infos = envs.step(env_actions)
             reward = torch.as_tensor(reward, device=device).flatten(0, 1)
             reward = torch.where(reward > 0, reward * positive_weight, reward)
             # The rewards belong to the entities that acted, so to the observation before the step.
             rewards[step] = group_sum(reward, step_obs)  # (*)
-            dones[step] = torch.as_tensor(terminated | truncated, device=device).repeat_interleave(B // args.num_envs)
+            dones[step] = torch.as_tensor(terminated | truncated, device=device).repeat_interleave(B // num_envs)
             next_obs = to_tensors(env_obs, device)
 
             for match in np.flatnonzero(infos.get("_episode", ())):
-                finished.append({key: np.mean(x[match]) for key, x in infos["episode"].items()})
-                for key, x in finished[-1].items():
-                    name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"lux/{key}")
-                    writer.add_scalar(name, x, global_step)
+                episodes.append((global_step, {key: np.mean(x[match]) for key, x in infos["episode"].items()}))
 
         with torch.no_grad():
             _, value, team_value = agent(next_obs)
@@ -400,56 +459,83 @@ def train(args, run_dir, device):
 
         clipfracs = []
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(len(b_actions), device=device).split(minibatch_size):
-                mb_obs = {key: x[mb] for key, x in b_obs.items()}
+            for mb in torch.randperm(len(b_actions) * WORLD_SIZE, device=device).split(minibatch_size):
+                # One order for all processes, numbered step by step and team by team: each takes the rows it played.
+                step, team = mb // (B * WORLD_SIZE), mb % (B * WORLD_SIZE) - RANK * B
+                mb = (step * B + team)[(0 <= team) & (team < B)]
+                mb_obs = {key: x.index_select(0, mb) for key, x in b_obs.items()}
                 mb_active, mb_advantages = b_active[mb], b_advantages[mb]
+                count = all_sum(mb_active.sum())  # active cells of the minibatch, in all processes
                 logits, value, team_value = agent(mb_obs)
-                dist = Categorical(logits=logits, validate_args=False)
-                newlogprob = group_sum(dist.log_prob(b_actions[mb]), mb_obs)
+                policy = Categorical(logits=logits, validate_args=False)
+                newlogprob = group_sum(policy.log_prob(b_actions[mb]), mb_obs)
                 newvalue = group_value(value, team_value, mb_obs, args)
                 logratio = torch.where(mb_active, newlogprob - b_logprobs[mb], 0)
                 ratio = logratio.exp()
 
                 with torch.no_grad():
                     # http://joschu.net/blog/kl-approx.html
-                    approx_kl = masked_mean((ratio - 1) - logratio, mb_active)
-                    clipfracs.append(masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active).item())
+                    approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)
+                    clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active, count)
 
                 if args.norm_adv:
-                    mean = masked_mean(mb_advantages, mb_active)
-                    std = masked_mean((mb_advantages - mean) ** 2, mb_active).sqrt()
+                    mean = all_sum(masked_mean(mb_advantages, mb_active, count))
+                    std = all_sum(masked_mean((mb_advantages - mean) ** 2, mb_active, count)).sqrt()
                     mb_advantages = (mb_advantages - mean) / (std + 1e-8)
 
                 # Policy loss: the group axis stays up to the mean over active cells
                 pg_loss1 = -mb_advantages * ratio
                 pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = masked_mean(torch.max(pg_loss1, pg_loss2), mb_active)
+                pg_loss = masked_mean(torch.max(pg_loss1, pg_loss2), mb_active, count)
 
                 # Value loss
                 v_loss = (newvalue - b_returns[mb]) ** 2
                 if args.clip_vloss:
                     clipped = b_values[mb] + torch.clamp(newvalue - b_values[mb], -args.clip_coef, args.clip_coef)
                     v_loss = torch.max(v_loss, (clipped - b_returns[mb]) ** 2)
-                v_loss = 0.5 * masked_mean(v_loss, mb_active)
+                v_loss = 0.5 * masked_mean(v_loss, mb_active, count)
 
-                entropy_loss = masked_mean(group_sum(dist.entropy(), mb_obs), mb_active)
+                entropy_loss = masked_mean(group_sum(policy.entropy(), mb_obs), mb_active, count)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
 
                 optimizer.zero_grad()
                 loss.backward()
+                metrics = torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
+                if WORLD_SIZE > 1:  # add up what the processes have: one message for all gradients and metrics
+                    grads = [p.grad for p in agent.parameters() if p.grad is not None]
+                    sums = all_sum(torch.cat([metrics, *[grad.flatten() for grad in grads]]))
+                    metrics, *parts = sums.split([len(metrics), *[grad.numel() for grad in grads]])
+                    for grad, part in zip(grads, parts):
+                        grad.copy_(part.view_as(grad))
+                pg_loss, v_loss, entropy_loss, approx_kl, clipfrac = metrics.tolist()  # waits for the device
+                clipfracs.append(clipfrac)
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
 
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
-        return_variance = masked_mean((b_returns - masked_mean(b_returns, b_active)) ** 2, b_active)
-        explained_var = 1 - masked_mean((b_returns - b_values) ** 2, b_active) / return_variance
+        count = all_sum(b_active.sum())
+        mean = all_sum(masked_mean(b_returns, b_active, count))
+        return_variance = all_sum(masked_mean((b_returns - mean) ** 2, b_active, count))
+        explained_var = 1 - all_sum(masked_mean((b_returns - b_values) ** 2, b_active, count)) / return_variance
+        if WORLD_SIZE > 1:
+            everyone = [None] * WORLD_SIZE
+            dist.all_gather_object(everyone, episodes)
+            episodes = sorted(sum(everyone, []), key=lambda episode: episode[0])
+        if RANK > 0:  # the rest of the update is writing
+            continue
+
+        for episode_step, episode in episodes:
+            finished.append(episode)
+            for key, x in episode.items():
+                name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"lux/{key}")
+                writer.add_scalar(name, x, episode_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
-        writer.add_scalar("losses/policy_loss", pg_loss.item(), global_step)
-        writer.add_scalar("losses/entropy", entropy_loss.item(), global_step)
-        writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
+        writer.add_scalar("losses/value_loss", v_loss, global_step)
+        writer.add_scalar("losses/policy_loss", pg_loss, global_step)
+        writer.add_scalar("losses/entropy", entropy_loss, global_step)
+        writer.add_scalar("losses/approx_kl", approx_kl, global_step)
         writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
         writer.add_scalar("losses/explained_variance", explained_var.item(), global_step)
         writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
@@ -472,24 +558,30 @@ def train(args, run_dir, device):
 
     progress.close()
     envs.close()
-    writer.close()
+    if RANK == 0:
+        writer.close()
     return agent
 
 
 if __name__ == "__main__":
     args = parse_args()
     check_args(args)
-    device = torch.device("cuda" if torch.cuda.is_available() and args.cuda else "cpu")
+    device, run_dir = choose_device(args), None
     if args.evaluate:
+        if RANK > 0:  # one process evaluates
+            sys.exit()
         model, trained = load_checkpoint(args.evaluate)
         run_dir = os.path.dirname(args.evaluate) or "."
         for name in ("cuda", "num_workers", "eval_episodes", "capture_video", "evaluate"):
             setattr(trained, name, getattr(args, name))
         args = trained
     else:
+        join_processes(device)
+    if not args.evaluate and RANK == 0:
         run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
         try:
             os.makedirs(run_dir)
+            Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
         except OSError as error:
             fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")
     try:
@@ -501,8 +593,11 @@ if __name__ == "__main__":
             except (RuntimeError, TypeError, AttributeError):
                 fail(f"{args.evaluate} holds another network than this version's")
         else:
-            Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
             agent = train(args, run_dir, device)
+            if WORLD_SIZE > 1:
+                dist.destroy_process_group()
+            if RANK > 0:  # one process evaluates
+                sys.exit()
         report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
         if args.capture_video:
             record_video(agent, args, device, f"{run_dir}/video.gif")

@@ -6,13 +6,13 @@ around it and a summary of the whole, and gets its own action logits and value. 
 computed, so the cost follows their number and not the number of slots.
 
 B boards (one for every team and step), E entity slots, M live entities of all boards together, C board
-channels, F entity features, A actions, H x W cells, h x w = H/4 x W/4 (rounded up) map positions:
+channels, F entity features, A actions, H x W cells, h x w = H/8 x W/8 (rounded up) map positions:
 
     tensor            shape               from
-    board             [B, C, H, W]        the observation, uint8 percent
-    map               [B, 32, h, w]       4 x 4 convolution of stride 4, then a residual block
+    board             [B, H, W, C]        the observation, uint8 percent
+    map               [B, 32, h, w]       a linear layer on tiles of 8 x 8 cells, then a residual block
     whole             [B, 64]             mean and maximum of the map over its cells
-    patch             [M, C * 25] -> 96   the 5 x 5 cells around each entity (input, so it needs no gradient)
+    patch             [M, 25 * C] -> 96   the 5 x 5 cells around each entity (input, so it needs no gradient)
     place             [M, 32]             the map at the entity's own position
     hidden            [M, 128]            two layers on patch, place, whole, features and action mask
     logits            [B, E, A]           linear on hidden, one head for robots and one for factories
@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-STRIDE, PATCH = 4, 5
+TILE, PATCH = 8, 5
 
 
 def layer_init(layer, std=np.sqrt(2)):
@@ -57,25 +57,23 @@ class HybridNet(nn.Module):
     """Actor and critic for all entities of a team.
 
     Args:
-        observation_space: of one match, a Dict whose "board" is [..., C, H, W] and "features" [..., E, F].
+        observation_space: of one match, a Dict whose "board" is [..., H, W, C] and "features" [..., E, F].
         num_actions: A.
         factory_kind: the value of "kind" that the second actor head serves (0 means an empty slot).
     """
 
     def __init__(self, observation_space, num_actions, factory_kind=1, channels=32, width=128):
         super().__init__()
-        board_channels = observation_space["board"].shape[-3]
+        board_channels = observation_space["board"].shape[-1]
         num_features = observation_space["features"].shape[-1]
         self.num_actions, self.factory_kind = num_actions, factory_kind
-        self.stem = layer_init(nn.Conv2d(board_channels, channels, STRIDE, stride=STRIDE))
+        self.stem = layer_init(nn.Linear(board_channels * TILE**2, channels))
         self.block = ResidualBlock(channels)
         self.patch = layer_init(nn.Linear(board_channels * PATCH**2, 96))
+        self.near = layer_init(nn.Linear(96 + channels + num_features + num_actions, width))
+        self.far = layer_init(nn.Linear(2 * channels, width))
         self.trunk = nn.Sequential(
-            layer_init(nn.Linear(96 + 3 * channels + num_features + num_actions, width)),
-            nn.ReLU(),
-            layer_init(nn.Linear(width, width)),
-            nn.LayerNorm(width),
-            nn.ReLU(),
+            nn.ReLU(), layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU()
         )
         self.actor = layer_init(nn.Linear(width, 2 * num_actions), std=0.01)
         self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0))
@@ -87,7 +85,7 @@ class HybridNet(nn.Module):
         """Logits and values for B boards.
 
         Args:
-            obs: dict of tensors as in the table above: board [B, C, H, W], features [B, E, F],
+            obs: dict of tensors as in the table above: board [B, H, W, C], features [B, E, F],
                 position [B, E, 2], kind [B, E] (0 where there is nobody) and action_mask [B, E, A].
 
         Returns:
@@ -95,52 +93,51 @@ class HybridNet(nn.Module):
             empty slots; team_value [B].
         """
         board, kind = obs["board"], obs["kind"]
-        B, _, H, W = board.shape
-        row, slot = kind.nonzero(as_tuple=True)  # the M live entities
-        x, y = obs["position"][row, slot].unbind(-1)
+        B, E = kind.shape
+        live = kind.flatten().nonzero().squeeze(1)  # the M live entities, as row * E + slot
+        row = live // E
+        x, y = obs["position"].flatten(0, 1).index_select(0, live).unbind(-1)
+        features = obs["features"].flatten(0, 1).index_select(0, live)
+        action_mask = obs["action_mask"].flatten(0, 1).index_select(0, live).bool()
 
-        padded = F.pad(board, (0, -W % STRIDE, 0, -H % STRIDE)).float().contiguous(memory_format=torch.channels_last)
-        # The board is in percent; dividing the weights is cheaper than dividing every cell.
-        features = self.block(F.relu(F.conv2d(padded, self.stem.weight / 100, self.stem.bias, STRIDE)))
-        whole = torch.cat([features.mean((2, 3)), features.amax((2, 3))], -1)
-        h, w = features.shape[2:]
-        # One flattened gather: reading [row, :, x, y] would allocate a map-sized gradient per read.
-        cells = features.permute(0, 2, 3, 1).reshape(B * h * w, -1)
-        place = cells.index_select(0, (row * h + x // STRIDE) * w + y // STRIDE)
+        map = self._map(board)
+        h, w = map.shape[2:]
+        whole = torch.cat([map.mean((2, 3)), F.max_pool2d(map, (h, w)).flatten(1)], -1)
+        # One flattened gather: reading map[row, :, x, y] would allocate a map-sized gradient per read.
+        cells = map.permute(0, 2, 3, 1).reshape(B * h * w, -1)
+        place = cells.index_select(0, (row * h + x // TILE) * w + y // TILE)
+        patch = F.relu(F.linear(self._patches(board, row, x, y), self.patch.weight / 100, self.patch.bias))
+        near = self.near(torch.cat([patch, place, features, action_mask], -1))
+        hidden = self.trunk(near + self.far(whole).index_select(0, row))
 
-        hidden = torch.cat(
-            [
-                F.relu(F.linear(self._patches(board, row, x, y), self.patch.weight / 100, self.patch.bias)),
-                place,
-                whole.index_select(0, row),
-                obs["features"][row, slot],
-                obs["action_mask"][row, slot].float(),
-            ],
-            -1,
-        )
-        hidden = self.trunk(hidden)
-
-        is_factory = (kind[row, slot] == self.factory_kind)[:, None]
+        is_factory = (kind.flatten().index_select(0, live) == self.factory_kind)[:, None]
         robot_logits, factory_logits = self.actor(hidden).split(self.num_actions, -1)
-        live_logits = torch.where(is_factory, factory_logits, robot_logits)
-        live_logits = live_logits.masked_fill(~obs["action_mask"][row, slot].bool(), -1e9)
-        index = row * kind.shape[1] + slot
-        logits = live_logits.new_zeros(kind.numel(), self.num_actions).index_copy(0, index, live_logits)
-        value = live_logits.new_zeros(kind.numel()).index_copy(0, index, self.critic(hidden).squeeze(-1))
+        live_logits = torch.where(is_factory, factory_logits, robot_logits).masked_fill(~action_mask, -1e9)
+        logits = live_logits.new_zeros(B * E, self.num_actions).index_copy(0, live, live_logits)
+        value = live_logits.new_zeros(B * E).index_copy(0, live, self.critic(hidden).squeeze(-1))
 
         count = (kind > 0).sum(-1, keepdim=True).clamp(min=1)
         mean = hidden.new_zeros(B, hidden.shape[1]).index_add(0, row, hidden) / count
         team_value = self.team_critic(torch.cat([mean, whole], -1)).squeeze(-1)
-        return logits.view(*kind.shape, -1), value.view(kind.shape), team_value
+        return logits.view(B, E, -1), value.view(B, E), team_value
+
+    def _map(self, board):
+        """The encoder: [B, channels, h, w], in channels_last layout."""
+        board = F.pad(board, (0, 0, 0, -board.shape[2] % TILE, 0, -board.shape[1] % TILE))
+        B, H, W, C = board.shape
+        h, w = H // TILE, W // TILE
+        # Tiles are put together as bytes: a quarter of the memory that floats would move.
+        tiles = board.view(B, h, TILE, w, TILE * C).transpose(2, 3).reshape(B, h, w, -1).float()
+        # The board is in percent; dividing the weights is cheaper than dividing every cell.
+        map = F.relu(F.linear(tiles, self.stem.weight / 100, self.stem.bias))
+        return self.block(map.permute(0, 3, 1, 2))
 
     def _patches(self, board, row, x, y):
-        """The PATCH x PATCH cells of all channels around each entity, 0 beyond the edge: [M, C * PATCH^2]."""
-        B, C, H, W = board.shape
-        half = PATCH // 2
-        padded = F.pad(board, (half, half, half, half)).flatten()
-        height, width = H + 2 * half, W + 2 * half
-        offset = torch.arange(PATCH, device=board.device)
-        inner = (offset[:, None] * width + offset).flatten()
-        inner = (torch.arange(C, device=board.device)[:, None] * (height * width) + inner).flatten()
-        corner = row * (C * height * width) + x * width + y
-        return padded[corner[:, None] + inner].float()
+        """The PATCH x PATCH cells around each entity, 0 beyond the edge: [M, PATCH^2 * C]."""
+        B, H, W, C = board.shape
+        offset = torch.arange(PATCH, device=board.device) - PATCH // 2
+        x, y = (x[:, None] + offset)[:, :, None], (y[:, None] + offset)[:, None]
+        inside = (x >= 0) & (x < H) & (y >= 0) & (y < W)
+        cell = torch.where(inside, (row[:, None, None] * H + x) * W + y, B * H * W)
+        cells = torch.cat([board.view(-1, C), board.new_zeros(1, C)])  # the last one is that beyond the edge
+        return cells.index_select(0, cell.flatten()).view(len(row), -1).float()

@@ -12,7 +12,7 @@ board (x and y of the engine, in this order).
 **Observation**, a dict of arrays; every player sees the match from its own side:
 
     key          shape               dtype    meaning
-    board        [N, P, C, H, W]     uint8    channels named in BOARD_CHANNELS, 0 to 100 (percent)
+    board        [N, P, H, W, C]     uint8    channels named in BOARD_CHANNELS, 0 to 100 (percent)
     features     [N, P, E, F]        float32  columns named in FEATURES, about -1 to 1
     position     [N, P, E, 2]        int64    cell of the entity (0, 0 where there is none)
     kind         [N, P, E]           int64    NOBODY = 0, FACTORY = 1, LIGHT = 2, HEAVY = 3
@@ -257,7 +257,7 @@ class LuxEncoder:
         """A dict of zeroed arrays [P, ...] with the keys, shapes and types of the table at the top."""
         P, E, S = len(PLAYERS), self.num_entities, self.map_size
         return {
-            "board": np.zeros((P, len(BOARD_CHANNELS), S, S), np.uint8),
+            "board": np.zeros((P, S, S, len(BOARD_CHANNELS)), np.uint8),
             "features": np.zeros((P, E, len(FEATURES)), np.float32),
             "position": np.zeros((P, E, 2), np.int64),
             "kind": np.zeros((P, E), np.int64),
@@ -372,31 +372,31 @@ class LuxEncoder:
             if not self.alive[team, self.home[team, slot]]:
                 self._birth(team, (x, y), slot)
         drawn = self.factory_map[:, 1:-1, 1:-1] > 0
-        out["board"][:, BOARD_CHANNELS.index("own_factory")] = drawn * 100
-        out["board"][:, BOARD_CHANNELS.index("opponent_factory")] = drawn[::-1] * 100
+        out["board"][..., BOARD_CHANNELS.index("own_factory")] = drawn * 100
+        out["board"][..., BOARD_CHANNELS.index("opponent_factory")] = drawn[::-1] * 100
         if self.drawn is None:  # a new match
-            out["board"][:, BOARD_CHANNELS.index("inside")] = 100
-            out["board"][:, BOARD_CHANNELS.index("ice")] = self.ice * 100
-            out["board"][:, BOARD_CHANNELS.index("ore")] = self.ore * 100
+            out["board"][..., BOARD_CHANNELS.index("inside")] = 100
+            out["board"][..., BOARD_CHANNELS.index("ice")] = self.ice * 100
+            out["board"][..., BOARD_CHANNELS.index("ore")] = self.ore * 100
         self.drawn = self.alive
 
     def _draw_board(self, obs, out):
         """The channels that change at every step: rubble, lichen and robots."""
         board, maps = obs["board"], out["board"]
         self.rubble[1:-1, 1:-1] = board["rubble"]
-        maps[:, BOARD_CHANNELS.index("rubble")] = board["rubble"]
+        maps[..., BOARD_CHANNELS.index("rubble")] = board["rubble"]
         self.lichen = board["lichen"]
         if self.lichen_seen or self.lichen.any():
             team = self.team_of_strain[self.strains]
             for channel, owner in (("own_lichen", 0), ("opponent_lichen", 1)):
-                maps[0, BOARD_CHANNELS.index(channel)] = self.lichen * (team == owner)
-                maps[1, BOARD_CHANNELS.index(channel)] = self.lichen * (team == 1 - owner)
+                maps[0, ..., BOARD_CHANNELS.index(channel)] = self.lichen * (team == owner)
+                maps[1, ..., BOARD_CHANNELS.index(channel)] = self.lichen * (team == 1 - owner)
             self.lichen_seen = self.lichen.any()
         team, _, heavy, x, y = self.robots.T[:5]
         own, opponent = BOARD_CHANNELS.index("own_light"), BOARD_CHANNELS.index("opponent_light")
-        maps[:, own:] = 0
-        maps[team, own + heavy, x, y] = 100
-        maps[1 - team, opponent + heavy, x, y] = 100
+        maps[..., own:] = 0
+        maps[team, x, y, own + heavy] = 100
+        maps[1 - team, x, y, opponent + heavy] = 100
 
     def _encode_factories(self, out):
         """Features and masks of the factories."""
@@ -749,6 +749,7 @@ class _Matches:
     def __init__(self, first, arrays, options):
         self.first, self.arrays = first, arrays
         held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
+        self.number = options.pop("first_match") + first  # what the first match here is counted as, for the seeds
         self.matches = []
         for index in range(len(arrays["terminated"])):
             out = {key: arrays[key][index] for key in OBSERVATION_KEYS}
@@ -757,14 +758,14 @@ class _Matches:
 
     def _held_out_seed(self, index):
         self.played[index] += 1
-        return (self.seed + self.first + index + (self.played[index] - 1) * self.num_envs) % HELD_OUT_SEEDS
+        return (self.seed + self.number + index + (self.played[index] - 1) * self.num_envs) % HELD_OUT_SEEDS
 
     def _training_seed(self, index):
         return int(self.rngs[index].integers(HELD_OUT_SEEDS, 2**31))
 
     def reset(self, seed):
         self.seed, self.played = seed, [0] * len(self.matches)
-        self.rngs = [np.random.default_rng([seed, self.first + index]) for index in range(len(self.matches))]
+        self.rngs = [np.random.default_rng([seed, self.number + index]) for index in range(len(self.matches))]
         return self._each(lambda index, match: match.reset())
 
     def step(self, _):
@@ -828,6 +829,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
         max_robots: robot slots per team.
         group_by, safe_masks: see LuxEncoder.
         held_out: play the maps kept for evaluation: match i starts with map `seed + i`.
+        first_match: what the first match is counted as, for the seeds: where several processes each play a part
+            of the matches, together they play what one would.
         render_mode: None or "rgb_array" (with num_workers 0).
         engine_options: more settings for the engine, such as {"validate_action_space": True}.
 
@@ -848,6 +851,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
         group_by="entity",
         safe_masks=True,
         held_out=False,
+        first_match=0,
         render_mode=None,
         engine_options=None,
     ):
@@ -894,6 +898,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
             "min_factories": min_factories,
             "held_out": held_out,
             "num_envs": num_envs,
+            "first_match": first_match,
             "engine_options": engine_options,
             **encoder_options,
         }

@@ -31,7 +31,7 @@ class ToyVecEnv:
         self.diary = [] if diary is None else diary
         shape = (num_envs, PLAYERS, slots + padding)
         self.obs = {
-            "board": np.zeros((num_envs, PLAYERS, 2, SIZE, SIZE), np.uint8),
+            "board": np.zeros((num_envs, PLAYERS, SIZE, SIZE, 2), np.uint8),
             "features": np.full((*shape, CHOICES), np.nan, np.float32),
             "position": np.full((*shape, 2), SIZE - 1),
             "kind": np.zeros(shape, np.int64),
@@ -154,15 +154,16 @@ def test_the_rollout_is_what_was_played(monkeypatch, tmp_path, script, weight):
         assert torch.equal(dones, torch.stack([ended[steps]] * PLAYERS, -1).flatten(1))
 
 
-class SlotwiseCategorical(torch.distributions.Categorical):
-    """Samples with the same random numbers for a slot however many slots there are."""
+def slotwise_sample(seed):
+    """The scripts' `sample`, but with the same random numbers for a slot however many slots there are."""
+    generator = torch.Generator().manual_seed(seed)
 
-    generator = torch.Generator()
+    def sample(probs):
+        *batch, slots, choices = probs.shape
+        noise = torch.empty(*batch, 64, choices).exponential_(generator=generator)
+        return (probs / noise[..., :slots, :]).argmax(-1)
 
-    def sample(self):
-        *batch, slots, choices = self.logits.shape
-        noise = torch.rand(*batch, 64, choices, generator=self.generator)[..., :slots, :]
-        return (self.logits - torch.log(-torch.log(noise))).argmax(-1)
+    return sample
 
 
 @pytest.mark.parametrize(
@@ -179,10 +180,9 @@ def test_empty_slots_count_for_nothing(monkeypatch, tmp_path, script, clusters, 
 
     Any mean, normalisation, entropy, ratio or value loss that took empty slots in would show here.
     """
-    monkeypatch.setattr(script, "Categorical", SlotwiseCategorical)
     parameters = []
     for padding in (0, 6):
-        SlotwiseCategorical.generator.manual_seed(0)
+        monkeypatch.setattr(script, "sample", slotwise_sample(seed=0))
         toy = {"slots": 6, "padding": padding, "clusters": clusters}
         agent = train_on_toy(monkeypatch, script, tmp_path / str(padding), toy, seed=1, total_timesteps=240, **options)
         parameters.append(torch.cat([parameter.detach().flatten() for parameter in agent.parameters()]))

@@ -117,7 +117,7 @@ def test_reads_its_own_place(net, obs):
     assert changed.nonzero().tolist() == [[0, slot]]
     assert (value != moved_value).nonzero().tolist() == [[0, slot]]
 
-    obs["board"][0, :, 12, 9] = 100 - obs["board"][0, :, 12, 9]
+    obs["board"][0, 12, 9] = 100 - obs["board"][0, 12, 9]
     assert (net(obs)[0][0, slot] - moved_logits[0, slot])[obs["action_mask"][0, slot]].abs().min() > 1e-4
 
 
@@ -131,7 +131,7 @@ def test_x_and_y_are_not_swapped(net, obs):
         obs["position"][0, slot] = torch.tensor(position)
         dx, dy = (distance - centre[0]).abs()[:, None], (distance - centre[1]).abs()[None]
         changed = (torch.maximum(dx, dy) >= low) & (torch.maximum(dx, dy) <= high)
-        board = torch.where(changed, 100 - obs["board"], obs["board"])
+        board = torch.where(changed[..., None], 100 - obs["board"], obs["board"])
         difference = net(obs)[0] - net({**obs, "board": board})[0]
         return difference[0, slot][obs["action_mask"][0, slot]].abs().sum().item()
 

@@ -103,7 +103,7 @@ def test_both_players_see_their_own_side():
     obs, _ = env.reset(seed=3)
     for _, _, (obs, *_) in play(env, obs, random_policy(), 60):
         pass
-    mine, theirs = obs["board"][0]
+    mine, theirs = np.moveaxis(obs["board"][0], -1, 1)
     for what in ("factory", "lichen", "light", "heavy"):
         for a, b in (("own", "opponent"), ("opponent", "own")):
             assert (mine[CHANNEL[f"{a}_{what}"]] == theirs[CHANNEL[f"{b}_{what}"]]).all()
@@ -115,11 +115,11 @@ def test_both_players_see_their_own_side():
     for team, player in enumerate(lux.PLAYERS):
         owned = [factory.num_id for factory in state.factories[player].values()]
         area = np.isin(board.factory_occupancy_map, owned)
-        assert (obs["board"][0, team, CHANNEL["own_factory"]] == 100 * area).all()
+        assert (obs["board"][0, team, ..., CHANNEL["own_factory"]] == 100 * area).all()
         robots = np.zeros_like(board.rubble)
         for unit in state.units[player].values():
             robots[unit.pos.x, unit.pos.y] = 100
-        own = obs["board"][0, team, CHANNEL["own_light"]] + obs["board"][0, team, CHANNEL["own_heavy"]]
+        own = obs["board"][0, team][..., [CHANNEL["own_light"], CHANNEL["own_heavy"]]].sum(-1)
         assert robots.any() and (own == robots).all()
     assert board.lichen.any()
     env.close()
@@ -670,7 +670,7 @@ def test_neurips_stage():
     """64 x 64 cells and 4 to 10 factories work too."""
     env, (match,) = in_process(1, map_size=64, min_factories=4, max_factories=10)
     obs, _ = env.reset(seed=16)
-    assert obs["board"].shape[-2:] == (64, 64) and 4 <= match.placed[0] <= 10
+    assert obs["board"].shape[-3:-1] == (64, 64) and 4 <= match.placed[0] <= 10
     for _, _, (obs, *_) in play(env, obs, random_policy(16), 20):
         pass
     assert env.observation_space.contains(obs)
