@@ -1,6 +1,7 @@
 """Global PPO on Lux AI Season 2, the baseline of trajsep_ppo.py: one trajectory per team.
 
     python global_ppo.py
+    torchrun --standalone --nproc-per-node 2 global_ppo.py
     python global_ppo.py --evaluate runs/<run>/checkpoint.pt
 
 One shared encoder looks at the map; the team has one reward (the sum over its entities), one value, one
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Optional
@@ -81,7 +83,7 @@ class Args:
     """fewest factories per team (season 2: 2, NeurIPS stage: 4)"""
     max_factories: int = 5
     """most factories per team (season 2: 5, NeurIPS stage: 10)"""
-    max_robots: int = 20
+    max_robots: int = 12
     """robot slots per team; nothing is built while they are full"""
     safe_masks: bool = True
     """if toggled, orders that are legal but plainly ruinous are masked too"""
@@ -92,7 +94,7 @@ class Args:
     learning_rate: float = 1e-3
     """the learning rate of the optimizer"""
     num_envs: int = 16
-    """matches played at a time"""
+    """matches played at a time, by all processes of torchrun together"""
     num_steps: int = 64
     """steps of every match in a rollout"""
     anneal_lr: bool = True
@@ -101,9 +103,9 @@ class Args:
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
-    num_minibatches: int = 8
+    num_minibatches: int = 16
     """minibatches of a rollout; each has num_envs * num_steps / num_minibatches environment steps"""
-    update_epochs: int = 3
+    update_epochs: int = 2
     """passes over a rollout"""
     norm_adv: bool = True
     """if toggled, advantages are normalized in every minibatch"""
@@ -126,7 +128,8 @@ class Args:
 def fail(message, code=2):
     """End the program with one sentence for the person who started it."""
     if RANK == 0 or code == 1:  # a wrong flag is wrong in every process of torchrun, and one of them says so
-        print(f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+        below_the_progress_bar = "\n" if code == 1 else ""
+        print(f"{below_the_progress_bar}{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -233,7 +236,7 @@ def join_processes(device):
     """Meet the other processes of torchrun, if any."""
     if WORLD_SIZE > 1:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=2))
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0][:120]
             fail(f"cannot meet the other processes: is MASTER_ADDR right and MASTER_PORT free? ({reason})", 1)
@@ -602,7 +605,6 @@ if __name__ == "__main__":
         if args.capture_video:
             record_video(agent, args, device, f"{run_dir}/video.gif")
     except LuxError as error:
-        print(file=sys.stderr)  # below the progress bar
         kept = f"; the last checkpoint is {run_dir}/checkpoint.pt" if os.path.exists(f"{run_dir}/checkpoint.pt") else ""
         fail(f"{error}{kept}", 1)
     except KeyboardInterrupt:
