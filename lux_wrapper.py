@@ -604,7 +604,7 @@ class LuxEncoder:
 # ------------------------------------------------------------------------------------------------------
 
 OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
-TERMS = tuple(REWARDS)
+TERMS, WEIGHTS = tuple(REWARDS), np.array(list(REWARDS.values()))
 ICE_DUG, ORE_DUG, ICE_DELIVERED, ORE_DELIVERED, ROBOT_LOST = range(5)
 WATER_MADE, METAL_MADE, LICHEN_GROWN, SURVIVED, FACTORY_LOST = range(5, 10)
 TEAM_METRICS = (
@@ -705,6 +705,11 @@ def _engine_class():
     return Engine
 
 
+def _cargo(entities):
+    """Ice and ore of engine objects, [len(entities), 2]."""
+    return np.array([(entity.cargo.ice, entity.cargo.ore) for entity in entities], np.int64).reshape(-1, 2)
+
+
 class LuxMatch:
     """One match of the real engine with its encoder, writing into arrays of the caller.
 
@@ -756,7 +761,7 @@ class LuxMatch:
         obs, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         obs = obs["player_0"]
         amounts = self._achievements(before)
-        np.matmul(amounts, np.array(list(REWARDS.values())), out=rewards, casting="same_kind")
+        np.matmul(amounts, WEIGHTS, out=rewards, casting="same_kind")
         self.totals += amounts.sum(1)
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
@@ -768,57 +773,51 @@ class LuxMatch:
         return None
 
     def _snapshot(self):
-        """What every entity has before the step: lists of (team, slot, engine object, ice, ore)."""
-        units, factories = [], []
+        """What is there before the step: robots and factories, as engine objects, and the ice and ore of each."""
+        state = self.engine.state
         self.engine.births.clear()
-        for team, player in enumerate(PLAYERS):
-            slots = self.encoder.robot_slot[team]
-            for unit_id, unit in self.engine.state.units[player].items():
-                units.append((team, slots[unit_id], unit, unit.cargo.ice, unit.cargo.ore))
-            slots = self.encoder.factory_slot[team]
-            for unit_id, factory in self.engine.state.factories[player].items():
-                factories.append((team, slots[unit_id], factory, factory.cargo.ice, factory.cargo.ore))
-        return units, factories
+        robots = [unit for player in PLAYERS for unit in state.units[player].values()]
+        factories = [factory for player in PLAYERS for factory in state.factories[player].values()]
+        return robots, factories, _cargo(robots), _cargo(factories)
 
     def _achievements(self, before):
         """Amount of each reward term for each entity in the step just played, float [P, E, len(TERMS)]."""
-        units, factories = before
-        state, strains = self.engine.state, self.engine.state.board.lichen_strains
-        amounts = np.zeros((2, self.encoder.num_entities, len(TERMS)))
-        arrived = np.zeros((2, self.encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
-        for row, (team, slot, unit, ice, ore) in enumerate(units):
-            got = np.array([unit.cargo.ice - ice, unit.cargo.ore - ore])
-            if got.any():  # digging is all that fills a cargo, delivering to an own factory all that empties it
-                amounts[team, slot, [ICE_DUG, ORE_DUG]] = np.maximum(got, 0)
-                amounts[team, slot, [ICE_DELIVERED, ORE_DELIVERED]] = np.maximum(-got, 0)
-                arrived[team, self.encoder.deliver_to[row]] += np.maximum(-got, 0)
-            if unit.unit_id not in state.units[PLAYERS[team]]:
-                amounts[team, slot, ROBOT_LOST] = 1.0 if unit.is_heavy() else 0.1
-        if strains.max() >= 0 or self.lichen.any():
-            lichen = np.bincount(strains.ravel() + 1, state.board.lichen.ravel(), len(self.lichen) + 1)[1:]
-        else:
-            lichen = self.lichen
-        for team, slot, factory, ice, ore in factories:
-            ice, ore = arrived[team, slot] + (ice - factory.cargo.ice, ore - factory.cargo.ore)
-            amounts[team, slot, [WATER_MADE, METAL_MADE]] = ice // ICE_PER_WATER, ore // ORE_PER_METAL
-            amounts[team, slot, LICHEN_GROWN] = lichen[factory.num_id] - self.lichen[factory.num_id]
-            survived = factory.unit_id in state.factories[PLAYERS[team]]
-            amounts[team, slot, SURVIVED if survived else FACTORY_LOST] = 1
+        robots, factories, robots_had, factories_had = before  # in the order of the encoder's tables
+        state, encoder, board = self.engine.state, self.encoder, self.engine.state.board
+        amounts = np.zeros((2, encoder.num_entities, len(TERMS)))
+        arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
+        if robots:
+            team, slot, heavy = encoder.robots.T[:3]
+            got = _cargo(robots) - robots_had
+            brought = np.maximum(-got, 0)
+            # Digging is all that fills a cargo, delivering to an own factory all that empties it.
+            amounts[team, slot, ICE_DUG : ORE_DUG + 1] = np.maximum(got, 0)
+            amounts[team, slot, ICE_DELIVERED : ORE_DELIVERED + 1] = brought
+            np.add.at(arrived, (team, encoder.deliver_to), brought)
+            lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
+            amounts[team, slot, ROBOT_LOST] = lost * np.where(heavy, 1.0, 0.1)
+        team, slot = np.nonzero(encoder.alive)
+        refined = arrived[team, slot] + factories_had - _cargo(factories)
+        amounts[team, slot, WATER_MADE : METAL_MADE + 1] = refined // (ICE_PER_WATER, ORE_PER_METAL)
+        lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
+        amounts[team, slot, LICHEN_GROWN] = (lichen - self.lichen)[encoder.strain_of[team, slot]]
         self.lichen = lichen
-        self._count_robots([unit for _, _, unit, _, _ in units])
+        survived = [factory.unit_id in state.factories[PLAYERS[factory.team_id]] for factory in factories]
+        amounts[team, slot, np.where(survived, SURVIVED, FACTORY_LOST)] = 1
+        self._count_robots(robots)
         return amounts
 
-    def _count_robots(self, units):
+    def _count_robots(self, robots):
         """Count births, losses, and losses on a cell where another own robot ended the step too."""
-        for team, player in enumerate(PLAYERS):
-            born = [unit for unit in self.engine.births if unit.team_id == team]
-            everyone = [unit for unit in units if unit.team_id == team] + born
-            dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[player]]
-            for unit in born:
-                self.built[team, int(unit.is_heavy())] += 1
-            self.lost[team] += len(dead)
-            cells = [tuple(unit.pos.pos) for unit in everyone] if dead else []
-            self.own_collisions[team] += sum(cells.count(tuple(unit.pos.pos)) > 1 for unit in dead)
+        births = self.engine.births
+        everyone = robots + births
+        dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[PLAYERS[unit.team_id]]]
+        for unit in births:
+            self.built[unit.team_id, int(unit.is_heavy())] += 1
+        cells = [(unit.team_id, unit.pos.x, unit.pos.y) for unit in everyone] if dead else []
+        for unit in dead:
+            self.lost[unit.team_id] += 1
+            self.own_collisions[unit.team_id] += cells.count((unit.team_id, unit.pos.x, unit.pos.y)) > 1
 
     def _metrics(self, obs):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""

@@ -328,11 +328,12 @@ class Watch:
 
     def watch_achievements(self, before):
         amounts, board = self.achievements(before), self.engine.state.board
-        for team, slot, unit, _, _ in before[0]:
+        for unit in before[0]:
+            team, slot = unit.team_id, self.match.encoder.robot_slot[unit.team_id][unit.unit_id]
             self.dug[unit.unit_type.name][team] += amounts[team, slot, lux.ICE_DUG]
-        for team, _, factory, _, _ in before[1]:
+        for factory in before[1]:
             now = int(board.lichen[board.lichen_strains == factory.num_id].sum())
-            self.lichen[team] += now - self.lichen_of.get(factory, 0)
+            self.lichen[factory.team_id] += now - self.lichen_of.get(factory, 0)
             self.lichen_of[factory] = now
         return amounts
 
