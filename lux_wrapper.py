@@ -98,6 +98,7 @@ FEATURES = (
     *("is_day", "time_in_cycle", "time"),  # 0 to 1
 )
 COLUMN = {name: column for column, name in enumerate(FEATURES)}
+GROUND = FEATURES[COLUMN["ice_dx"] : COLUMN["on_ore"] + 1]  # what LuxEncoder looks up by cell, in one piece
 
 REWARDS = {
     "ice_dug": 0.002,
@@ -118,7 +119,8 @@ METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
 CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
 MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
-WORST_MOVE = np.array([6, 120])  # onto 100 rubble
+MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)  # [kind, rubble]
+WORST_MOVE = MOVE_COST_ONTO[:, 100]
 ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER = 4, 5, 10
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 
@@ -248,6 +250,30 @@ def _log(amount):
     return np.log1p(amount) / 5
 
 
+def read_observation(obs):
+    """What LuxEncoder needs of an official observation.
+
+    Returns:
+        time, rubble, lichen, lichen_strains, and per team two dicts of rows of integers, unit_id ->
+        (x, y, power, ice, ore, water, metal, strain) of the factories and unit_id ->
+        (heavy, x, y, power, ice, ore, action of the order under way) of the robots.
+    """
+    factories, robots = [{}, {}], [{}, {}]
+    for team, player in enumerate(PLAYERS):
+        for unit_id, factory in obs["factories"][player].items():
+            cargo = factory["cargo"]
+            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
+            factories[team][unit_id] = *factory["pos"].tolist(), *stock, factory["strain_id"]
+        for unit_id, unit in obs["units"][player].items():
+            cargo, queue, under_way = unit["cargo"], unit["action_queue"], STAY
+            if len(queue):
+                under_way = DIG if queue[0][0] == 3 else int(queue[0][1])  # only digs and moves outlast a step
+            stock = unit["power"], cargo["ice"], cargo["ore"]
+            robots[team][unit_id] = unit["unit_type"] == "HEAVY", *unit["pos"].tolist(), *stock, under_way
+    board = obs["board"]
+    return obs["real_env_steps"], board["rubble"], board["lichen"], board["lichen_strains"], factories, robots
+
+
 class LuxEncoder:
     """Both players' views of one match: slots, features and masks in, official orders out.
 
@@ -278,6 +304,9 @@ class LuxEncoder:
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
+        (self.all_cells,) = as_bits(np.ones((1, map_size, map_size), bool))
+        self.side = map_size + 2  # of maps with a border of 1 cell
+        self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
 
     def arrays(self):
         """A dict of zeroed arrays [P, ...] with the keys, shapes and types of the table at the top."""
@@ -295,11 +324,12 @@ class LuxEncoder:
         """Forget the last match; `obs` is the first observation after placement, before any robot."""
         size = self.map_size
         self.ice, self.ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
-        self.way_to_ice, self.way_to_ore = _way_to_nearest(self.ice), _way_to_nearest(self.ore)
-        self.inside = np.zeros((size + 2, size + 2), bool)
-        self.inside[1:-1, 1:-1] = True
+        # For each team and cell the features that depend on nothing but the cell and the factories alive.
+        self.ground = np.zeros((2, size, size, len(GROUND)), np.float32)
+        self.ground[..., :3], self.ground[..., 3:6] = _way_to_nearest(self.ice), _way_to_nearest(self.ore)
+        self.ground[..., -2], self.ground[..., -1] = self.ice, self.ore
         self.rubble = np.zeros((size + 2, size + 2), np.int64)
-        self.strains = obs["board"]["lichen_strains"]  # and those of the step before, from `encode` on
+        self.strains = obs["board"]["lichen_strains"].astype(np.int16)  # those of the step before, from `encode` on
         self.lichen_seen = True  # so that the first `encode` clears the channels
         self.drawn = None  # the factories that the maps below show
         self.team_of_strain = np.full(obs["global_id"] + 1, -1)  # its last entry serves strain -1, no lichen
@@ -320,64 +350,54 @@ class LuxEncoder:
             out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
                 is written again).
         """
-        self.time = obs["real_env_steps"]
-        self.strains_before, self.strains = self.strains, obs["board"]["lichen_strains"]
-        self._read_factories(obs)
-        self._read_robots(obs)
+        self._encode(out, *read_observation(obs))
+
+    def _encode(self, out, time, rubble, lichen, strains, factories, robots):
+        """As `encode`, of what `read_observation` returns."""
+        self.time, self.lichen = time, lichen
+        self.strains_before, self.strains = self.strains, strains.astype(np.int16)  # as there are but few strains
+        self._read_factories(factories)
+        self._read_robots(robots)
         if self.drawn is None or (self.drawn != self.alive).any():
             self._draw_factories(out)
-        self._draw_board(obs, out)
+        self._draw_board(rubble, out)
         for key in ("features", "position", "kind", "action_mask"):
             out[key][:] = 0
         self._encode_factories(out)
         if len(self.robots):
             self._encode_robots(out)
-        features, alive = out["features"], self.alive.sum(1) / 5
-        features[..., COLUMN["own_factories"]] = alive[:, None]
-        features[..., COLUMN["opponent_factories"]] = alive[::-1, None]
-        features[..., COLUMN["is_day"]] = self.time % CYCLE < DAY
-        features[..., COLUMN["time_in_cycle"]] = self.time % CYCLE / CYCLE
-        features[..., COLUMN["time"]] = self.time / GAME_LENGTH
-        features[out["kind"] == NOBODY] = 0
+        # The last five columns are the same for everybody.
+        alive, clock = self.alive.sum(1) / 5, time % CYCLE
+        match = [(alive[team], alive[1 - team], clock < DAY, clock / CYCLE, time / GAME_LENGTH) for team in range(2)]
+        out["features"][..., COLUMN["own_factories"] :] = np.array(match)[:, None]
+        out["features"][out["kind"] == NOBODY] = 0
         out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
 
-    def _read_factories(self, obs):
+    def _read_factories(self, factories):
         """Cells, stocks and strains of the factories by slot."""
         self.alive = np.zeros((2, self.max_factories), bool)
-        self.factory_pos = np.zeros((2, self.max_factories, 2), np.int64)
-        self.stock = np.zeros((2, self.max_factories, 5), np.int64)  # power, ice, ore, water, metal
-        self.strain_of = np.full((2, self.max_factories), -1)
-        for team, player in enumerate(PLAYERS):
-            for unit_id, factory in obs["factories"][player].items():
-                slot, cargo = self.factory_slot[team][unit_id], factory["cargo"]
-                stock = (factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"])
-                self.alive[team, slot] = True
-                self.factory_pos[team, slot] = factory["pos"]
-                self.stock[team, slot] = stock
-                self.strain_of[team, slot] = factory["strain_id"]
+        table = np.zeros((2, self.max_factories, 8), np.int64)
+        for team, rows in enumerate(factories):
+            slots = [self.factory_slot[team][unit_id] for unit_id in rows]
+            self.alive[team, slots] = True
+            table[team, slots] = list(rows.values())
+        self.factory_pos, self.stock = table[..., :2], table[..., 2:7]  # power, ice, ore, water, metal
+        self.strain_of = table[..., 7]
 
-    def _read_robots(self, obs):
+    def _read_robots(self, robots):
         """Table of the robots [R, 9]: team, slot, heavy, x, y, power, ice, ore, action of the order under way."""
-        rows = []
-        for team, player in enumerate(PLAYERS):
-            units, slots = obs["units"][player], self.robot_slot[team]
-            if units.keys() != slots.keys():
+        table = []
+        for team, rows in enumerate(robots):
+            slots = self.robot_slot[team]
+            if rows.keys() != slots.keys():
                 # A slot seen occupied in the last observation stays empty in this one.
                 free = iter(sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values())))
                 self.robot_slot[team] = slots = {
-                    unit_id: slots[unit_id] if unit_id in slots else self._birth(team, unit["pos"], next(free))
-                    for unit_id, unit in units.items()
+                    unit_id: slots[unit_id] if unit_id in slots else self._birth(team, row[1:3], next(free))
+                    for unit_id, row in rows.items()
                 }
-            for unit_id, unit in units.items():
-                (x, y), cargo, queue = unit["pos"].tolist(), unit["cargo"], unit["action_queue"]
-                under_way = STAY
-                if len(queue):
-                    order = queue[0].tolist()
-                    under_way = DIG if order[0] == 3 else order[1]  # only digs and moves outlast a step
-                heavy = unit["unit_type"] == "HEAVY"
-                row = (team, slots[unit_id], heavy, x, y, unit["power"], cargo["ice"], cargo["ore"], under_way)
-                rows.append(row)
-        self.robots = np.array(rows, np.int64).reshape(-1, 9)
+            table += [(team, slots[unit_id], *row) for unit_id, row in rows.items()]
+        self.robots = np.array(table, np.int64).reshape(-1, 9)
 
     def _birth(self, team, pos, slot):
         """Give `slot` to a new robot, which belongs to the factory in whose centre it appears."""
@@ -386,14 +406,16 @@ class LuxEncoder:
         return slot
 
     def _draw_factories(self, out):
-        """Draw the factories alive; robots of one that is gone join the nearest."""
-        size = self.map_size
-        self.factory_map = np.zeros((2, size + 2, size + 2), np.int64)  # slot + 1, with a border of 1 cell
-        self.centre_map = np.zeros((2, size + 2, size + 2), bool)
+        """Draw the factories alive and the ways to them; robots of one that is gone join the nearest."""
+        size, side = self.map_size, self.side
+        self.factory_map = np.zeros((2, side, side), np.int64)  # slot + 1, with a border of 1 cell
+        self.centre_map = np.zeros((2, side, side), bool)
         for team, slot in np.argwhere(self.alive):
             x, y = self.factory_pos[team, slot]
             self.factory_map[team, x : x + 3, y : y + 3] = slot + 1
             self.centre_map[team, x + 1, y + 1] = True
+        self.closed = self.factory_map[::-1] > 0  # where the team may not go: the opponent's factories and the border
+        self.closed[:, [0, -1]] = self.closed[:, :, [0, -1]] = True
         for team, slot, _, x, y, *_ in self.robots:
             if not self.alive[team, self.home[team, slot]]:
                 self._birth(team, (x, y), slot)
@@ -406,17 +428,29 @@ class LuxEncoder:
             out["board"][:, BOARD_CHANNELS.index("ore")] = self.ore * 100
         self.drawn = self.alive
 
-    def _draw_board(self, obs, out):
+        cells = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1)
+        to_factory = self.factory_pos[:, :, None, None] - cells
+        distance = np.where(self.alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
+        self.nearest = distance.argmin(1)  # slot of the team's nearest factory, [P, H, W]
+        way = np.take_along_axis(to_factory, self.nearest[:, None, ..., None], 1)
+        home = GROUND.index("home_dx")
+        self.ground[..., home : home + 2] = np.clip(way[:, 0] / 8, -1, 1)
+        self.ground[..., home + 2] = np.clip(distance.min(1) / 8, 0, 1)
+        # Steps from a cell and its neighbours to the edge of the factory nearest to the cell, [5, P, H, W].
+        gap = np.abs(way - np.stack([DX, DY], -1)[:, None, None]) - 1
+        self.steps_home = np.ascontiguousarray(np.maximum(gap, 0).sum(-1).swapaxes(0, 1))
+
+    def _draw_board(self, rubble, out):
         """The channels that change at every step: rubble, lichen and robots."""
-        board, maps = obs["board"], out["board"]
-        self.rubble[1:-1, 1:-1] = board["rubble"]
-        maps[:, BOARD_CHANNELS.index("rubble")] = board["rubble"]
-        self.lichen = board["lichen"]
+        maps = out["board"]
+        self.rubble[1:-1, 1:-1] = rubble
+        maps[:, BOARD_CHANNELS.index("rubble")] = rubble
         if self.lichen_seen or self.lichen.any():
-            team = self.team_of_strain[self.strains]
-            for channel, owner in (("own_lichen", 0), ("opponent_lichen", 1)):
-                maps[0, BOARD_CHANNELS.index(channel)] = self.lichen * (team == owner)
-                maps[1, BOARD_CHANNELS.index(channel)] = self.lichen * (team == 1 - owner)
+            owner = self.team_of_strain[self.strains]
+            for team in range(2):
+                lichen = self.lichen * (owner == team)
+                maps[team, BOARD_CHANNELS.index("own_lichen")] = lichen
+                maps[1 - team, BOARD_CHANNELS.index("opponent_lichen")] = lichen
             self.lichen_seen = self.lichen.any()
         team, _, heavy, x, y = self.robots.T[:5]
         own, opponent = BOARD_CHANNELS.index("own_light"), BOARD_CHANNELS.index("opponent_light")
@@ -426,28 +460,25 @@ class LuxEncoder:
 
     def _encode_factories(self, out):
         """Features and masks of the factories."""
-        alive, pos, width = self.alive, self.factory_pos, self.max_factories
-        power, ice, ore, water, metal = np.moveaxis(self.stock, -1, 0)
+        alive, pos, width, teams = self.alive, self.factory_pos, self.max_factories, np.arange(2)[:, None]
+        power, metal = self.stock[..., 0], self.stock[..., 4]
         x, y = pos[..., 0], pos[..., 1]
         features = out["features"][:, :width]
         out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
         out["position"][:, :width] = pos
         features[..., COLUMN["is_factory"]] = 1
-        for name, amount in (("power", power), ("ice", ice), ("ore", ore)):
-            features[..., COLUMN[name]] = np.minimum(amount / 1000, 3)
-        features[..., COLUMN["water"]] = features[..., COLUMN["home_water"]] = _log(water)
+        features[..., COLUMN["power"] : COLUMN["ore"] + 1] = np.minimum(self.stock[..., :3] / 1000, 3)
+        features[..., COLUMN["water"] : COLUMN["metal"] + 1] = _log(self.stock[..., 3:])
+        features[..., COLUMN["ice_dx"] : COLUMN["ore_distance"] + 1] = self.ground[teams, x, y, :6]
+        features[..., COLUMN["home_water"]] = features[..., COLUMN["water"]]
         features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
-        features[..., COLUMN["metal"]] = _log(metal)
-        features[..., COLUMN["ice_dx"] : COLUMN["ice_distance"] + 1] = self.way_to_ice[x, y]
-        features[..., COLUMN["ore_dx"] : COLUMN["ore_distance"] + 1] = self.way_to_ore[x, y]
         team, slot, heavy, robot_x, robot_y = self.robots.T[:5]
-        built = np.zeros((2, self.num_entities, 2))
-        np.add.at(built, (team, self.home[team, slot], heavy), 1)
-        features[..., COLUMN["group_lights"]] = built[:, :width, 0] / 10
-        features[..., COLUMN["group_heavies"]] = built[:, :width, 1] / 5
-        self.robot_map = np.zeros((2, self.map_size + 2, self.map_size + 2), bool)
+        group = (team * self.num_entities + self.home[team, slot]) * 2 + heavy
+        built = np.bincount(group, minlength=4 * self.num_entities).reshape(2, -1, 2)[:, :width]
+        features[..., COLUMN["group_lights"] : COLUMN["group_heavies"] + 1] = built / (10, 5)
+        self.robot_map = np.zeros((2, self.side, self.side), bool)
         self.robot_map[team, robot_x + 1, robot_y + 1] = True
-        taken = self.robot_map[[[0], [1]], x + 1, y + 1]
+        taken = self.robot_map[teams, x + 1, y + 1]
         features[..., COLUMN["centre_taken"]] = taken
 
         can_build = alive[..., None] & (metal[..., None] >= METAL_COST) & (power[..., None] >= POWER_COST)
@@ -457,92 +488,80 @@ class LuxEncoder:
         can_build &= has_slot[..., None]
         if self.safe_masks:
             can_build &= ~taken[..., None]
-            has_heavy = built[:, :width, 1] > 0
-            can_build[..., 0] &= has_heavy | (metal >= METAL_COST.sum())
+            can_build[..., 0] &= (built[..., 1] > 0) | (metal >= METAL_COST.sum())
         mask = out["action_mask"]
         mask[:, :width, NOTHING] = alive
         mask[:, :width, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build
         reserve = min(WATER_RESERVE, GAME_LENGTH - self.time) if self.safe_masks else 0
-        for team, slot in np.argwhere(alive & (water > reserve)):
-            cost = self._water_cost(self.strain_of[team, slot])
-            mask[team, slot, WATER] = water[team, slot] - cost >= reserve
+        team, slot = np.nonzero(alive & (self.stock[..., 3] > reserve))
+        left = self.stock[team, slot, 3] - self._water_cost(self.strain_of[team, slot])
+        mask[team, slot, WATER] = left >= reserve
 
-    def _water_cost(self, strain):
-        """An upper bound on the water that watering a factory's lichen costs.
+    def _water_cost(self, strains):
+        """Upper bounds on the water that watering costs the factories whose lichen has these strains.
 
         Lichen grows on the 12 cells at the factory's edge, on cells of its strain and on neighbours of
         those that hold 20. The engine counts them one step late, so what has just withered counts too.
         """
-        own = (self.strains == strain) | (self.strains_before == strain)
-        cells = 12
-        if own.any():
-            grown = np.pad(own & (self.lichen >= 18), 1)
-            spread = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
-            cells += (own | spread).sum()
+        cells = np.full(len(strains), 12)
+        if (self.strains >= 0).any() or (self.strains_before >= 0).any():
+            own = [(self.strains == strain) | (self.strains_before == strain) for strain in strains.tolist()]
+            spreading, *own = as_bits([self.lichen >= 18, *own])
+            for row, bits in enumerate(own):
+                cells[row] += ((bits | neighbours(bits & spreading, self.map_size)) & self.all_cells).bit_count()
         return -(-cells // GROWTH_PER_WATER)
 
     def _encode_robots(self, out):
-        """Features and masks of the robots."""
+        """Features and masks of the robots; arrays of the masks have robots last: [R], [A, R], and [5, R] for
+        a robot's own cell and the four beside it."""
         team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
-        cells = team[:, None], x[:, None] + DX + 1, y[:, None] + DY + 1  # its own cell and the four beside it
-        own_factory = self.factory_map[cells]
-        opponent_factory = self.factory_map[(1 - cells[0], *cells[1:])]
-        rubble = self.rubble[cells[1:]]
-        on_ice, on_ore, cargo, battery = self.ice[x, y], self.ore[x, y], CARGO[heavy], BATTERY[heavy]
-
-        to_factory = self.factory_pos[team] - self.robots[:, None, 3:5]
-        distance = np.where(self.alive[team], np.abs(to_factory).sum(-1), 10**6)
-        nearest = distance.argmin(1)
-        home_power, home_water = self.stock[team, nearest, 0], self.stock[team, nearest, 3]
+        row, battery, cargo = np.arange(len(team)), BATTERY[heavy], CARGO[heavy]
+        cells = (x + 1) * self.side + y + 1 + self.beside
+        cells_of_team = cells + team * self.side**2
+        own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
+        rubble, nearest = self.rubble.take(cells), self.nearest[team, x, y]
 
         features = np.zeros((len(team), len(FEATURES)), np.float32)
-        row = np.arange(len(team))
         features[row, COLUMN["is_light"] + heavy] = 1
-        features[:, COLUMN["power"]] = power / battery
-        features[:, COLUMN["ice"]] = ice / cargo
-        features[:, COLUMN["ore"]] = ore / cargo
-        features[:, COLUMN["ice_dx"] : COLUMN["ice_distance"] + 1] = self.way_to_ice[x, y]
-        features[:, COLUMN["ore_dx"] : COLUMN["ore_distance"] + 1] = self.way_to_ore[x, y]
-        features[:, COLUMN["home_dx"] : COLUMN["home_dy"] + 1] = np.clip(to_factory[row, nearest] / 8, -1, 1)
-        features[:, COLUMN["home_distance"]] = np.clip(distance[row, nearest] / 8, 0, 1)
-        features[:, COLUMN["home_water"]] = _log(home_water)
-        features[:, COLUMN["home_power"]] = np.minimum(home_power / 1000, 3)
-        features[:, COLUMN["on_ice"]] = on_ice
-        features[:, COLUMN["on_ore"]] = on_ore
-        features[:, COLUMN["rubble_here"]] = rubble[:, 0] / 100
+        features[:, COLUMN["power"] : COLUMN["ore"] + 1] = self.robots[:, 5:8] / np.stack([battery, cargo, cargo], 1)
+        features[:, COLUMN["ice_dx"] : COLUMN["on_ore"] + 1] = self.ground[team, x, y]
+        home = slice(COLUMN["home_water"], COLUMN["home_power"] + 1)
+        features[:, home] = out["features"][team, nearest, home]
+        features[:, COLUMN["rubble_here"]] = rubble[0] / 100
         going = under_way > STAY
         features[row[going], COLUMN["order_up"] - 1 + under_way[going]] = 1
 
         # An order that is under way goes on free; any other has to be paid for first.
         order_cost = ORDER_COST[heavy]
-        left = power[:, None] - order_cost[:, None] * (np.arange(NUM_ACTIONS) != under_way[:, None])
-        move_cost = np.floor(MOVE_COST[heavy][:, None] + RUBBLE_COST[heavy][:, None] * rubble[:, 1:])
+        left = power - order_cost * (np.arange(NUM_ACTIONS)[:, None] != under_way)
+        left[1:5] -= MOVE_COST_ONTO[heavy, rubble[1:]]
+        left[DIG] -= DIG_COST[heavy]
         can_do = left >= 0
-        can_do[:, 1:5] = (left[:, 1:5] >= move_cost) & self.inside[cells[1:]][:, 1:] & (opponent_factory[:, 1:] == 0)
-        can_do[:, DIG] = (left[:, DIG] >= DIG_COST[heavy]) & (own_factory[:, 0] + opponent_factory[:, 0] == 0)
-        can_do[:, DELIVER] &= (own_factory > 0).any(1) & (ice + ore > 0)
-        gain = np.minimum(battery - left[:, PICK_UP], home_power)
-        can_do[:, PICK_UP] &= (own_factory[:, 0] > 0) & (gain > 0)
+        can_do[1:5] &= ~closed[1:]
+        can_do[DIG] &= (own_factory[0] == 0) & ~closed[0]
+        can_do[DELIVER] &= own_factory.any(0) & (ice + ore > 0)
+        gain = np.minimum(battery - left[PICK_UP], self.stock[team, nearest, 0])
+        can_do[PICK_UP] &= (own_factory[0] > 0) & (gain > 0)
         if self.safe_masks:
-            can_do[:, 1:5] &= ~(self.robot_map[cells] | self.centre_map[cells])[:, 1:]
-            own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & (self.lichen[x, y] > 0)
+            can_do[1:5] &= ~(self.robot_map | self.centre_map).take(cells_of_team[1:])
+            on_ice, on_ore, lichen = self.ice[x, y], self.ore[x, y], self.lichen[x, y] > 0
+            own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & lichen
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
-            to_clear = ((rubble[:, 0] > 0) & (on_ice | on_ore)) | ((self.lichen[x, y] > 0) & ~own_lichen)
-            can_do[:, DIG] &= to_mine | to_clear
-            can_do[:, PICK_UP] &= gain >= 10 * order_cost
-            gap = np.abs(np.stack(cells[1:], -1) - 1 - self.factory_pos[team, nearest][:, None]) - 1
-            steps_home = np.maximum(gap, 0).sum(-1)  # of the five cells, to the edge of the nearest factory
-            way_home = steps_home * MOVE_COST[heavy][:, None]
-            can_do[:, 1:5] &= (left[:, 1:5] - move_cost >= way_home[:, 1:]) | (steps_home[:, 1:] < steps_home[:, :1])
-            can_do[:, DIG] &= left[:, DIG] - DIG_COST[heavy] >= way_home[:, 0]
-        can_do[:, STAY] |= ~can_do.any(1)
+            to_clear = ((rubble[0] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
+            can_do[DIG] &= to_mine | to_clear
+            can_do[PICK_UP] &= gain >= 10 * order_cost
+            steps_home = self.steps_home[:, team, x, y]
+            way_home = steps_home * MOVE_COST[heavy]
+            can_do[1:5] &= (left[1:5] >= way_home[1:]) | (steps_home[1:] < steps_home[0])
+            can_do[DIG] &= left[DIG] >= way_home[0]
+        can_do[STAY] |= ~can_do.any(0)
 
         out["features"][team, slot] = features
         out["position"][team, slot] = self.robots[:, 3:5]
         out["kind"][team, slot] = LIGHT + heavy
-        out["action_mask"][team, slot] = can_do
-        self.deliver_direction = (own_factory > 0).argmax(1)
-        self.deliver_to = own_factory[row, self.deliver_direction] - 1  # slot of that factory
+        out["action_mask"][team, slot] = can_do.T
+        self.deliver_direction = (own_factory > 0).argmax(0)
+        self.deliver_to = own_factory[self.deliver_direction, row] - 1  # slot of that factory
 
     def orders(self, actions):
         """Official orders for the observation encoded last.
@@ -562,40 +581,40 @@ class LuxEncoder:
             for unit_id, slot in self.factory_slot[team].items():
                 if self.alive[team, slot] and actions[team, slot] != NOTHING:
                     orders[team][unit_id] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
-        if len(self.robots) == 0:
-            return orders
-        team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
-        action = actions[team, slot]
+        action = actions[self.robots[:, 0], self.robots[:, 1]]
         if self.safe_masks:
             action = self._give_way(action)
-        order_cost = ORDER_COST[heavy]
-        step_cost = np.where(action == DIG, DIG_COST[heavy], WORST_MOVE[heavy])
-        affordable = np.maximum((power - 2 * order_cost) // step_cost, 1)
-        moves = (STAY < action) & (action < DIG)
-        queue = np.zeros((len(team), 1, 6), np.int64)  # type, direction, resource, amount, repeat, n
-        queue[:, 0, 0] = np.array([0, 0, 0, 0, 0, 3, 1, 2])[action]
-        queue[:, 0, 1] = np.where(moves, action, np.where(action == DELIVER, self.deliver_direction, 0))
-        queue[:, 0, 2] = np.where(action == DELIVER, ore > ice, np.where(action == PICK_UP, 4, 0))
-        queue[:, 0, 3] = np.where(action == DELIVER, np.maximum(ice, ore), 0)
-        queue[:, 0, 3] += np.where(action == PICK_UP, BATTERY[heavy] - power + order_cost, 0)
-        queue[:, 0, 5] = np.where(moves | (action == DIG), affordable, 1)
         unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
-        for row in np.flatnonzero(action != under_way):
-            orders[team[row]][unit_ids[row]] = queue[row, : int(action[row] != STAY)]  # no order: stay
+        for row in np.flatnonzero(action != self.robots[:, 8]).tolist():
+            orders[self.robots[row, 0]][unit_ids[row]] = self._queue(row, int(action[row]))
         return orders
+
+    def _queue(self, row, action):
+        """The queue with the order that makes the robot in this row of the table do `action`."""
+        _, _, heavy, _, _, power, ice, ore, _ = self.robots[row].tolist()
+        if action == STAY:
+            return np.zeros((0, 6), np.int64)  # no order
+        if action == DELIVER:
+            order = 1, self.deliver_direction[row], ore > ice, max(ice, ore), 0, 1
+        elif action == PICK_UP:
+            order = 2, 0, 4, BATTERY[heavy] - power + ORDER_COST[heavy], 0, 1
+        else:
+            cost = DIG_COST[heavy] if action == DIG else WORST_MOVE[heavy]
+            affordable = max((power - 2 * ORDER_COST[heavy]) // cost, 1)
+            order = 3 if action == DIG else 0, 0 if action == DIG else action, 0, 0, 0, affordable
+        return np.array([order], np.int64)  # type, direction, resource, amount, repeat, n
 
     def _give_way(self, action):
         """Where own robots are told to step onto one cell, let the first go and the others wait."""
         team, _, _, x, y = self.robots.T[:5]
         moves = np.flatnonzero((STAY < action) & (action < DIG))
-        goal_x, goal_y = x[moves] + DX[action[moves]], y[moves] + DY[action[moves]]
-        goal = np.ravel_multi_index((team[moves], goal_x, goal_y), (2, self.map_size, self.map_size), "clip")
-        waits = np.ones(len(moves), bool)
-        waits[np.unique(goal, return_index=True)[1]] = False
-        if waits.any():
-            action = action.copy()
-            action[moves[waits]] = STAY
-            self.right_of_way += np.bincount(team[moves[waits]], minlength=2)
+        goals = np.stack([team[moves], x[moves] + DX[action[moves]], y[moves] + DY[action[moves]]], 1)
+        action, taken = action.copy(), set()
+        for row, goal in zip(moves.tolist(), map(tuple, goals.tolist())):
+            if goal in taken:
+                action[row] = STAY
+                self.right_of_way[goal[0]] += 1
+            taken.add(goal)
         return action
 
 
