@@ -350,9 +350,9 @@ class LuxEncoder:
             out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
                 is written again).
         """
-        self._encode(out, *read_observation(obs))
+        self.encode_rows(out, *read_observation(obs))
 
-    def _encode(self, out, time, rubble, lichen, strains, factories, robots):
+    def encode_rows(self, out, time, rubble, lichen, strains, factories, robots):
         """As `encode`, of what `read_observation` returns."""
         self.time, self.lichen = time, lichen
         self.strains_before, self.strains = self.strains, strains.astype(np.int16)  # as there are but few strains
@@ -689,6 +689,15 @@ def _engine_class():
 
         births = ()
 
+        def step(self, actions):
+            """As the original, but with None for the observations, unless factories are still being placed."""
+            if self.state.real_env_steps >= 0:
+                self.state.get_obs = lambda: None  # hides the method
+            try:
+                return super().step(actions)
+            finally:
+                self.state.__dict__.pop("get_obs", None)
+
         def reset(self, *args, **kwargs):
             result = super().reset(*args, **kwargs)
             self.births, self.state.board.ground = [], None
@@ -722,6 +731,24 @@ def _engine_class():
             super()._handle_factory_water_actions(actions_by_type)
 
     return Engine
+
+
+def read_engine(state):
+    """What `read_observation(state.get_obs())` returns, without making that observation."""
+    factories, robots = [{}, {}], [{}, {}]
+    for team, player in enumerate(PLAYERS):
+        for unit_id, factory in state.factories[player].items():
+            pos, cargo = factory.pos, factory.cargo
+            stock = factory.power, cargo.ice, cargo.ore, cargo.water, cargo.metal
+            factories[team][unit_id] = pos.x, pos.y, *stock, factory.num_id
+        for unit_id, unit in state.units[player].items():
+            pos, cargo, under_way = unit.pos, unit.cargo, STAY
+            if unit.action_queue:
+                order = unit.action_queue[0]
+                under_way = DIG if order.act_type == "dig" else int(order.state_dict()[1])
+            robots[team][unit_id] = unit.is_heavy(), pos.x, pos.y, unit.power, cargo.ice, cargo.ore, under_way
+    board = state.board
+    return state.real_env_steps, board.rubble, board.lichen, board.lichen_strains, factories, robots
 
 
 def _cargo(entities):
@@ -777,18 +804,17 @@ class LuxMatch:
         state, encoder = self.engine.state, self.encoder
         orders = encoder.orders(actions)
         before = self._snapshot()
-        obs, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
-        obs = obs["player_0"]
+        _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         amounts = self._achievements(before)
         np.matmul(amounts, WEIGHTS, out=rewards, casting="same_kind")
         self.totals += amounts.sum(1)
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
         if terminations["player_0"]:
-            metrics = self._metrics(obs)
+            metrics = self._metrics(state)
             self.reset()
             return metrics
-        encoder.encode(obs, self.out)
+        encoder.encode_rows(self.out, *read_engine(state))
         return None
 
     def _snapshot(self):
@@ -838,12 +864,12 @@ class LuxMatch:
             self.lost[unit.team_id] += 1
             self.own_collisions[unit.team_id] += cells.count((unit.team_id, unit.pos.x, unit.pos.y)) > 1
 
-    def _metrics(self, obs):
+    def _metrics(self, state):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
         total = dict(zip(TERMS, self.totals.T))
-        owner = self.encoder.team_of_strain[obs["board"]["lichen_strains"]]
+        owner = self.encoder.team_of_strain[state.board.lichen_strains]
         return {
-            "l": obs["real_env_steps"],
+            "l": state.real_env_steps,
             "r": self.returns,
             "ice_transferred": total["ice_delivered"],
             "ice_per_factory": total["ice_delivered"] / self.placed,
@@ -853,7 +879,7 @@ class LuxMatch:
             "water": total["water_made"],
             "ore": total["ore_delivered"],
             "metal": total["metal_made"],
-            "lichen": np.array([obs["board"]["lichen"][owner == team].sum() for team in range(2)]),
+            "lichen": np.array([state.board.lichen[owner == team].sum() for team in range(2)]),
             "lights_built": self.built[:, 0],
             "heavies_built": self.built[:, 1],
             "robots_lost": self.lost,

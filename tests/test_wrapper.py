@@ -601,7 +601,7 @@ def test_encoder_needs_only_the_observation(group_by):
     def recorded_step(actions):
         sent.append(actions)
         result = step(actions)
-        observations.append(to_json(result[0]["player_0"]))
+        observations.append(to_json(match.engine.state.get_obs()))
         return result
 
     match.engine.step = recorded_step
@@ -641,6 +641,7 @@ def test_the_engine_plays_as_the_original(map_size, validate):
         robots, factories = entities(engine.state)
         lichen = [[sorted(f.grow_lichen_positions), sorted(f.connected_lichen_positions)] for f in factories]
         seen.update(robots=len(robots), connected=sum(len(c) for _, c in lichen))
+        assert to_json(lux.read_engine(engine.state)) == to_json(lux.read_observation(engine.state.get_obs()))
         return to_json([engine.state.get_obs(), engine.state.stats, lichen])
 
     def reset_both(seed):
