@@ -229,8 +229,10 @@ def as_bits(maps):
     """A list of integers from a sequence of square bool arrays."""
     size = len(maps[0])
     cells = np.zeros((len(maps), size, size + 1), bool)
-    cells[:, :, :-1] = maps
-    return [int.from_bytes(row, "little") for row in np.packbits(cells.reshape(len(maps), -1), 1, "little")]
+    for row, cells_of_map in zip(cells, maps):
+        row[:, :-1] = cells_of_map
+    packed = np.packbits(cells.reshape(len(maps), -1), 1, "little")
+    return [int.from_bytes(row.tobytes(), "little") for row in packed]
 
 
 def neighbours(bits, size):
@@ -332,7 +334,7 @@ class LuxEncoder:
         self.strains = obs["board"]["lichen_strains"].astype(np.int16)  # those of the step before, from `encode` on
         self.lichen_seen = True  # so that the first `encode` clears the channels
         self.drawn = None  # the factories that the maps below show
-        self.team_of_strain = np.full(obs["global_id"] + 1, -1)  # its last entry serves strain -1, no lichen
+        self.team_of_strain = np.full(obs["global_id"] + 1, -1, np.int8)  # its last entry serves strain -1, no lichen
         self.factory_slot, self.robot_slot = [{}, {}], [{}, {}]  # per team: unit_id -> slot
         self.home = np.tile(np.arange(self.num_entities), (2, 1))  # slot of the factory an entity belongs to
         for team, player in enumerate(PLAYERS):
@@ -354,8 +356,8 @@ class LuxEncoder:
 
     def encode_rows(self, out, time, rubble, lichen, strains, factories, robots):
         """As `encode`, of what `read_observation` returns."""
-        self.time, self.lichen = time, lichen
-        self.strains_before, self.strains = self.strains, strains.astype(np.int16)  # as there are but few strains
+        self.time, self.lichen = time, lichen.astype(np.uint8)  # small types make the operations below faster
+        self.strains_before, self.strains = self.strains, strains.astype(np.int16)
         self._read_factories(factories)
         self._read_robots(robots)
         if self.drawn is None or (self.drawn != self.alive).any():
@@ -608,13 +610,15 @@ class LuxEncoder:
         """Where own robots are told to step onto one cell, let the first go and the others wait."""
         team, _, _, x, y = self.robots.T[:5]
         moves = np.flatnonzero((STAY < action) & (action < DIG))
-        goals = np.stack([team[moves], x[moves] + DX[action[moves]], y[moves] + DY[action[moves]]], 1)
-        action, taken = action.copy(), set()
-        for row, goal in zip(moves.tolist(), map(tuple, goals.tolist())):
-            if goal in taken:
-                action[row] = STAY
-                self.right_of_way[goal[0]] += 1
-            taken.add(goal)
+        cells = ((team * self.side + x) * self.side + y)[moves] + self.beside[action[moves], 0]
+        goals, taken = cells.tolist(), set()
+        if len(set(goals)) < len(goals):
+            action = action.copy()
+            for row, goal in zip(moves.tolist(), goals):
+                if goal in taken:
+                    action[row] = STAY
+                    self.right_of_way[team[row]] += 1
+                taken.add(goal)
         return action
 
 
@@ -684,6 +688,16 @@ def _engine_class():
             self.grow_lichen_positions = cells_of(found & (~beside_others | own), size)
             self.connected_lichen_positions = cells_of(found & own, size)
 
+    class Strains(list):
+        """A team's strains. The engine asks np.isin at every step which lichen is theirs; a table answers faster."""
+
+        def __array_function__(self, function, types, args, kwargs):
+            if function is not np.isin or args[1] is not self:
+                return function(*(list(arg) if arg is self else arg for arg in args), **kwargs)
+            table = np.zeros(max(args[0].max(), *self) + 2, bool)  # its last entry serves strain -1, no lichen
+            table[list(self)] = True
+            return table.take(args[0])
+
     class Engine(LuxAI_S2):
         """The engine with these robots and factories; `births` lists the robots built."""
 
@@ -709,8 +723,9 @@ def _engine_class():
             self.births.append(unit)
             return unit
 
-        def add_factory(self, *args, **kwargs):
-            factory = super().add_factory(*args, **kwargs)
+        def add_factory(self, team, pos):
+            team.factory_strains = Strains(team.factory_strains)
+            factory = super().add_factory(team, pos)
             if factory is not None:
                 factory.__class__, factory.pos = LichenFactory, Cell(factory.pos.pos)
             return factory
@@ -718,7 +733,7 @@ def _engine_class():
         def _handle_recharge_actions(self, actions_by_type):
             """Right after this the engine lets every factory look for its lichen, and then come the waterings."""
             super()._handle_recharge_actions(actions_by_type)
-            board, strains = self.state.board, self.state.board.lichen_strains
+            board, strains = self.state.board, self.state.board.lichen_strains.astype(np.int16)
             ids = [factory.num_id for player in PLAYERS for factory in self.state.factories[player].values()]
             occupied = board.factory_occupancy_map != -1
             free = (board.rubble == 0) & ~occupied & (board.ice == 0) & (board.ore == 0)
