@@ -117,6 +117,7 @@ REWARDS = {
 GAME_LENGTH, CYCLE, DAY = 1000, 50, 30
 METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
 CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
+HOLDS = np.stack([BATTERY, CARGO, CARGO], 1)  # of power, ice and ore
 MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
 MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)  # [kind, rubble]
@@ -463,7 +464,6 @@ class LuxEncoder:
     def _encode_factories(self, out):
         """Features and masks of the factories."""
         alive, pos, width, teams = self.alive, self.factory_pos, self.max_factories, np.arange(2)[:, None]
-        power, metal = self.stock[..., 0], self.stock[..., 4]
         x, y = pos[..., 0], pos[..., 1]
         features = out["features"][:, :width]
         out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
@@ -483,17 +483,17 @@ class LuxEncoder:
         taken = self.robot_map[teams, x + 1, y + 1]
         features[..., COLUMN["centre_taken"]] = taken
 
-        can_build = alive[..., None] & (metal[..., None] >= METAL_COST) & (power[..., None] >= POWER_COST)
+        mask, has_heavy = out["action_mask"][:, :width], built[..., 1] > 0
+        can_build = (self.stock[..., 4:] >= METAL_COST) & (self.stock[..., :1] >= POWER_COST)
         free = self.max_robots - np.bincount(team, minlength=2)
-        has_slot = np.cumsum(alive, 1) <= free[:, None]  # enough slots even if every factory before it builds
-        self.blocked_builds += (can_build.any(-1) & ~has_slot).sum(1)
-        can_build &= has_slot[..., None]
+        has_slot = alive.cumsum(1) <= free[:, None]  # enough slots even if every factory before it builds
+        self.blocked_builds += (can_build.any(-1) & alive & ~has_slot).sum(1)
+        may_build = alive & has_slot
         if self.safe_masks:
-            can_build &= ~taken[..., None]
-            can_build[..., 0] &= (built[..., 1] > 0) | (metal >= METAL_COST.sum())
-        mask = out["action_mask"]
-        mask[:, :width, NOTHING] = alive
-        mask[:, :width, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build
+            may_build &= ~taken
+            can_build[..., 0] &= has_heavy | (self.stock[..., 4] >= METAL_COST.sum())
+        mask[..., NOTHING] = alive
+        mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
         reserve = min(WATER_RESERVE, GAME_LENGTH - self.time) if self.safe_masks else 0
         team, slot = np.nonzero(alive & (self.stock[..., 3] > reserve))
         left = self.stock[team, slot, 3] - self._water_cost(self.strain_of[team, slot])
@@ -525,7 +525,7 @@ class LuxEncoder:
 
         features = np.zeros((len(team), len(FEATURES)), np.float32)
         features[row, COLUMN["is_light"] + heavy] = 1
-        features[:, COLUMN["power"] : COLUMN["ore"] + 1] = self.robots[:, 5:8] / np.stack([battery, cargo, cargo], 1)
+        features[:, COLUMN["power"] : COLUMN["ore"] + 1] = self.robots[:, 5:8] / HOLDS[heavy]
         features[:, COLUMN["ice_dx"] : COLUMN["on_ore"] + 1] = self.ground[team, x, y]
         home = slice(COLUMN["home_water"], COLUMN["home_power"] + 1)
         features[:, home] = out["features"][team, nearest, home]
@@ -578,11 +578,10 @@ class LuxEncoder:
         Returns:
             list of two dicts unit_id -> official action, for player_0 and player_1.
         """
-        orders = [{}, {}]
-        for team in range(2):
-            for unit_id, slot in self.factory_slot[team].items():
-                if self.alive[team, slot] and actions[team, slot] != NOTHING:
-                    orders[team][unit_id] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
+        orders, factory_ids = [{}, {}], [list(slots) for slots in self.factory_slot]
+        busy = self.alive & (actions[:, : self.max_factories] != NOTHING)
+        for team, slot in np.argwhere(busy).tolist():
+            orders[team][factory_ids[team][slot]] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
         action = actions[self.robots[:, 0], self.robots[:, 1]]
         if self.safe_masks:
             action = self._give_way(action)
@@ -833,22 +832,22 @@ class LuxMatch:
         return None
 
     def _snapshot(self):
-        """What is there before the step: robots and factories, as engine objects, and the ice and ore of each."""
+        """Robots and factories before the step, as engine objects, in the order of the encoder's tables."""
         state = self.engine.state
         self.engine.births.clear()
         robots = [unit for player in PLAYERS for unit in state.units[player].values()]
         factories = [factory for player in PLAYERS for factory in state.factories[player].values()]
-        return robots, factories, _cargo(robots), _cargo(factories)
+        return robots, factories
 
     def _achievements(self, before):
         """Amount of each reward term for each entity in the step just played, float [P, E, len(TERMS)]."""
-        robots, factories, robots_had, factories_had = before  # in the order of the encoder's tables
+        robots, factories = before
         state, encoder, board = self.engine.state, self.encoder, self.engine.state.board
         amounts = np.zeros((2, encoder.num_entities, len(TERMS)))
         arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
         if robots:
             team, slot, heavy = encoder.robots.T[:3]
-            got = _cargo(robots) - robots_had
+            got = _cargo(robots) - encoder.robots[:, 6:8]
             brought = np.maximum(-got, 0)
             # Digging is all that fills a cargo, delivering to an own factory all that empties it.
             amounts[team, slot, ICE_DUG : ORE_DUG + 1] = np.maximum(got, 0)
@@ -857,7 +856,7 @@ class LuxMatch:
             lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
             amounts[team, slot, ROBOT_LOST] = lost * np.where(heavy, 1.0, 0.1)
         team, slot = np.nonzero(encoder.alive)
-        refined = arrived[team, slot] + factories_had - _cargo(factories)
+        refined = arrived[team, slot] + encoder.stock[team, slot, 1:3] - _cargo(factories)
         amounts[team, slot, WATER_MADE : METAL_MADE + 1] = refined // (ICE_PER_WATER, ORE_PER_METAL)
         lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
         amounts[team, slot, LICHEN_GROWN] = (lichen - self.lichen)[encoder.strain_of[team, slot]]
