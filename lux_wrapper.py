@@ -335,6 +335,7 @@ class LuxEncoder:
         self.strains = obs["board"]["lichen_strains"].astype(np.int16)  # those of the step before, from `encode` on
         self.lichen_seen = True  # so that the first `encode` clears the channels
         self.drawn = None  # the factories that the maps below show
+        self.lichen_counted = None  # the lichen that `water_costs` are right for
         self.team_of_strain = np.full(obs["global_id"] + 1, -1, np.int8)  # its last entry serves strain -1, no lichen
         self.factory_slot, self.robot_slot = [{}, {}], [{}, {}]  # per team: unit_id -> slot
         self.home = np.tile(np.arange(self.num_entities), (2, 1))  # slot of the factory an entity belongs to
@@ -495,23 +496,27 @@ class LuxEncoder:
         mask[..., NOTHING] = alive
         mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
         reserve = min(WATER_RESERVE, GAME_LENGTH - self.time) if self.safe_masks else 0
-        team, slot = np.nonzero(alive & (self.stock[..., 3] > reserve))
-        left = self.stock[team, slot, 3] - self._water_cost(self.strain_of[team, slot])
-        mask[team, slot, WATER] = left >= reserve
+        water = self.stock[..., 3]
+        mask[..., WATER] = alive & (water > reserve) & (water - self._water_costs()[self.strain_of] >= reserve)
 
-    def _water_cost(self, strains):
-        """Upper bounds on the water that watering costs the factories whose lichen has these strains.
+    def _water_costs(self):
+        """By strain, upper bounds on the water that watering costs its factory.
 
         Lichen grows on the 12 cells at the factory's edge, on cells of its strain and on neighbours of
         those that hold 20. The engine counts them one step late, so what has just withered counts too.
         """
-        cells = np.full(len(strains), 12)
-        if (self.strains >= 0).any() or (self.strains_before >= 0).any():
-            own = [(self.strains == strain) | (self.strains_before == strain) for strain in strains.tolist()]
-            spreading, *own = as_bits([self.lichen >= 18, *own])
-            for row, bits in enumerate(own):
-                cells[row] += ((bits | neighbours(bits & spreading, self.map_size)) & self.all_cells).bit_count()
-        return -(-cells // GROWTH_PER_WATER)
+        maps = self.strains, self.strains_before, self.lichen >= 18
+        seen = [cells.tobytes() for cells in maps]
+        if seen != self.lichen_counted:  # mostly lichen only grows or shrinks where it is, and the costs stay
+            self.lichen_counted, self.water_costs = seen, np.full(len(self.team_of_strain), 12)
+            strains = np.flatnonzero(self.team_of_strain >= 0).tolist()
+            own = [(self.strains == strain) | (self.strains_before == strain) for strain in strains]
+            spreading, *own = as_bits([maps[2], *own])
+            for strain, bits in zip(strains, own):
+                spread = neighbours(bits & spreading, self.map_size) & self.all_cells
+                self.water_costs[strain] += (bits | spread).bit_count()
+            self.water_costs = -(-self.water_costs // GROWTH_PER_WATER)
+        return self.water_costs
 
     def _encode_robots(self, out):
         """Features and masks of the robots; arrays of the masks have robots last: [R], [A, R], and [5, R] for
@@ -672,8 +677,11 @@ def _engine_class():
 
         def cache_water_info(self, board, env_cfg):
             """As the original: a search from the 12 cells at the factory's edge, but a whole ring at a time."""
-            if board.ground is None:
+            if board.ground is None:  # asked at another time
+                board.searched = None
                 return super().cache_water_info(board, env_cfg)
+            if board.ground == ():  # nothing that matters has changed since the last search
+                return
             free, lichen, spreading, occupied, strains = board.ground
             size, own = board.width, strains[self.num_id]
             area = (7 | 7 << size + 1 | 7 << 2 * size + 2) << (self.pos.x - 1) * (size + 1) + self.pos.y - 1
@@ -713,7 +721,7 @@ def _engine_class():
 
         def reset(self, *args, **kwargs):
             result = super().reset(*args, **kwargs)
-            self.births, self.state.board.ground = [], None
+            self.births, self.state.board.ground, self.state.board.searched = [], None, None
             return result
 
         def add_unit(self, *args, **kwargs):
@@ -733,12 +741,14 @@ def _engine_class():
             """Right after this the engine lets every factory look for its lichen, and then come the waterings."""
             super()._handle_recharge_actions(actions_by_type)
             board, strains = self.state.board, self.state.board.lichen_strains.astype(np.int16)
-            ids = [factory.num_id for player in PLAYERS for factory in self.state.factories[player].values()]
             occupied = board.factory_occupancy_map != -1
             free = (board.rubble == 0) & ~occupied & (board.ice == 0) & (board.ore == 0)
             spreading = board.lichen >= self.env_cfg.MIN_LICHEN_TO_SPREAD
-            bits = as_bits([free, strains != -1, spreading, occupied, *(strains == num_id for num_id in ids)])
-            board.ground = *bits[:4], dict(zip(ids, bits[4:]))
+            searched, board.ground = [cells.tobytes() for cells in (free, spreading, occupied, strains)], ()
+            if searched != board.searched:
+                ids = [factory.num_id for player in PLAYERS for factory in self.state.factories[player].values()]
+                bits = as_bits([free, strains != -1, spreading, occupied, *(strains == num_id for num_id in ids)])
+                board.searched, board.ground = searched, (*bits[:4], dict(zip(ids, bits[4:])))
 
         def _handle_factory_water_actions(self, actions_by_type):
             self.state.board.ground = None
