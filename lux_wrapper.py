@@ -282,7 +282,7 @@ class LuxEncoder:
 
     It reads nothing but official observations, so that it serves in the official runner too. Call `reset`
     with the first observation after placement, then `encode` with that and every later observation in
-    turn, and `orders` after any of them.
+    turn, and `orders` after any of them. (LuxMatch takes the numbers from the engine, see `encode_rows`.)
 
     Args:
         map_size: side of the board in cells.
@@ -357,7 +357,7 @@ class LuxEncoder:
         self.encode_rows(out, *read_observation(obs))
 
     def encode_rows(self, out, time, rubble, lichen, strains, factories, robots):
-        """As `encode`, of what `read_observation` returns."""
+        """As `encode`, of what `read_observation` returns or `read_engine`, which is the same."""
         self.time, self.lichen = time, lichen.astype(np.uint8)  # small types make the operations below faster
         self.strains_before, self.strains = self.strains, strains.astype(np.int16)
         self._read_factories(factories)
@@ -448,9 +448,9 @@ class LuxEncoder:
         """The channels that change at every step: rubble, lichen and robots."""
         maps = out["board"]
         self.rubble[1:-1, 1:-1] = rubble
-        maps[:, BOARD_CHANNELS.index("rubble")] = rubble
+        maps[:, BOARD_CHANNELS.index("rubble")] = rubble.astype(np.uint8)
         if self.lichen_seen or self.lichen.any():
-            owner = self.team_of_strain[self.strains]
+            owner = self.team_of_strain.take(self.strains)
             for team in range(2):
                 lichen = self.lichen * (owner == team)
                 maps[team, BOARD_CHANNELS.index("own_lichen")] = lichen
@@ -647,9 +647,12 @@ class LuxError(RuntimeError):
 
 @functools.cache
 def _engine_class():
-    """The engine's class, three small parts of which are done faster here and never differently.
+    """The engine's class, some small parts of which are done faster here and never differently.
 
-    It is made in a function because luxai_s2 is slow to import, and only processes that play need it.
+    The rules stay the engine's own: what is replaced are positions (Cell), the search for a factory's lichen
+    (LichenFactory), the question which lichen is whose (Strains), and the observations, which nobody reads
+    here (Engine.step). It is made in a function because luxai_s2 is slow to import, and only processes that
+    play need it.
     """
     from luxai_s2 import LuxAI_S2
     from luxai_s2.factory import Factory
@@ -673,7 +676,11 @@ def _engine_class():
             return Cell((self.x + dx, self.y + dy))
 
     class LichenFactory(Factory):
-        """A factory that finds the cells of its lichen with a few operations on whole boards."""
+        """A factory that finds the cells of its lichen with a few operations on whole boards.
+
+        The cells found do not depend on the order of the search, and it reads nothing but these four: where
+        lichen may grow, where enough grows to spread, where factories stand, and whose lichen is where.
+        """
 
         def cache_water_info(self, board, env_cfg):
             """As the original: a search from the 12 cells at the factory's edge, but a whole ring at a time."""
@@ -701,7 +708,7 @@ def _engine_class():
         def __array_function__(self, function, types, args, kwargs):
             if function is not np.isin or args[1] is not self:
                 return function(*(list(arg) if arg is self else arg for arg in args), **kwargs)
-            table = np.zeros(max(args[0].max(), *self) + 2, bool)  # its last entry serves strain -1, no lichen
+            table = np.zeros(max(args[0].max(), *self, 0) + 2, bool)  # its last entry serves strain -1, no lichen
             table[list(self)] = True
             return table.take(args[0])
 
