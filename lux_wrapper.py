@@ -45,6 +45,7 @@ the next match (Gymnasium's SAME_STEP autoreset) and the finished match's metric
 """
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -97,6 +98,7 @@ FEATURES = (
     *("is_day", "time_in_cycle", "time"),  # 0 to 1
 )
 COLUMN = {name: column for column, name in enumerate(FEATURES)}
+GROUND = FEATURES[COLUMN["ice_dx"] : COLUMN["on_ore"] + 1]  # what LuxEncoder looks up by cell, in one piece
 
 REWARDS = {
     "ice_dug": 0.002,
@@ -115,9 +117,11 @@ REWARDS = {
 GAME_LENGTH, CYCLE, DAY = 1000, 50, 30
 METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
 CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
+HOLDS = np.stack([BATTERY, CARGO, CARGO], 1)  # of power, ice and ore
 MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
-WORST_MOVE = np.array([6, 120])  # onto 100 rubble
+MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)  # [kind, rubble]
+WORST_MOVE = MOVE_COST_ONTO[:, 100]
 ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER = 4, 5, 10
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 
@@ -218,8 +222,59 @@ def _way_to_nearest(cells):
     return np.clip(way / 8, -1, 1)
 
 
+# Maps of truth values as integers, a bit for each cell: one operation on such a number costs less than a
+# tenth of one on an array. A column of zeros follows each row, where shifts past the edge end up.
+
+
+def as_bits(maps):
+    """A list of integers from a sequence of square bool arrays."""
+    size = len(maps[0])
+    cells = np.zeros((len(maps), size, size + 1), bool)
+    for row, cells_of_map in zip(cells, maps):
+        row[:, :-1] = cells_of_map
+    packed = np.packbits(cells.reshape(len(maps), -1), 1, "little")
+    return [int.from_bytes(row.tobytes(), "little") for row in packed]
+
+
+def neighbours(bits, size):
+    """The cells beside those of `bits`; beyond the board's edge too, so let the map of what can be follow."""
+    return bits << 1 | bits >> 1 | bits << size + 1 | bits >> size + 1
+
+
+@functools.lru_cache(4096)  # most of these sets are the same for many steps
+def cells_of(bits, size):
+    """Set of the (x, y) in `bits`."""
+    cells = np.frombuffer(bits.to_bytes(size * (size + 1) // 8 + 1, "little"), np.uint8)
+    x, y = np.divmod(np.flatnonzero(np.unpackbits(cells, bitorder="little")), size + 1)
+    return frozenset(zip(x.tolist(), y.tolist()))
+
+
 def _log(amount):
     return np.log1p(amount) / 5
+
+
+def read_observation(obs):
+    """What LuxEncoder needs of an official observation.
+
+    Returns:
+        time, rubble, lichen, lichen_strains, and per team two dicts of rows of integers, unit_id ->
+        (x, y, power, ice, ore, water, metal, strain) of the factories and unit_id ->
+        (heavy, x, y, power, ice, ore, action of the order under way) of the robots.
+    """
+    factories, robots = [{}, {}], [{}, {}]
+    for team, player in enumerate(PLAYERS):
+        for unit_id, factory in obs["factories"][player].items():
+            cargo = factory["cargo"]
+            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
+            factories[team][unit_id] = *factory["pos"].tolist(), *stock, factory["strain_id"]
+        for unit_id, unit in obs["units"][player].items():
+            cargo, queue, under_way = unit["cargo"], unit["action_queue"], STAY
+            if len(queue):
+                under_way = DIG if queue[0][0] == 3 else int(queue[0][1])  # only digs and moves outlast a step
+            stock = unit["power"], cargo["ice"], cargo["ore"]
+            robots[team][unit_id] = unit["unit_type"] == "HEAVY", *unit["pos"].tolist(), *stock, under_way
+    board = obs["board"]
+    return obs["real_env_steps"], board["rubble"], board["lichen"], board["lichen_strains"], factories, robots
 
 
 class LuxEncoder:
@@ -227,7 +282,7 @@ class LuxEncoder:
 
     It reads nothing but official observations, so that it serves in the official runner too. Call `reset`
     with the first observation after placement, then `encode` with that and every later observation in
-    turn, and `orders` after any of them.
+    turn, and `orders` after any of them. (LuxMatch takes the numbers from the engine, see `encode_rows`.)
 
     Args:
         map_size: side of the board in cells.
@@ -252,6 +307,9 @@ class LuxEncoder:
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
+        (self.all_cells,) = as_bits(np.ones((1, map_size, map_size), bool))
+        self.side = map_size + 2  # of maps with a border of 1 cell
+        self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
 
     def arrays(self):
         """A dict of zeroed arrays [P, ...] with the keys, shapes and types of the table at the top."""
@@ -269,14 +327,16 @@ class LuxEncoder:
         """Forget the last match; `obs` is the first observation after placement, before any robot."""
         size = self.map_size
         self.ice, self.ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
-        self.way_to_ice, self.way_to_ore = _way_to_nearest(self.ice), _way_to_nearest(self.ore)
-        self.inside = np.zeros((size + 2, size + 2), bool)
-        self.inside[1:-1, 1:-1] = True
+        # For each team and cell the features that depend on nothing but the cell and the factories alive.
+        self.ground = np.zeros((2, size, size, len(GROUND)), np.float32)
+        self.ground[..., :3], self.ground[..., 3:6] = _way_to_nearest(self.ice), _way_to_nearest(self.ore)
+        self.ground[..., -2], self.ground[..., -1] = self.ice, self.ore
         self.rubble = np.zeros((size + 2, size + 2), np.int64)
-        self.strains = obs["board"]["lichen_strains"]  # and those of the step before, from `encode` on
+        self.strains = obs["board"]["lichen_strains"].astype(np.int16)  # those of the step before, from `encode` on
         self.lichen_seen = True  # so that the first `encode` clears the channels
         self.drawn = None  # the factories that the maps below show
-        self.team_of_strain = np.full(obs["global_id"] + 1, -1)  # its last entry serves strain -1, no lichen
+        self.lichen_counted = None  # the lichen that `water_costs` are right for
+        self.team_of_strain = np.full(obs["global_id"] + 1, -1, np.int8)  # its last entry serves strain -1, no lichen
         self.factory_slot, self.robot_slot = [{}, {}], [{}, {}]  # per team: unit_id -> slot
         self.home = np.tile(np.arange(self.num_entities), (2, 1))  # slot of the factory an entity belongs to
         for team, player in enumerate(PLAYERS):
@@ -294,64 +354,54 @@ class LuxEncoder:
             out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
                 is written again).
         """
-        self.time = obs["real_env_steps"]
-        self.strains_before, self.strains = self.strains, obs["board"]["lichen_strains"]
-        self._read_factories(obs)
-        self._read_robots(obs)
+        self.encode_rows(out, *read_observation(obs))
+
+    def encode_rows(self, out, time, rubble, lichen, strains, factories, robots):
+        """As `encode`, of what `read_observation` returns or `read_engine`, which is the same."""
+        self.time, self.lichen = time, lichen.astype(np.uint8)  # small types make the operations below faster
+        self.strains_before, self.strains = self.strains, strains.astype(np.int16)
+        self._read_factories(factories)
+        self._read_robots(robots)
         if self.drawn is None or (self.drawn != self.alive).any():
             self._draw_factories(out)
-        self._draw_board(obs, out)
+        self._draw_board(rubble, out)
         for key in ("features", "position", "kind", "action_mask"):
             out[key][:] = 0
         self._encode_factories(out)
         if len(self.robots):
             self._encode_robots(out)
-        features, alive = out["features"], self.alive.sum(1) / 5
-        features[..., COLUMN["own_factories"]] = alive[:, None]
-        features[..., COLUMN["opponent_factories"]] = alive[::-1, None]
-        features[..., COLUMN["is_day"]] = self.time % CYCLE < DAY
-        features[..., COLUMN["time_in_cycle"]] = self.time % CYCLE / CYCLE
-        features[..., COLUMN["time"]] = self.time / GAME_LENGTH
-        features[out["kind"] == NOBODY] = 0
+        # The last five columns are the same for everybody.
+        alive, clock = self.alive.sum(1) / 5, time % CYCLE
+        match = [(alive[team], alive[1 - team], clock < DAY, clock / CYCLE, time / GAME_LENGTH) for team in range(2)]
+        out["features"][..., COLUMN["own_factories"] :] = np.array(match)[:, None]
+        out["features"][out["kind"] == NOBODY] = 0
         out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
 
-    def _read_factories(self, obs):
+    def _read_factories(self, factories):
         """Cells, stocks and strains of the factories by slot."""
         self.alive = np.zeros((2, self.max_factories), bool)
-        self.factory_pos = np.zeros((2, self.max_factories, 2), np.int64)
-        self.stock = np.zeros((2, self.max_factories, 5), np.int64)  # power, ice, ore, water, metal
-        self.strain_of = np.full((2, self.max_factories), -1)
-        for team, player in enumerate(PLAYERS):
-            for unit_id, factory in obs["factories"][player].items():
-                slot, cargo = self.factory_slot[team][unit_id], factory["cargo"]
-                stock = (factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"])
-                self.alive[team, slot] = True
-                self.factory_pos[team, slot] = factory["pos"]
-                self.stock[team, slot] = stock
-                self.strain_of[team, slot] = factory["strain_id"]
+        table = np.zeros((2, self.max_factories, 8), np.int64)
+        for team, rows in enumerate(factories):
+            slots = [self.factory_slot[team][unit_id] for unit_id in rows]
+            self.alive[team, slots] = True
+            table[team, slots] = list(rows.values())
+        self.factory_pos, self.stock = table[..., :2], table[..., 2:7]  # power, ice, ore, water, metal
+        self.strain_of = table[..., 7]
 
-    def _read_robots(self, obs):
+    def _read_robots(self, robots):
         """Table of the robots [R, 9]: team, slot, heavy, x, y, power, ice, ore, action of the order under way."""
-        rows = []
-        for team, player in enumerate(PLAYERS):
-            units, slots = obs["units"][player], self.robot_slot[team]
-            if units.keys() != slots.keys():
+        table = []
+        for team, rows in enumerate(robots):
+            slots = self.robot_slot[team]
+            if rows.keys() != slots.keys():
                 # A slot seen occupied in the last observation stays empty in this one.
                 free = iter(sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values())))
                 self.robot_slot[team] = slots = {
-                    unit_id: slots[unit_id] if unit_id in slots else self._birth(team, unit["pos"], next(free))
-                    for unit_id, unit in units.items()
+                    unit_id: slots[unit_id] if unit_id in slots else self._birth(team, row[1:3], next(free))
+                    for unit_id, row in rows.items()
                 }
-            for unit_id, unit in units.items():
-                (x, y), cargo, queue = unit["pos"].tolist(), unit["cargo"], unit["action_queue"]
-                under_way = STAY
-                if len(queue):
-                    order = queue[0].tolist()
-                    under_way = DIG if order[0] == 3 else order[1]  # only digs and moves outlast a step
-                heavy = unit["unit_type"] == "HEAVY"
-                row = (team, slots[unit_id], heavy, x, y, unit["power"], cargo["ice"], cargo["ore"], under_way)
-                rows.append(row)
-        self.robots = np.array(rows, np.int64).reshape(-1, 9)
+            table += [(team, slots[unit_id], *row) for unit_id, row in rows.items()]
+        self.robots = np.array(table, np.int64).reshape(-1, 9)
 
     def _birth(self, team, pos, slot):
         """Give `slot` to a new robot, which belongs to the factory in whose centre it appears."""
@@ -360,14 +410,16 @@ class LuxEncoder:
         return slot
 
     def _draw_factories(self, out):
-        """Draw the factories alive; robots of one that is gone join the nearest."""
-        size = self.map_size
-        self.factory_map = np.zeros((2, size + 2, size + 2), np.int64)  # slot + 1, with a border of 1 cell
-        self.centre_map = np.zeros((2, size + 2, size + 2), bool)
+        """Draw the factories alive and the ways to them; robots of one that is gone join the nearest."""
+        size, side = self.map_size, self.side
+        self.factory_map = np.zeros((2, side, side), np.int64)  # slot + 1, with a border of 1 cell
+        self.centre_map = np.zeros((2, side, side), bool)
         for team, slot in np.argwhere(self.alive):
             x, y = self.factory_pos[team, slot]
             self.factory_map[team, x : x + 3, y : y + 3] = slot + 1
             self.centre_map[team, x + 1, y + 1] = True
+        self.closed = self.factory_map[::-1] > 0  # where the team may not go: the opponent's factories and the border
+        self.closed[:, [0, -1]] = self.closed[:, :, [0, -1]] = True
         for team, slot, _, x, y, *_ in self.robots:
             if not self.alive[team, self.home[team, slot]]:
                 self._birth(team, (x, y), slot)
@@ -380,17 +432,29 @@ class LuxEncoder:
             out["board"][..., BOARD_CHANNELS.index("ore")] = self.ore * 100
         self.drawn = self.alive
 
-    def _draw_board(self, obs, out):
+        cells = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1)
+        to_factory = self.factory_pos[:, :, None, None] - cells
+        distance = np.where(self.alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
+        self.nearest = distance.argmin(1)  # slot of the team's nearest factory, [P, H, W]
+        way = np.take_along_axis(to_factory, self.nearest[:, None, ..., None], 1)
+        home = GROUND.index("home_dx")
+        self.ground[..., home : home + 2] = np.clip(way[:, 0] / 8, -1, 1)
+        self.ground[..., home + 2] = np.clip(distance.min(1) / 8, 0, 1)
+        # Steps from a cell and its neighbours to the edge of the factory nearest to the cell, [5, P, H, W].
+        gap = np.abs(way - np.stack([DX, DY], -1)[:, None, None]) - 1
+        self.steps_home = np.ascontiguousarray(np.maximum(gap, 0).sum(-1).swapaxes(0, 1))
+
+    def _draw_board(self, rubble, out):
         """The channels that change at every step: rubble, lichen and robots."""
-        board, maps = obs["board"], out["board"]
-        self.rubble[1:-1, 1:-1] = board["rubble"]
-        maps[..., BOARD_CHANNELS.index("rubble")] = board["rubble"]
-        self.lichen = board["lichen"]
+        maps = out["board"]
+        self.rubble[1:-1, 1:-1] = rubble
+        maps[..., BOARD_CHANNELS.index("rubble")] = rubble.astype(np.uint8)
         if self.lichen_seen or self.lichen.any():
-            team = self.team_of_strain[self.strains]
-            for channel, owner in (("own_lichen", 0), ("opponent_lichen", 1)):
-                maps[0, ..., BOARD_CHANNELS.index(channel)] = self.lichen * (team == owner)
-                maps[1, ..., BOARD_CHANNELS.index(channel)] = self.lichen * (team == 1 - owner)
+            owner = self.team_of_strain.take(self.strains)
+            for team in range(2):
+                lichen = self.lichen * (owner == team)
+                maps[team, ..., BOARD_CHANNELS.index("own_lichen")] = lichen
+                maps[1 - team, ..., BOARD_CHANNELS.index("opponent_lichen")] = lichen
             self.lichen_seen = self.lichen.any()
         team, _, heavy, x, y = self.robots.T[:5]
         own, opponent = BOARD_CHANNELS.index("own_light"), BOARD_CHANNELS.index("opponent_light")
@@ -400,123 +464,111 @@ class LuxEncoder:
 
     def _encode_factories(self, out):
         """Features and masks of the factories."""
-        alive, pos, width = self.alive, self.factory_pos, self.max_factories
-        power, ice, ore, water, metal = np.moveaxis(self.stock, -1, 0)
+        alive, pos, width, teams = self.alive, self.factory_pos, self.max_factories, np.arange(2)[:, None]
         x, y = pos[..., 0], pos[..., 1]
         features = out["features"][:, :width]
         out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
         out["position"][:, :width] = pos
         features[..., COLUMN["is_factory"]] = 1
-        for name, amount in (("power", power), ("ice", ice), ("ore", ore)):
-            features[..., COLUMN[name]] = np.minimum(amount / 1000, 3)
-        features[..., COLUMN["water"]] = features[..., COLUMN["home_water"]] = _log(water)
+        features[..., COLUMN["power"] : COLUMN["ore"] + 1] = np.minimum(self.stock[..., :3] / 1000, 3)
+        features[..., COLUMN["water"] : COLUMN["metal"] + 1] = _log(self.stock[..., 3:])
+        features[..., COLUMN["ice_dx"] : COLUMN["ore_distance"] + 1] = self.ground[teams, x, y, :6]
+        features[..., COLUMN["home_water"]] = features[..., COLUMN["water"]]
         features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
-        features[..., COLUMN["metal"]] = _log(metal)
-        features[..., COLUMN["ice_dx"] : COLUMN["ice_distance"] + 1] = self.way_to_ice[x, y]
-        features[..., COLUMN["ore_dx"] : COLUMN["ore_distance"] + 1] = self.way_to_ore[x, y]
         team, slot, heavy, robot_x, robot_y = self.robots.T[:5]
-        built = np.zeros((2, self.num_entities, 2))
-        np.add.at(built, (team, self.home[team, slot], heavy), 1)
-        features[..., COLUMN["group_lights"]] = built[:, :width, 0] / 10
-        features[..., COLUMN["group_heavies"]] = built[:, :width, 1] / 5
-        self.robot_map = np.zeros((2, self.map_size + 2, self.map_size + 2), bool)
+        group = (team * self.num_entities + self.home[team, slot]) * 2 + heavy
+        built = np.bincount(group, minlength=4 * self.num_entities).reshape(2, -1, 2)[:, :width]
+        features[..., COLUMN["group_lights"] : COLUMN["group_heavies"] + 1] = built / (10, 5)
+        self.robot_map = np.zeros((2, self.side, self.side), bool)
         self.robot_map[team, robot_x + 1, robot_y + 1] = True
-        taken = self.robot_map[[[0], [1]], x + 1, y + 1]
+        taken = self.robot_map[teams, x + 1, y + 1]
         features[..., COLUMN["centre_taken"]] = taken
 
-        can_build = alive[..., None] & (metal[..., None] >= METAL_COST) & (power[..., None] >= POWER_COST)
+        mask, has_heavy = out["action_mask"][:, :width], built[..., 1] > 0
+        can_build = (self.stock[..., 4:] >= METAL_COST) & (self.stock[..., :1] >= POWER_COST)
         free = self.max_robots - np.bincount(team, minlength=2)
-        has_slot = np.cumsum(alive, 1) <= free[:, None]  # enough slots even if every factory before it builds
-        self.blocked_builds += (can_build.any(-1) & ~has_slot).sum(1)
-        can_build &= has_slot[..., None]
+        has_slot = alive.cumsum(1) <= free[:, None]  # enough slots even if every factory before it builds
+        self.blocked_builds += (can_build.any(-1) & alive & ~has_slot).sum(1)
+        may_build = alive & has_slot
         if self.safe_masks:
-            can_build &= ~taken[..., None]
-            has_heavy = built[:, :width, 1] > 0
-            can_build[..., 0] &= has_heavy | (metal >= METAL_COST.sum())
-        mask = out["action_mask"]
-        mask[:, :width, NOTHING] = alive
-        mask[:, :width, BUILD_LIGHT : BUILD_HEAVY + 1] = can_build
+            may_build &= ~taken
+            can_build[..., 0] &= has_heavy | (self.stock[..., 4] >= METAL_COST.sum())
+        mask[..., NOTHING] = alive
+        mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
         reserve = min(WATER_RESERVE, GAME_LENGTH - self.time) if self.safe_masks else 0
-        for team, slot in np.argwhere(alive & (water > reserve)):
-            cost = self._water_cost(self.strain_of[team, slot])
-            mask[team, slot, WATER] = water[team, slot] - cost >= reserve
+        water = self.stock[..., 3]
+        mask[..., WATER] = alive & (water > reserve) & (water - self._water_costs()[self.strain_of] >= reserve)
 
-    def _water_cost(self, strain):
-        """An upper bound on the water that watering a factory's lichen costs.
+    def _water_costs(self):
+        """By strain, upper bounds on the water that watering costs its factory.
 
         Lichen grows on the 12 cells at the factory's edge, on cells of its strain and on neighbours of
         those that hold 20. The engine counts them one step late, so what has just withered counts too.
         """
-        own = (self.strains == strain) | (self.strains_before == strain)
-        cells = 12
-        if own.any():
-            grown = np.pad(own & (self.lichen >= 18), 1)
-            spread = grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
-            cells += (own | spread).sum()
-        return -(-cells // GROWTH_PER_WATER)
+        maps = self.strains, self.strains_before, self.lichen >= 18
+        seen = [cells.tobytes() for cells in maps]
+        if seen != self.lichen_counted:  # mostly lichen only grows or shrinks where it is, and the costs stay
+            self.lichen_counted, self.water_costs = seen, np.full(len(self.team_of_strain), 12)
+            strains = np.flatnonzero(self.team_of_strain >= 0).tolist()
+            own = [(self.strains == strain) | (self.strains_before == strain) for strain in strains]
+            spreading, *own = as_bits([maps[2], *own])
+            for strain, bits in zip(strains, own):
+                spread = neighbours(bits & spreading, self.map_size) & self.all_cells
+                self.water_costs[strain] += (bits | spread).bit_count()
+            self.water_costs = -(-self.water_costs // GROWTH_PER_WATER)
+        return self.water_costs
 
     def _encode_robots(self, out):
-        """Features and masks of the robots."""
+        """Features and masks of the robots; arrays of the masks have robots last: [R], [A, R], and [5, R] for
+        a robot's own cell and the four beside it."""
         team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
-        cells = team[:, None], x[:, None] + DX + 1, y[:, None] + DY + 1  # its own cell and the four beside it
-        own_factory = self.factory_map[cells]
-        opponent_factory = self.factory_map[(1 - cells[0], *cells[1:])]
-        rubble = self.rubble[cells[1:]]
-        on_ice, on_ore, cargo, battery = self.ice[x, y], self.ore[x, y], CARGO[heavy], BATTERY[heavy]
-
-        to_factory = self.factory_pos[team] - self.robots[:, None, 3:5]
-        distance = np.where(self.alive[team], np.abs(to_factory).sum(-1), 10**6)
-        nearest = distance.argmin(1)
-        home_power, home_water = self.stock[team, nearest, 0], self.stock[team, nearest, 3]
+        row, battery, cargo = np.arange(len(team)), BATTERY[heavy], CARGO[heavy]
+        cells = (x + 1) * self.side + y + 1 + self.beside
+        cells_of_team = cells + team * self.side**2
+        own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
+        rubble, nearest = self.rubble.take(cells), self.nearest[team, x, y]
 
         features = np.zeros((len(team), len(FEATURES)), np.float32)
-        row = np.arange(len(team))
         features[row, COLUMN["is_light"] + heavy] = 1
-        features[:, COLUMN["power"]] = power / battery
-        features[:, COLUMN["ice"]] = ice / cargo
-        features[:, COLUMN["ore"]] = ore / cargo
-        features[:, COLUMN["ice_dx"] : COLUMN["ice_distance"] + 1] = self.way_to_ice[x, y]
-        features[:, COLUMN["ore_dx"] : COLUMN["ore_distance"] + 1] = self.way_to_ore[x, y]
-        features[:, COLUMN["home_dx"] : COLUMN["home_dy"] + 1] = np.clip(to_factory[row, nearest] / 8, -1, 1)
-        features[:, COLUMN["home_distance"]] = np.clip(distance[row, nearest] / 8, 0, 1)
-        features[:, COLUMN["home_water"]] = _log(home_water)
-        features[:, COLUMN["home_power"]] = np.minimum(home_power / 1000, 3)
-        features[:, COLUMN["on_ice"]] = on_ice
-        features[:, COLUMN["on_ore"]] = on_ore
-        features[:, COLUMN["rubble_here"]] = rubble[:, 0] / 100
+        features[:, COLUMN["power"] : COLUMN["ore"] + 1] = self.robots[:, 5:8] / HOLDS[heavy]
+        features[:, COLUMN["ice_dx"] : COLUMN["on_ore"] + 1] = self.ground[team, x, y]
+        home = slice(COLUMN["home_water"], COLUMN["home_power"] + 1)
+        features[:, home] = out["features"][team, nearest, home]
+        features[:, COLUMN["rubble_here"]] = rubble[0] / 100
         going = under_way > STAY
         features[row[going], COLUMN["order_up"] - 1 + under_way[going]] = 1
 
         # An order that is under way goes on free; any other has to be paid for first.
         order_cost = ORDER_COST[heavy]
-        left = power[:, None] - order_cost[:, None] * (np.arange(NUM_ACTIONS) != under_way[:, None])
-        move_cost = np.floor(MOVE_COST[heavy][:, None] + RUBBLE_COST[heavy][:, None] * rubble[:, 1:])
+        left = power - order_cost * (np.arange(NUM_ACTIONS)[:, None] != under_way)
+        left[1:5] -= MOVE_COST_ONTO[heavy, rubble[1:]]
+        left[DIG] -= DIG_COST[heavy]
         can_do = left >= 0
-        can_do[:, 1:5] = (left[:, 1:5] >= move_cost) & self.inside[cells[1:]][:, 1:] & (opponent_factory[:, 1:] == 0)
-        can_do[:, DIG] = (left[:, DIG] >= DIG_COST[heavy]) & (own_factory[:, 0] + opponent_factory[:, 0] == 0)
-        can_do[:, DELIVER] &= (own_factory > 0).any(1) & (ice + ore > 0)
-        gain = np.minimum(battery - left[:, PICK_UP], home_power)
-        can_do[:, PICK_UP] &= (own_factory[:, 0] > 0) & (gain > 0)
+        can_do[1:5] &= ~closed[1:]
+        can_do[DIG] &= (own_factory[0] == 0) & ~closed[0]
+        can_do[DELIVER] &= own_factory.any(0) & (ice + ore > 0)
+        gain = np.minimum(battery - left[PICK_UP], self.stock[team, nearest, 0])
+        can_do[PICK_UP] &= (own_factory[0] > 0) & (gain > 0)
         if self.safe_masks:
-            can_do[:, 1:5] &= ~(self.robot_map[cells] | self.centre_map[cells])[:, 1:]
-            own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & (self.lichen[x, y] > 0)
+            can_do[1:5] &= ~(self.robot_map | self.centre_map).take(cells_of_team[1:])
+            on_ice, on_ore, lichen = self.ice[x, y], self.ore[x, y], self.lichen[x, y] > 0
+            own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & lichen
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
-            to_clear = ((rubble[:, 0] > 0) & (on_ice | on_ore)) | ((self.lichen[x, y] > 0) & ~own_lichen)
-            can_do[:, DIG] &= to_mine | to_clear
-            can_do[:, PICK_UP] &= gain >= 10 * order_cost
-            gap = np.abs(np.stack(cells[1:], -1) - 1 - self.factory_pos[team, nearest][:, None]) - 1
-            steps_home = np.maximum(gap, 0).sum(-1)  # of the five cells, to the edge of the nearest factory
-            way_home = steps_home * MOVE_COST[heavy][:, None]
-            can_do[:, 1:5] &= (left[:, 1:5] - move_cost >= way_home[:, 1:]) | (steps_home[:, 1:] < steps_home[:, :1])
-            can_do[:, DIG] &= left[:, DIG] - DIG_COST[heavy] >= way_home[:, 0]
-        can_do[:, STAY] |= ~can_do.any(1)
+            to_clear = ((rubble[0] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
+            can_do[DIG] &= to_mine | to_clear
+            can_do[PICK_UP] &= gain >= 10 * order_cost
+            steps_home = self.steps_home[:, team, x, y]
+            way_home = steps_home * MOVE_COST[heavy]
+            can_do[1:5] &= (left[1:5] >= way_home[1:]) | (steps_home[1:] < steps_home[0])
+            can_do[DIG] &= left[DIG] >= way_home[0]
+        can_do[STAY] |= ~can_do.any(0)
 
         out["features"][team, slot] = features
         out["position"][team, slot] = self.robots[:, 3:5]
         out["kind"][team, slot] = LIGHT + heavy
-        out["action_mask"][team, slot] = can_do
-        self.deliver_direction = (own_factory > 0).argmax(1)
-        self.deliver_to = own_factory[row, self.deliver_direction] - 1  # slot of that factory
+        out["action_mask"][team, slot] = can_do.T
+        self.deliver_direction = (own_factory > 0).argmax(0)
+        self.deliver_to = own_factory[self.deliver_direction, row] - 1  # slot of that factory
 
     def orders(self, actions):
         """Official orders for the observation encoded last.
@@ -531,45 +583,46 @@ class LuxEncoder:
         Returns:
             list of two dicts unit_id -> official action, for player_0 and player_1.
         """
-        orders = [{}, {}]
-        for team in range(2):
-            for unit_id, slot in self.factory_slot[team].items():
-                if self.alive[team, slot] and actions[team, slot] != NOTHING:
-                    orders[team][unit_id] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
-        if len(self.robots) == 0:
-            return orders
-        team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
-        action = actions[team, slot]
+        orders, factory_ids = [{}, {}], [list(slots) for slots in self.factory_slot]
+        busy = self.alive & (actions[:, : self.max_factories] != NOTHING)
+        for team, slot in np.argwhere(busy).tolist():
+            orders[team][factory_ids[team][slot]] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
+        action = actions[self.robots[:, 0], self.robots[:, 1]]
         if self.safe_masks:
             action = self._give_way(action)
-        order_cost = ORDER_COST[heavy]
-        step_cost = np.where(action == DIG, DIG_COST[heavy], WORST_MOVE[heavy])
-        affordable = np.maximum((power - 2 * order_cost) // step_cost, 1)
-        moves = (STAY < action) & (action < DIG)
-        queue = np.zeros((len(team), 1, 6), np.int64)  # type, direction, resource, amount, repeat, n
-        queue[:, 0, 0] = np.array([0, 0, 0, 0, 0, 3, 1, 2])[action]
-        queue[:, 0, 1] = np.where(moves, action, np.where(action == DELIVER, self.deliver_direction, 0))
-        queue[:, 0, 2] = np.where(action == DELIVER, ore > ice, np.where(action == PICK_UP, 4, 0))
-        queue[:, 0, 3] = np.where(action == DELIVER, np.maximum(ice, ore), 0)
-        queue[:, 0, 3] += np.where(action == PICK_UP, BATTERY[heavy] - power + order_cost, 0)
-        queue[:, 0, 5] = np.where(moves | (action == DIG), affordable, 1)
         unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
-        for row in np.flatnonzero(action != under_way):
-            orders[team[row]][unit_ids[row]] = queue[row, : int(action[row] != STAY)]  # no order: stay
+        for row in np.flatnonzero(action != self.robots[:, 8]).tolist():
+            orders[self.robots[row, 0]][unit_ids[row]] = self._queue(row, int(action[row]))
         return orders
+
+    def _queue(self, row, action):
+        """The queue with the order that makes the robot in this row of the table do `action`."""
+        _, _, heavy, _, _, power, ice, ore, _ = self.robots[row].tolist()
+        if action == STAY:
+            return np.zeros((0, 6), np.int64)  # no order
+        if action == DELIVER:
+            order = 1, self.deliver_direction[row], ore > ice, max(ice, ore), 0, 1
+        elif action == PICK_UP:
+            order = 2, 0, 4, BATTERY[heavy] - power + ORDER_COST[heavy], 0, 1
+        else:
+            cost = DIG_COST[heavy] if action == DIG else WORST_MOVE[heavy]
+            affordable = max((power - 2 * ORDER_COST[heavy]) // cost, 1)
+            order = 3 if action == DIG else 0, 0 if action == DIG else action, 0, 0, 0, affordable
+        return np.array([order], np.int64)  # type, direction, resource, amount, repeat, n
 
     def _give_way(self, action):
         """Where own robots are told to step onto one cell, let the first go and the others wait."""
         team, _, _, x, y = self.robots.T[:5]
         moves = np.flatnonzero((STAY < action) & (action < DIG))
-        goal_x, goal_y = x[moves] + DX[action[moves]], y[moves] + DY[action[moves]]
-        goal = np.ravel_multi_index((team[moves], goal_x, goal_y), (2, self.map_size, self.map_size), "clip")
-        waits = np.ones(len(moves), bool)
-        waits[np.unique(goal, return_index=True)[1]] = False
-        if waits.any():
+        cells = ((team * self.side + x) * self.side + y)[moves] + self.beside[action[moves], 0]
+        goals, taken = cells.tolist(), set()
+        if len(set(goals)) < len(goals):
             action = action.copy()
-            action[moves[waits]] = STAY
-            self.right_of_way += np.bincount(team[moves[waits]], minlength=2)
+            for row, goal in zip(moves.tolist(), goals):
+                if goal in taken:
+                    action[row] = STAY
+                    self.right_of_way[team[row]] += 1
+                taken.add(goal)
         return action
 
 
@@ -578,7 +631,7 @@ class LuxEncoder:
 # ------------------------------------------------------------------------------------------------------
 
 OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
-TERMS = tuple(REWARDS)
+TERMS, WEIGHTS = tuple(REWARDS), np.array(list(REWARDS.values()))
 ICE_DUG, ORE_DUG, ICE_DELIVERED, ORE_DELIVERED, ROBOT_LOST = range(5)
 WATER_MADE, METAL_MADE, LICHEN_GROWN, SURVIVED, FACTORY_LOST = range(5, 10)
 TEAM_METRICS = (
@@ -592,6 +645,148 @@ class LuxError(RuntimeError):
     """The engine raised an exception or a worker process died; the message names the match and its seed."""
 
 
+@functools.cache
+def _engine_class():
+    """The engine's class, some small parts of which are done faster here and never differently.
+
+    The rules stay the engine's own: what is replaced are positions (Cell), the search for a factory's lichen
+    (LichenFactory), the question which lichen is whose (Strains), and the observations, which nobody reads
+    here (Engine.step). It is made in a function because luxai_s2 is slow to import, and only processes that
+    play need it.
+    """
+    from luxai_s2 import LuxAI_S2
+    from luxai_s2.factory import Factory
+    from luxai_s2.map.position import Position
+
+    class Cell(Position):
+        """A position as two Python ints, which are added, compared and printed faster than an array."""
+
+        __slots__ = ("x", "y")
+
+        @property
+        def pos(self):
+            return np.array([self.x, self.y])
+
+        @pos.setter
+        def pos(self, pos):
+            self.x, self.y = map(int, pos)
+
+        def __add__(self, other):
+            dx, dy = (other.pos if isinstance(other, Position) else other).tolist()
+            return Cell((self.x + dx, self.y + dy))
+
+    class LichenFactory(Factory):
+        """A factory that finds the cells of its lichen with a few operations on whole boards.
+
+        The cells found do not depend on the order of the search, and it reads nothing but these four: where
+        lichen may grow, where enough grows to spread, where factories stand, and whose lichen is where.
+        """
+
+        def cache_water_info(self, board, env_cfg):
+            """As the original: a search from the 12 cells at the factory's edge, but a whole ring at a time."""
+            if board.ground is None:  # asked at another time
+                board.searched = None
+                return super().cache_water_info(board, env_cfg)
+            if board.ground == ():  # nothing that matters has changed since the last search
+                return
+            free, lichen, spreading, occupied, strains = board.ground
+            size, own = board.width, strains[self.num_id]
+            area = (7 | 7 << size + 1 | 7 << 2 * size + 2) << (self.pos.x - 1) * (size + 1) + self.pos.y - 1
+            ring = found = neighbours(area, size) & ~area & free
+            while ring:  # on to free ground from where enough grows, and from cell to cell of the own strain
+                ring = neighbours(ring & spreading, size) & ~lichen | neighbours(ring & own, size) & own
+                ring &= free & ~found
+                found |= ring
+            # Nothing new grows beside lichen of another strain or beside another factory.
+            beside_others = neighbours(lichen & ~own | occupied & ~area, size)
+            self.grow_lichen_positions = cells_of(found & (~beside_others | own), size)
+            self.connected_lichen_positions = cells_of(found & own, size)
+
+    class Strains(list):
+        """A team's strains. The engine asks np.isin at every step which lichen is theirs; a table answers faster."""
+
+        def __array_function__(self, function, types, args, kwargs):
+            if function is not np.isin or args[1] is not self:
+                return function(*(list(arg) if arg is self else arg for arg in args), **kwargs)
+            table = np.zeros(max(args[0].max(), *self, 0) + 2, bool)  # its last entry serves strain -1, no lichen
+            table[list(self)] = True
+            return table.take(args[0])
+
+    class Engine(LuxAI_S2):
+        """The engine with these robots and factories; `births` lists the robots built."""
+
+        births = ()
+
+        def step(self, actions):
+            """As the original, but with None for the observations, unless factories are still being placed."""
+            if self.state.real_env_steps >= 0:
+                self.state.get_obs = lambda: None  # hides the method
+            try:
+                return super().step(actions)
+            finally:
+                self.state.__dict__.pop("get_obs", None)
+
+        def reset(self, *args, **kwargs):
+            result = super().reset(*args, **kwargs)
+            self.births, self.state.board.ground, self.state.board.searched = [], None, None
+            return result
+
+        def add_unit(self, *args, **kwargs):
+            unit = super().add_unit(*args, **kwargs)
+            unit.pos = Cell(unit.pos.pos)
+            self.births.append(unit)
+            return unit
+
+        def add_factory(self, team, pos):
+            team.factory_strains = Strains(team.factory_strains)
+            factory = super().add_factory(team, pos)
+            if factory is not None:
+                factory.__class__, factory.pos = LichenFactory, Cell(factory.pos.pos)
+            return factory
+
+        def _handle_recharge_actions(self, actions_by_type):
+            """Right after this the engine lets every factory look for its lichen, and then come the waterings."""
+            super()._handle_recharge_actions(actions_by_type)
+            board, strains = self.state.board, self.state.board.lichen_strains.astype(np.int16)
+            occupied = board.factory_occupancy_map != -1
+            free = (board.rubble == 0) & ~occupied & (board.ice == 0) & (board.ore == 0)
+            spreading = board.lichen >= self.env_cfg.MIN_LICHEN_TO_SPREAD
+            searched, board.ground = [cells.tobytes() for cells in (free, spreading, occupied, strains)], ()
+            if searched != board.searched:
+                ids = [factory.num_id for player in PLAYERS for factory in self.state.factories[player].values()]
+                bits = as_bits([free, strains != -1, spreading, occupied, *(strains == num_id for num_id in ids)])
+                board.searched, board.ground = searched, (*bits[:4], dict(zip(ids, bits[4:])))
+
+        def _handle_factory_water_actions(self, actions_by_type):
+            self.state.board.ground = None
+            super()._handle_factory_water_actions(actions_by_type)
+
+    return Engine
+
+
+def read_engine(state):
+    """What `read_observation(state.get_obs())` returns, without making that observation."""
+    factories, robots = [{}, {}], [{}, {}]
+    for team, player in enumerate(PLAYERS):
+        for unit_id, factory in state.factories[player].items():
+            pos, cargo = factory.pos, factory.cargo
+            stock = factory.power, cargo.ice, cargo.ore, cargo.water, cargo.metal
+            factories[team][unit_id] = pos.x, pos.y, *stock, factory.num_id
+        for unit_id, unit in state.units[player].items():
+            pos, cargo, under_way = unit.pos, unit.cargo, STAY
+            if unit.action_queue:
+                order = unit.action_queue[0]
+                under_way = DIG if order.act_type == "dig" else int(order.state_dict()[1])
+            robots[team][unit_id] = unit.is_heavy(), pos.x, pos.y, unit.power, cargo.ice, cargo.ore, under_way
+    board = state.board
+    return state.real_env_steps, board.rubble, board.lichen, board.lichen_strains, factories, robots
+
+
+def _cargo(entities):
+    """Ice and ore of engine objects, [len(entities), 2]."""
+    return np.array([(entity.cargo.ice, entity.cargo.ore) for entity in entities], np.int64).reshape(-1, 2)
+
+
 class LuxMatch:
     """One match of the real engine with its encoder, writing into arrays of the caller.
 
@@ -602,26 +797,15 @@ class LuxMatch:
     """
 
     def __init__(self, next_seed, out, min_factories=2, engine_options=None, **encoder_options):
-        from luxai_s2 import LuxAI_S2  # slow to import, and only processes that play need it
-
         self.next_seed, self.out, self.seed = next_seed, out, None
         self.encoder = LuxEncoder(**encoder_options)
-        self.engine = LuxAI_S2(
+        self.engine = _engine_class()(
             map_size=self.encoder.map_size,
             MIN_FACTORIES=min_factories,
             MAX_FACTORIES=self.encoder.max_factories,
             verbose=0,
             **{"validate_action_space": False, **(engine_options or {})},
         )
-        # A robot that is built onto another one is gone before any observation shows it: listen to the engine.
-        self.births, add_unit = [], self.engine.add_unit
-
-        def add_and_note(*args, **kwargs):
-            self.births.append(add_unit(*args, **kwargs))
-            return self.births[-1]
-
-        self.engine.add_unit = add_and_note
-
     def reset(self):
         """Start the next match and play its bidding and placement phase."""
         self.seed = self.next_seed()
@@ -651,79 +835,72 @@ class LuxMatch:
         state, encoder = self.engine.state, self.encoder
         orders = encoder.orders(actions)
         before = self._snapshot()
-        obs, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
-        obs = obs["player_0"]
+        _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         amounts = self._achievements(before)
-        np.matmul(amounts, np.array(list(REWARDS.values())), out=rewards, casting="same_kind")
+        np.matmul(amounts, WEIGHTS, out=rewards, casting="same_kind")
         self.totals += amounts.sum(1)
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
         if terminations["player_0"]:
-            metrics = self._metrics(obs)
+            metrics = self._metrics(state)
             self.reset()
             return metrics
-        encoder.encode(obs, self.out)
+        encoder.encode_rows(self.out, *read_engine(state))
         return None
 
     def _snapshot(self):
-        """What every entity has before the step: lists of (team, slot, engine object, ice, ore)."""
-        units, factories = [], []
-        self.births.clear()
-        for team, player in enumerate(PLAYERS):
-            slots = self.encoder.robot_slot[team]
-            for unit_id, unit in self.engine.state.units[player].items():
-                units.append((team, slots[unit_id], unit, unit.cargo.ice, unit.cargo.ore))
-            slots = self.encoder.factory_slot[team]
-            for unit_id, factory in self.engine.state.factories[player].items():
-                factories.append((team, slots[unit_id], factory, factory.cargo.ice, factory.cargo.ore))
-        return units, factories
+        """Robots and factories before the step, as engine objects, in the order of the encoder's tables."""
+        state = self.engine.state
+        self.engine.births.clear()
+        robots = [unit for player in PLAYERS for unit in state.units[player].values()]
+        factories = [factory for player in PLAYERS for factory in state.factories[player].values()]
+        return robots, factories
 
     def _achievements(self, before):
         """Amount of each reward term for each entity in the step just played, float [P, E, len(TERMS)]."""
-        units, factories = before
-        state, strains = self.engine.state, self.engine.state.board.lichen_strains
-        amounts = np.zeros((2, self.encoder.num_entities, len(TERMS)))
-        arrived = np.zeros((2, self.encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
-        for row, (team, slot, unit, ice, ore) in enumerate(units):
-            got = np.array([unit.cargo.ice - ice, unit.cargo.ore - ore])
-            if got.any():  # digging is all that fills a cargo, delivering to an own factory all that empties it
-                amounts[team, slot, [ICE_DUG, ORE_DUG]] = np.maximum(got, 0)
-                amounts[team, slot, [ICE_DELIVERED, ORE_DELIVERED]] = np.maximum(-got, 0)
-                arrived[team, self.encoder.deliver_to[row]] += np.maximum(-got, 0)
-            if unit.unit_id not in state.units[PLAYERS[team]]:
-                amounts[team, slot, ROBOT_LOST] = 1.0 if unit.is_heavy() else 0.1
-        if strains.max() >= 0 or self.lichen.any():
-            lichen = np.bincount(strains.ravel() + 1, state.board.lichen.ravel(), len(self.lichen) + 1)[1:]
-        else:
-            lichen = self.lichen
-        for team, slot, factory, ice, ore in factories:
-            ice, ore = arrived[team, slot] + (ice - factory.cargo.ice, ore - factory.cargo.ore)
-            amounts[team, slot, [WATER_MADE, METAL_MADE]] = ice // ICE_PER_WATER, ore // ORE_PER_METAL
-            amounts[team, slot, LICHEN_GROWN] = lichen[factory.num_id] - self.lichen[factory.num_id]
-            survived = factory.unit_id in state.factories[PLAYERS[team]]
-            amounts[team, slot, SURVIVED if survived else FACTORY_LOST] = 1
+        robots, factories = before
+        state, encoder, board = self.engine.state, self.encoder, self.engine.state.board
+        amounts = np.zeros((2, encoder.num_entities, len(TERMS)))
+        arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
+        if robots:
+            team, slot, heavy = encoder.robots.T[:3]
+            got = _cargo(robots) - encoder.robots[:, 6:8]
+            brought = np.maximum(-got, 0)
+            # Digging is all that fills a cargo, delivering to an own factory all that empties it.
+            amounts[team, slot, ICE_DUG : ORE_DUG + 1] = np.maximum(got, 0)
+            amounts[team, slot, ICE_DELIVERED : ORE_DELIVERED + 1] = brought
+            np.add.at(arrived, (team, encoder.deliver_to), brought)
+            lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
+            amounts[team, slot, ROBOT_LOST] = lost * np.where(heavy, 1.0, 0.1)
+        team, slot = np.nonzero(encoder.alive)
+        refined = arrived[team, slot] + encoder.stock[team, slot, 1:3] - _cargo(factories)
+        amounts[team, slot, WATER_MADE : METAL_MADE + 1] = refined // (ICE_PER_WATER, ORE_PER_METAL)
+        lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
+        amounts[team, slot, LICHEN_GROWN] = (lichen - self.lichen)[encoder.strain_of[team, slot]]
         self.lichen = lichen
-        self._count_robots([unit for _, _, unit, _, _ in units])
+        survived = [factory.unit_id in state.factories[PLAYERS[factory.team_id]] for factory in factories]
+        amounts[team, slot, np.where(survived, SURVIVED, FACTORY_LOST)] = 1
+        self._count_robots(robots)
         return amounts
 
-    def _count_robots(self, units):
+    def _count_robots(self, robots):
         """Count births, losses, and losses on a cell where another own robot ended the step too."""
-        for team, player in enumerate(PLAYERS):
-            born = [unit for unit in self.births if unit.team_id == team]
-            everyone = [unit for unit in units if unit.team_id == team] + born
-            dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[player]]
-            for unit in born:
-                self.built[team, int(unit.is_heavy())] += 1
-            self.lost[team] += len(dead)
-            cells = [tuple(unit.pos.pos) for unit in everyone] if dead else []
-            self.own_collisions[team] += sum(cells.count(tuple(unit.pos.pos)) > 1 for unit in dead)
+        births = self.engine.births
+        everyone = robots + births
+        dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[PLAYERS[unit.team_id]]]
+        for unit in births:
+            self.built[unit.team_id, int(unit.is_heavy())] += 1
+        cells = [(unit.team_id, unit.pos.x, unit.pos.y) for unit in everyone] if dead else []
+        for unit in dead:
+            self.lost[unit.team_id] += 1
+            self.own_collisions[unit.team_id] += cells.count((unit.team_id, unit.pos.x, unit.pos.y)) > 1
 
-    def _metrics(self, obs):
+    def _metrics(self, state):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
         total = dict(zip(TERMS, self.totals.T))
-        owner = self.encoder.team_of_strain[obs["board"]["lichen_strains"]]
+        owner = self.encoder.team_of_strain[state.board.lichen_strains]
         return {
-            "l": obs["real_env_steps"],
+            "l": state.real_env_steps,
             "r": self.returns,
             "ice_transferred": total["ice_delivered"],
             "ice_per_factory": total["ice_delivered"] / self.placed,
@@ -733,7 +910,7 @@ class LuxMatch:
             "water": total["water_made"],
             "ore": total["ore_delivered"],
             "metal": total["metal_made"],
-            "lichen": np.array([obs["board"]["lichen"][owner == team].sum() for team in range(2)]),
+            "lichen": np.array([state.board.lichen[owner == team].sum() for team in range(2)]),
             "lights_built": self.built[:, 0],
             "heavies_built": self.built[:, 1],
             "robots_lost": self.lost,

@@ -1,6 +1,7 @@
 """The wrapper against the real engine: slots, rewards, groups, placement, matches, workers."""
 
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from helpers import after_every_step, entities, hash_of, in_process, masked_random, scripted
+from luxai_s2 import LuxAI_S2
 from luxai_s2.unit import UnitType
+from test_masks import riches
 
 import lux_wrapper as lux
 
@@ -324,11 +328,12 @@ class Watch:
 
     def watch_achievements(self, before):
         amounts, board = self.achievements(before), self.engine.state.board
-        for team, slot, unit, _, _ in before[0]:
+        for unit in before[0]:
+            team, slot = unit.team_id, self.match.encoder.robot_slot[unit.team_id][unit.unit_id]
             self.dug[unit.unit_type.name][team] += amounts[team, slot, lux.ICE_DUG]
-        for team, _, factory, _, _ in before[1]:
+        for factory in before[1]:
             now = int(board.lichen[board.lichen_strains == factory.num_id].sum())
-            self.lichen[team] += now - self.lichen_of.get(factory, 0)
+            self.lichen[factory.team_id] += now - self.lichen_of.get(factory, 0)
             self.lichen_of[factory] = now
         return amounts
 
@@ -596,7 +601,7 @@ def test_encoder_needs_only_the_observation(group_by):
     def recorded_step(actions):
         sent.append(actions)
         result = step(actions)
-        observations.append(to_json(result[0]["player_0"]))
+        observations.append(to_json(match.engine.state.get_obs()))
         return result
 
     match.engine.step = recorded_step
@@ -614,6 +619,50 @@ def test_encoder_needs_only_the_observation(group_by):
             assert all(np.array_equal(order, sent[-1][player][unit_id]) for unit_id, order in orders.items())
         alone.encode(from_json(observations[-1]), out)
     assert (out["kind"] >= lux.LIGHT).sum() > 3
+    env.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The engine, parts of which the wrapper does faster
+# ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("map_size, validate", [(48, False), (32, True)])
+def test_the_engine_plays_as_the_original(map_size, validate):
+    """The original engine gets the same orders, and is in the same state after every step, lichen included."""
+    options = {"validate_action_space": validate, "collect_stats": True}
+    env, (match,) = in_process(1, map_size=map_size, max_robots=30, safe_masks=False, engine_options=options)
+    original = LuxAI_S2(map_size=map_size, MIN_FACTORIES=2, MAX_FACTORIES=5, verbose=0, **options)
+    after_every_step(match, riches(np.random.default_rng(0)))
+    change, reset, step = riches(np.random.default_rng(0)), match.engine.reset, match.engine.step
+    seen = Counter()
+
+    def look(engine):
+        robots, factories = entities(engine.state)
+        lichen = [[sorted(f.grow_lichen_positions), sorted(f.connected_lichen_positions)] for f in factories]
+        seen.update(robots=len(robots), connected=sum(len(c) for _, c in lichen))
+        assert to_json(lux.read_engine(engine.state)) == to_json(lux.read_observation(engine.state.get_obs()))
+        return to_json([engine.state.get_obs(), engine.state.stats, lichen])
+
+    def reset_both(seed):
+        original.reset(seed=seed)
+        return reset(seed=seed)
+
+    def step_both(actions):
+        _, rewards, *ends, _ = original.step(copy.deepcopy(actions))
+        if original.state.real_env_steps >= 0:
+            change(original.state)
+        result = step(actions)
+        assert list(result[1:4]) == [rewards, *ends] and look(match.engine) == look(original)
+        return result
+
+    match.engine.reset, match.engine.step = reset_both, step_both
+    obs, _ = env.reset(seed=23)
+    weights = np.ones(lux.NUM_ACTIONS)
+    weights[lux.WATER] = 4
+    for _ in play(env, obs, random_policy(23, weights), 120):
+        pass
+    assert seen["robots"] > 2000 and seen["connected"] > 2000, seen
     env.close()
 
 
