@@ -389,7 +389,7 @@ def train(args, run_dir, device):
     if WORLD_SIZE > 1:  # the same seed gives the same parameters, but for rounding on another kind of machine
         for parameter in agent.parameters():
             dist.broadcast(parameter.data, 0)
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
+    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if RANK == 0:
         print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}")
 
@@ -411,9 +411,7 @@ def train(args, run_dir, device):
     minibatch_size = args.num_steps * B * WORLD_SIZE // args.num_minibatches
     global_step, start_time = 0, time.time()
     finished = deque(maxlen=20)  # metrics of the last matches
-    progress = tqdm(
-        total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True, disable=RANK > 0
-    )
+    progress = tqdm(total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True, disable=RANK > 0)
 
     for update in range(1, num_updates + 1):
         done_share = (update - 1) / num_updates

@@ -72,9 +72,7 @@ class HybridNet(nn.Module):
         self.patch = layer_init(nn.Linear(board_channels * PATCH**2, 96))
         self.near = layer_init(nn.Linear(96 + channels + num_features + num_actions, width))
         self.far = layer_init(nn.Linear(2 * channels, width))
-        self.trunk = nn.Sequential(
-            nn.ReLU(), layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU()
-        )
+        self.trunk = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU())
         self.actor = layer_init(nn.Linear(width, 2 * num_actions), std=0.01)
         self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0))
         self.team_critic = nn.Sequential(
@@ -123,7 +121,8 @@ class HybridNet(nn.Module):
 
     def _map(self, board):
         """The encoder: [B, channels, h, w], in channels_last layout."""
-        board = F.pad(board, (0, 0, 0, -board.shape[2] % TILE, 0, -board.shape[1] % TILE))
+        beyond = (0, 0, 0, -board.shape[2] % TILE, 0, -board.shape[1] % TILE)
+        board = F.pad(board, beyond) if any(beyond) else board
         B, H, W, C = board.shape
         h, w = H // TILE, W // TILE
         # Tiles are put together as bytes: a quarter of the memory that floats would move.

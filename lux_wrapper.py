@@ -806,6 +806,7 @@ class LuxMatch:
             verbose=0,
             **{"validate_action_space": False, **(engine_options or {})},
         )
+
     def reset(self):
         """Start the next match and play its bidding and placement phase."""
         self.seed = self.next_seed()
