@@ -278,11 +278,15 @@ def read_observation(obs):
 
 
 class LuxEncoder:
-    """Both players' views of one match: slots, features and masks in, official orders out.
+    """Both players' views of a match: slots, features and masks in, official orders out.
 
     It reads nothing but official observations, so that it serves in the official runner too. Call `reset`
     with the first observation after placement, then `encode` with that and every later observation in
-    turn, and `orders` after any of them. (LuxMatch takes the numbers from the engine, see `encode_rows`.)
+    turn, and `orders` after any of them.
+
+    Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
+    give their rows to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent;
+    below, T stands for their number.
 
     Args:
         map_size: side of the board in cells.
@@ -301,9 +305,12 @@ class LuxEncoder:
             6. picking up less power than ten times what the order itself costs,
             7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
+        num_matches: how many matches.
     """
 
-    def __init__(self, map_size=48, max_factories=5, max_robots=20, group_by="entity", safe_masks=True):
+    def __init__(
+        self, map_size=48, max_factories=5, max_robots=20, group_by="entity", safe_masks=True, num_matches=1
+    ):
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
@@ -311,40 +318,57 @@ class LuxEncoder:
         self.side = map_size + 2  # of maps with a border of 1 cell
         self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
 
+        M, T, E, side = num_matches, 2 * num_matches, self.num_entities, self.side
+        self.teams, self.opponent = np.arange(T)[:, None], np.arange(T) ^ 1
+        self.ice, self.ore = np.zeros((2, M, map_size, map_size), bool)
+        # For each team and cell the features that depend on nothing but the cell and the factories alive.
+        self.ground = np.zeros((T, map_size, map_size, len(GROUND)), np.float32)
+        self.rubble = np.zeros((M, side, side), np.int64)
+        self.strains = np.zeros((M, map_size, map_size), np.int16)  # those of the step before, until they are read
+        self.player_of_strain = np.zeros((M, 2 * max_factories + 1), np.int8)  # the last serves strain -1, no lichen
+        self.lichen_seen = np.zeros(M, bool)  # so the board's channels are not empty
+        self.lichen_counted = [None] * M  # the lichen that these are right for:
+        self.water_costs = np.zeros((M, 2 * max_factories + 1), np.int64)
+        self.new = np.zeros(M, bool)  # matches of which no observation has been seen
+        self.drawn = np.zeros((T, max_factories), bool)  # the factories that these show:
+        self.factory_map = np.zeros((T, side, side), np.int64)  # slot + 1, with a border of 1 cell
+        self.centre_map, self.closed = np.zeros((2, T, side, side), bool)  # closed: where a team may not go
+        self.nearest = np.zeros((T, map_size, map_size), np.int64)  # slot of the team's nearest factory
+        self.steps_home = np.zeros((5, T, map_size, map_size), np.int64)  # from a cell and its neighbours to its edge
+        self.factory_slot, self.robot_slot = ([{} for _ in range(T)] for _ in range(2))  # unit_id -> slot
+        self.home = np.zeros((T, E), np.int64)  # slot of the factory an entity belongs to
+        self.blocked_builds = np.zeros(T, np.int64)  # factory steps in which only the slots forbade to build
+        self.right_of_way = np.zeros(T, np.int64)  # moves held back because an own robot had the same goal
+
     def arrays(self):
-        """A dict of zeroed arrays [P, ...] with the keys, shapes and types of the table at the top."""
-        P, E, S = len(PLAYERS), self.num_entities, self.map_size
+        """A dict of zeroed arrays [T, ...] with the keys, shapes and types of the table at the top."""
+        T, E, S = len(self.teams), self.num_entities, self.map_size
         return {
-            "board": np.zeros((P, S, S, len(BOARD_CHANNELS)), np.uint8),
-            "features": np.zeros((P, E, len(FEATURES)), np.float32),
-            "position": np.zeros((P, E, 2), np.int64),
-            "kind": np.zeros((P, E), np.int64),
-            "group": np.zeros((P, E), np.int64),
-            "action_mask": np.zeros((P, E, NUM_ACTIONS), bool),
+            "board": np.zeros((T, S, S, len(BOARD_CHANNELS)), np.uint8),
+            "features": np.zeros((T, E, len(FEATURES)), np.float32),
+            "position": np.zeros((T, E, 2), np.int64),
+            "kind": np.zeros((T, E), np.int64),
+            "group": np.zeros((T, E), np.int64),
+            "action_mask": np.zeros((T, E, NUM_ACTIONS), bool),
         }
 
-    def reset(self, obs):
+    def reset(self, obs, match=0):
         """Forget the last match; `obs` is the first observation after placement, before any robot."""
-        size = self.map_size
-        self.ice, self.ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
-        # For each team and cell the features that depend on nothing but the cell and the factories alive.
-        self.ground = np.zeros((2, size, size, len(GROUND)), np.float32)
-        self.ground[..., :3], self.ground[..., 3:6] = _way_to_nearest(self.ice), _way_to_nearest(self.ore)
-        self.ground[..., -2], self.ground[..., -1] = self.ice, self.ore
-        self.rubble = np.zeros((size + 2, size + 2), np.int64)
-        self.strains = obs["board"]["lichen_strains"].astype(np.int16)  # those of the step before, from `encode` on
-        self.lichen_seen = True  # so that the first `encode` clears the channels
-        self.drawn = None  # the factories that the maps below show
-        self.lichen_counted = None  # the lichen that `water_costs` are right for
-        self.team_of_strain = np.full(obs["global_id"] + 1, -1, np.int8)  # its last entry serves strain -1, no lichen
-        self.factory_slot, self.robot_slot = [{}, {}], [{}, {}]  # per team: unit_id -> slot
-        self.home = np.tile(np.arange(self.num_entities), (2, 1))  # slot of the factory an entity belongs to
-        for team, player in enumerate(PLAYERS):
-            for slot, (unit_id, factory) in enumerate(obs["factories"][player].items()):
-                self.factory_slot[team][unit_id] = slot
-                self.team_of_strain[factory["strain_id"]] = team
-        self.blocked_builds = np.zeros(2, np.int64)  # factory steps in which only the slots forbade to build
-        self.right_of_way = np.zeros(2, np.int64)  # moves held back because an own robot had the same goal
+        teams = slice(2 * match, 2 * match + 2)
+        self.ice[match], self.ore[match] = ice, ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
+        self.ground[teams, ..., :3], self.ground[teams, ..., 3:6] = _way_to_nearest(ice), _way_to_nearest(ore)
+        self.ground[teams, ..., -2], self.ground[teams, ..., -1] = ice, ore
+        self.strains[match] = obs["board"]["lichen_strains"]
+        self.player_of_strain[match] = -1
+        self.lichen_seen[match], self.lichen_counted[match], self.new[match] = True, None, True
+        self.home[teams] = np.arange(self.num_entities)
+        self.blocked_builds[teams] = self.right_of_way[teams] = 0
+        for player, name in enumerate(PLAYERS):
+            team = 2 * match + player
+            self.factory_slot[team] = {unit_id: slot for slot, unit_id in enumerate(obs["factories"][name])}
+            self.robot_slot[team] = {}
+            for factory in obs["factories"][name].values():
+                self.player_of_strain[match, factory["strain_id"]] = player
 
     def encode(self, obs, out):
         """Write the match as both players see it into `out`.
@@ -354,33 +378,37 @@ class LuxEncoder:
             out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
                 is written again).
         """
-        self.encode_rows(out, *read_observation(obs))
+        self.encode_rows([read_observation(obs)], out)
 
-    def encode_rows(self, out, time, rubble, lichen, strains, factories, robots):
-        """As `encode`, of what `read_observation` returns or `read_engine`, which is the same."""
-        self.time, self.lichen = time, lichen.astype(np.uint8)  # small types make the operations below faster
-        self.strains_before, self.strains = self.strains, strains.astype(np.int16)
-        self._read_factories(factories)
-        self._read_robots(robots)
-        if self.drawn is None or (self.drawn != self.alive).any():
-            self._draw_factories(out)
-        self._draw_board(rubble, out)
+    def encode_rows(self, matches, out):
+        """As `encode`, of a list of what `read_observation` returns, or `read_engine`, which is the same."""
+        times, rubble, lichen, strains, factories, robots = zip(*matches)
+        self.time = np.array(times)
+        self.lichen = np.stack(lichen).astype(np.uint8)  # small types make the operations below faster
+        self.strains_before, self.strains = self.strains, np.stack(strains).astype(np.int16)
+        self._read_factories([team for match in factories for team in match])
+        self._read_robots([team for match in robots for team in match])
+        changed = (self.drawn != self.alive).any(1)
+        for match in np.flatnonzero(self.new | changed[::2] | changed[1::2]).tolist():
+            self._draw_factories(match, out)
+        self._draw_board(np.stack(rubble), out)
         for key in ("features", "position", "kind", "action_mask"):
             out[key][:] = 0
         self._encode_factories(out)
         if len(self.robots):
             self._encode_robots(out)
         # The last five columns are the same for everybody.
-        alive, clock = self.alive.sum(1) / 5, time % CYCLE
-        match = [(alive[team], alive[1 - team], clock < DAY, clock / CYCLE, time / GAME_LENGTH) for team in range(2)]
-        out["features"][..., COLUMN["own_factories"] :] = np.array(match)[:, None]
+        alive, time = self.alive.sum(1) / 5, self.time.repeat(2)
+        clock = time % CYCLE
+        match = np.stack([alive, alive[self.opponent], clock < DAY, clock / CYCLE, time / GAME_LENGTH], -1)
+        out["features"][..., COLUMN["own_factories"] :] = match[:, None]
         out["features"][out["kind"] == NOBODY] = 0
         out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
 
     def _read_factories(self, factories):
         """Cells, stocks and strains of the factories by slot."""
-        self.alive = np.zeros((2, self.max_factories), bool)
-        table = np.zeros((2, self.max_factories, 8), np.int64)
+        self.alive = np.zeros((len(self.teams), self.max_factories), bool)
+        table = np.zeros((len(self.teams), self.max_factories, 8), np.int64)
         for team, rows in enumerate(factories):
             slots = [self.factory_slot[team][unit_id] for unit_id in rows]
             self.alive[team, slots] = True
@@ -409,62 +437,63 @@ class LuxEncoder:
         self.home[team, slot] = np.where(self.alive[team], distance, 10**6).argmin()
         return slot
 
-    def _draw_factories(self, out):
-        """Draw the factories alive and the ways to them; robots of one that is gone join the nearest."""
-        size, side = self.map_size, self.side
-        self.factory_map = np.zeros((2, side, side), np.int64)  # slot + 1, with a border of 1 cell
-        self.centre_map = np.zeros((2, side, side), bool)
-        for team, slot in np.argwhere(self.alive):
-            x, y = self.factory_pos[team, slot]
-            self.factory_map[team, x : x + 3, y : y + 3] = slot + 1
-            self.centre_map[team, x + 1, y + 1] = True
-        self.closed = self.factory_map[::-1] > 0  # where the team may not go: the opponent's factories and the border
-        self.closed[:, [0, -1]] = self.closed[:, :, [0, -1]] = True
-        for team, slot, _, x, y, *_ in self.robots:
+    def _draw_factories(self, match, out):
+        """Draw a match's factories alive and the ways to them; robots of one that is gone join the nearest."""
+        size, teams = self.map_size, slice(2 * match, 2 * match + 2)
+        alive, board, own = self.alive[teams], out["board"][teams], self.factory_map[teams]
+        own[:], self.centre_map[teams] = 0, False
+        for player, slot in np.argwhere(alive):
+            x, y = self.factory_pos[2 * match + player, slot]
+            own[player, x : x + 3, y : y + 3] = slot + 1
+            self.centre_map[2 * match + player, x + 1, y + 1] = True
+        closed = self.closed[teams]
+        closed[:] = own[::-1] > 0  # the opponent's factories, and the border
+        closed[:, [0, -1]] = closed[:, :, [0, -1]] = True
+        for team, slot, _, x, y, *_ in self.robots[self.robots[:, 0] // 2 == match]:
             if not self.alive[team, self.home[team, slot]]:
                 self._birth(team, (x, y), slot)
-        drawn = self.factory_map[:, 1:-1, 1:-1] > 0
-        out["board"][..., BOARD_CHANNELS.index("own_factory")] = drawn * 100
-        out["board"][..., BOARD_CHANNELS.index("opponent_factory")] = drawn[::-1] * 100
-        if self.drawn is None:  # a new match
-            out["board"][..., BOARD_CHANNELS.index("inside")] = 100
-            out["board"][..., BOARD_CHANNELS.index("ice")] = self.ice * 100
-            out["board"][..., BOARD_CHANNELS.index("ore")] = self.ore * 100
-        self.drawn = self.alive
+        drawn = own[:, 1:-1, 1:-1] > 0
+        board[..., BOARD_CHANNELS.index("own_factory")] = drawn * 100
+        board[..., BOARD_CHANNELS.index("opponent_factory")] = drawn[::-1] * 100
+        if self.new[match]:
+            board[..., BOARD_CHANNELS.index("inside")] = 100
+            board[..., BOARD_CHANNELS.index("ice")] = self.ice[match] * 100
+            board[..., BOARD_CHANNELS.index("ore")] = self.ore[match] * 100
+        self.drawn[teams], self.new[match] = alive, False
 
         cells = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1)
-        to_factory = self.factory_pos[:, :, None, None] - cells
-        distance = np.where(self.alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
-        self.nearest = distance.argmin(1)  # slot of the team's nearest factory, [P, H, W]
-        way = np.take_along_axis(to_factory, self.nearest[:, None, ..., None], 1)
+        to_factory = self.factory_pos[teams, :, None, None] - cells
+        distance = np.where(alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
+        self.nearest[teams] = nearest = distance.argmin(1)
+        way = np.take_along_axis(to_factory, nearest[:, None, ..., None], 1)
         home = GROUND.index("home_dx")
-        self.ground[..., home : home + 2] = np.clip(way[:, 0] / 8, -1, 1)
-        self.ground[..., home + 2] = np.clip(distance.min(1) / 8, 0, 1)
-        # Steps from a cell and its neighbours to the edge of the factory nearest to the cell, [5, P, H, W].
+        self.ground[teams, ..., home : home + 2] = np.clip(way[:, 0] / 8, -1, 1)
+        self.ground[teams, ..., home + 2] = np.clip(distance.min(1) / 8, 0, 1)
         gap = np.abs(way - np.stack([DX, DY], -1)[:, None, None]) - 1
-        self.steps_home = np.ascontiguousarray(np.maximum(gap, 0).sum(-1).swapaxes(0, 1))
+        self.steps_home[:, teams] = np.maximum(gap, 0).sum(-1).swapaxes(0, 1)
 
     def _draw_board(self, rubble, out):
         """The channels that change at every step: rubble, lichen and robots."""
         maps = out["board"]
-        self.rubble[1:-1, 1:-1] = rubble
-        maps[..., BOARD_CHANNELS.index("rubble")] = rubble.astype(np.uint8)
-        if self.lichen_seen or self.lichen.any():
-            owner = self.team_of_strain.take(self.strains)
-            for team in range(2):
-                lichen = self.lichen * (owner == team)
+        self.rubble[:, 1:-1, 1:-1] = rubble
+        maps[..., BOARD_CHANNELS.index("rubble")] = rubble.astype(np.uint8).repeat(2, 0)
+        seen = self.lichen.any((1, 2))
+        for match in np.flatnonzero(seen | self.lichen_seen).tolist():
+            owner = self.player_of_strain[match].take(self.strains[match])
+            for player in range(2):
+                team, lichen = 2 * match + player, self.lichen[match] * (owner == player)
                 maps[team, ..., BOARD_CHANNELS.index("own_lichen")] = lichen
-                maps[1 - team, ..., BOARD_CHANNELS.index("opponent_lichen")] = lichen
-            self.lichen_seen = self.lichen.any()
+                maps[team ^ 1, ..., BOARD_CHANNELS.index("opponent_lichen")] = lichen
+        self.lichen_seen = seen
         team, _, heavy, x, y = self.robots.T[:5]
         own, opponent = BOARD_CHANNELS.index("own_light"), BOARD_CHANNELS.index("opponent_light")
         maps[..., own:] = 0
         maps[team, x, y, own + heavy] = 100
-        maps[1 - team, x, y, opponent + heavy] = 100
+        maps[team ^ 1, x, y, opponent + heavy] = 100
 
     def _encode_factories(self, out):
         """Features and masks of the factories."""
-        alive, pos, width, teams = self.alive, self.factory_pos, self.max_factories, np.arange(2)[:, None]
+        alive, pos, width, teams = self.alive, self.factory_pos, self.max_factories, self.teams
         x, y = pos[..., 0], pos[..., 1]
         features = out["features"][:, :width]
         out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
@@ -477,16 +506,17 @@ class LuxEncoder:
         features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
         team, slot, heavy, robot_x, robot_y = self.robots.T[:5]
         group = (team * self.num_entities + self.home[team, slot]) * 2 + heavy
-        built = np.bincount(group, minlength=4 * self.num_entities).reshape(2, -1, 2)[:, :width]
+        built = np.bincount(group, minlength=len(teams) * self.num_entities * 2)
+        built = built.reshape(len(teams), -1, 2)[:, :width]
         features[..., COLUMN["group_lights"] : COLUMN["group_heavies"] + 1] = built / (10, 5)
-        self.robot_map = np.zeros((2, self.side, self.side), bool)
+        self.robot_map = np.zeros((len(teams), self.side, self.side), bool)
         self.robot_map[team, robot_x + 1, robot_y + 1] = True
         taken = self.robot_map[teams, x + 1, y + 1]
         features[..., COLUMN["centre_taken"]] = taken
 
         mask, has_heavy = out["action_mask"][:, :width], built[..., 1] > 0
         can_build = (self.stock[..., 4:] >= METAL_COST) & (self.stock[..., :1] >= POWER_COST)
-        free = self.max_robots - np.bincount(team, minlength=2)
+        free = self.max_robots - np.bincount(team, minlength=len(teams))
         has_slot = alive.cumsum(1) <= free[:, None]  # enough slots even if every factory before it builds
         self.blocked_builds += (can_build.any(-1) & alive & ~has_slot).sum(1)
         may_build = alive & has_slot
@@ -495,38 +525,38 @@ class LuxEncoder:
             can_build[..., 0] &= has_heavy | (self.stock[..., 4] >= METAL_COST.sum())
         mask[..., NOTHING] = alive
         mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
-        reserve = min(WATER_RESERVE, GAME_LENGTH - self.time) if self.safe_masks else 0
-        water = self.stock[..., 3]
-        mask[..., WATER] = alive & (water > reserve) & (water - self._water_costs()[self.strain_of] >= reserve)
+        reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0
+        water, cost = self.stock[..., 3], self._water_costs()[teams // 2, self.strain_of]
+        mask[..., WATER] = alive & (water > reserve) & (water - cost >= reserve)
 
     def _water_costs(self):
-        """By strain, upper bounds on the water that watering costs its factory.
+        """By match and strain, upper bounds on the water that watering costs its factory.
 
         Lichen grows on the 12 cells at the factory's edge, on cells of its strain and on neighbours of
         those that hold 20. The engine counts them one step late, so what has just withered counts too.
         """
-        maps = self.strains, self.strains_before, self.lichen >= 18
-        seen = [cells.tobytes() for cells in maps]
-        if seen != self.lichen_counted:  # mostly lichen only grows or shrinks where it is, and the costs stay
-            self.lichen_counted, self.water_costs = seen, np.full(len(self.team_of_strain), 12)
-            strains = np.flatnonzero(self.team_of_strain >= 0).tolist()
-            own = [(self.strains == strain) | (self.strains_before == strain) for strain in strains]
-            spreading, *own = as_bits([maps[2], *own])
-            for strain, bits in zip(strains, own):
-                spread = neighbours(bits & spreading, self.map_size) & self.all_cells
-                self.water_costs[strain] += (bits | spread).bit_count()
-            self.water_costs = -(-self.water_costs // GROWTH_PER_WATER)
+        for match, maps in enumerate(zip(self.strains, self.strains_before, self.lichen >= 18)):
+            seen = [cells.tobytes() for cells in maps]
+            if seen != self.lichen_counted[match]:  # mostly lichen grows or shrinks where it is, and the costs stay
+                self.lichen_counted[match], cells = seen, np.full(self.water_costs.shape[1], 12)
+                strains = np.flatnonzero(self.player_of_strain[match] >= 0).tolist()
+                own = [(maps[0] == strain) | (maps[1] == strain) for strain in strains]
+                spreading, *own = as_bits([maps[2], *own])
+                for strain, bits in zip(strains, own):
+                    spread = neighbours(bits & spreading, self.map_size) & self.all_cells
+                    cells[strain] += (bits | spread).bit_count()
+                self.water_costs[match] = -(-cells // GROWTH_PER_WATER)
         return self.water_costs
 
     def _encode_robots(self, out):
         """Features and masks of the robots; arrays of the masks have robots last: [R], [A, R], and [5, R] for
         a robot's own cell and the four beside it."""
         team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
-        row, battery, cargo = np.arange(len(team)), BATTERY[heavy], CARGO[heavy]
+        row, match, battery, cargo = np.arange(len(team)), team // 2, BATTERY[heavy], CARGO[heavy]
         cells = (x + 1) * self.side + y + 1 + self.beside
         cells_of_team = cells + team * self.side**2
         own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
-        rubble, nearest = self.rubble.take(cells), self.nearest[team, x, y]
+        rubble, nearest = self.rubble.take(cells + match * self.side**2), self.nearest[team, x, y]
 
         features = np.zeros((len(team), len(FEATURES)), np.float32)
         features[row, COLUMN["is_light"] + heavy] = 1
@@ -551,8 +581,8 @@ class LuxEncoder:
         can_do[PICK_UP] &= (own_factory[0] > 0) & (gain > 0)
         if self.safe_masks:
             can_do[1:5] &= ~(self.robot_map | self.centre_map).take(cells_of_team[1:])
-            on_ice, on_ore, lichen = self.ice[x, y], self.ore[x, y], self.lichen[x, y] > 0
-            own_lichen = (self.team_of_strain[self.strains[x, y]] == team) & lichen
+            on_ice, on_ore, lichen = self.ice[match, x, y], self.ore[match, x, y], self.lichen[match, x, y] > 0
+            own_lichen = (self.player_of_strain[match, self.strains[match, x, y]] == team % 2) & lichen
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
             to_clear = ((rubble[0] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
             can_do[DIG] &= to_mine | to_clear
@@ -578,12 +608,12 @@ class LuxEncoder:
         that going on is free and changing its mind is always possible.
 
         Args:
-            actions: int array [P, E].
+            actions: int array [T, E].
 
         Returns:
-            list of two dicts unit_id -> official action, for player_0 and player_1.
+            list of T dicts unit_id -> official action; of one match, for player_0 and player_1.
         """
-        orders, factory_ids = [{}, {}], [list(slots) for slots in self.factory_slot]
+        orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
         busy = self.alive & (actions[:, : self.max_factories] != NOTHING)
         for team, slot in np.argwhere(busy).tolist():
             orders[team][factory_ids[team][slot]] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
@@ -788,17 +818,17 @@ def _cargo(entities):
 
 
 class LuxMatch:
-    """One match of the real engine with its encoder, writing into arrays of the caller.
+    """One match of the real engine, with rewards and metrics.
 
     Args:
         next_seed: function without arguments that returns the seed of the next match's map.
-        out: observation arrays [P, ...] to write into.
-        min_factories: fewest factories per team; `encoder_options` go to LuxEncoder.
+        encoder, index: a LuxEncoder, and the number of this match in it.
+        min_factories: fewest factories per team.
     """
 
-    def __init__(self, next_seed, out, min_factories=2, engine_options=None, **encoder_options):
-        self.next_seed, self.out, self.seed = next_seed, out, None
-        self.encoder = LuxEncoder(**encoder_options)
+    def __init__(self, next_seed, encoder, index=0, min_factories=2, engine_options=None):
+        self.next_seed, self.seed = next_seed, None
+        self.encoder, self.index, self.teams = encoder, index, slice(2 * index, 2 * index + 2)
         self.engine = _engine_class()(
             map_size=self.encoder.map_size,
             MIN_FACTORIES=min_factories,
@@ -819,22 +849,20 @@ class LuxMatch:
         self.built, self.lost = np.zeros((2, 2)), np.zeros(2)
         self.own_collisions, self.factory_steps, self.returns = np.zeros(2), np.zeros(2), np.zeros(2)
         self.lichen = np.zeros(obs["global_id"] + 1)
-        self.encoder.reset(obs)
-        self.encoder.encode(obs, self.out)
+        self.encoder.reset(obs, self.index)
 
-    def step(self, actions, rewards):
-        """Play one step; starts the next match when this one ends.
+    def step(self, orders, rewards):
+        """Play one step.
 
         Args:
-            actions: int array [P, E].
+            orders: of both players, as the encoder gives them.
             rewards: float32 array [P, E], written.
 
         Returns:
-            None, or a dict of the finished match's metrics: "l" (episode_length) a number, those named in
+            None, or if the match is over a dict of its metrics: "l" (episode_length) a number, those named in
             TEAM_METRICS arrays [P].
         """
-        state, encoder = self.engine.state, self.encoder
-        orders = encoder.orders(actions)
+        state = self.engine.state
         before = self._snapshot()
         _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         amounts = self._achievements(before)
@@ -842,12 +870,7 @@ class LuxMatch:
         self.totals += amounts.sum(1)
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
-        if terminations["player_0"]:
-            metrics = self._metrics(state)
-            self.reset()
-            return metrics
-        encoder.encode_rows(self.out, *read_engine(state))
-        return None
+        return self._metrics(state) if terminations["player_0"] else None
 
     def _snapshot(self):
         """Robots and factories before the step, as engine objects, in the order of the encoder's tables."""
@@ -860,24 +883,26 @@ class LuxMatch:
     def _achievements(self, before):
         """Amount of each reward term for each entity in the step just played, float [P, E, len(TERMS)]."""
         robots, factories = before
-        state, encoder, board = self.engine.state, self.encoder, self.engine.state.board
+        state, encoder, board, teams = self.engine.state, self.encoder, self.engine.state.board, self.teams
         amounts = np.zeros((2, encoder.num_entities, len(TERMS)))
         arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
         if robots:
-            team, slot, heavy = encoder.robots.T[:3]
-            got = _cargo(robots) - encoder.robots[:, 6:8]
+            rows = slice(*np.searchsorted(encoder.robots[:, 0], (teams.start, teams.stop)))
+            table = encoder.robots[rows]
+            team, slot, heavy = table[:, 0] - teams.start, table[:, 1], table[:, 2]
+            got = _cargo(robots) - table[:, 6:8]
             brought = np.maximum(-got, 0)
             # Digging is all that fills a cargo, delivering to an own factory all that empties it.
             amounts[team, slot, ICE_DUG : ORE_DUG + 1] = np.maximum(got, 0)
             amounts[team, slot, ICE_DELIVERED : ORE_DELIVERED + 1] = brought
-            np.add.at(arrived, (team, encoder.deliver_to), brought)
+            np.add.at(arrived, (team, encoder.deliver_to[rows]), brought)
             lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
             amounts[team, slot, ROBOT_LOST] = lost * np.where(heavy, 1.0, 0.1)
-        team, slot = np.nonzero(encoder.alive)
-        refined = arrived[team, slot] + encoder.stock[team, slot, 1:3] - _cargo(factories)
+        team, slot = np.nonzero(encoder.alive[teams])
+        refined = arrived[team, slot] + encoder.stock[teams][team, slot, 1:3] - _cargo(factories)
         amounts[team, slot, WATER_MADE : METAL_MADE + 1] = refined // (ICE_PER_WATER, ORE_PER_METAL)
         lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
-        amounts[team, slot, LICHEN_GROWN] = (lichen - self.lichen)[encoder.strain_of[team, slot]]
+        amounts[team, slot, LICHEN_GROWN] = (lichen - self.lichen)[encoder.strain_of[teams][team, slot]]
         self.lichen = lichen
         survived = [factory.unit_id in state.factories[PLAYERS[factory.team_id]] for factory in factories]
         amounts[team, slot, np.where(survived, SURVIVED, FACTORY_LOST)] = 1
@@ -899,7 +924,7 @@ class LuxMatch:
     def _metrics(self, state):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
         total = dict(zip(TERMS, self.totals.T))
-        owner = self.encoder.team_of_strain[state.board.lichen_strains]
+        owner = self.encoder.player_of_strain[self.index, state.board.lichen_strains]
         return {
             "l": state.real_env_steps,
             "r": self.returns,
@@ -916,8 +941,8 @@ class LuxMatch:
             "heavies_built": self.built[:, 1],
             "robots_lost": self.lost,
             "own_collisions": self.own_collisions,
-            "right_of_way": self.encoder.right_of_way,
-            "blocked_builds": self.encoder.blocked_builds,
+            "right_of_way": self.encoder.right_of_way[self.teams].copy(),
+            "blocked_builds": self.encoder.blocked_builds[self.teams].copy(),
         }
 
 
@@ -928,11 +953,14 @@ class _Matches:
         self.first, self.arrays = first, arrays
         held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
         self.number = options.pop("first_match") + first  # what the first match here is counted as, for the seeds
-        self.matches = []
-        for index in range(len(arrays["terminated"])):
-            out = {key: arrays[key][index] for key in OBSERVATION_KEYS}
-            seeds = self._held_out_seed if held_out else self._training_seed
-            self.matches.append(LuxMatch(lambda index=index: seeds(index), out, **options))
+        of_match = {key: options.pop(key) for key in ("min_factories", "engine_options")}
+        num_matches = len(arrays["terminated"])
+        self.encoder = LuxEncoder(num_matches=num_matches, **options)
+        self.out = {key: arrays[key].reshape(-1, *arrays[key].shape[2:]) for key in OBSERVATION_KEYS}  # by team
+        seeds = self._held_out_seed if held_out else self._training_seed
+        self.matches = [
+            LuxMatch(functools.partial(seeds, index), self.encoder, index, **of_match) for index in range(num_matches)
+        ]
 
     def _held_out_seed(self, index):
         self.played[index] += 1
@@ -947,15 +975,20 @@ class _Matches:
         return self._each(lambda index, match: match.reset())
 
     def step(self, _):
+        actions = self.arrays["actions"]
+        orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
+
         def play(index, match):
-            metrics = match.step(self.arrays["actions"][index], self.arrays["rewards"][index])
+            metrics = match.step(orders[match.teams], self.arrays["rewards"][index])
             self.arrays["terminated"][index] = metrics is not None
+            if metrics is not None:
+                match.reset()
             return metrics
 
         return self._each(play)
 
     def _each(self, play):
-        """List of (match index, what `play` returned) for those where that was something."""
+        """Play, then encode; list of (match index, what `play` returned) for those where that was something."""
         results = []
         for index, match in enumerate(self.matches):
             try:
@@ -966,6 +999,7 @@ class _Matches:
             self.arrays["map_seed"][index] = match.seed
             if result is not None:
                 results.append((self.first + index, result))
+        self.encoder.encode_rows([read_engine(match.engine.state) for match in self.matches], self.out)
         return results
 
 

@@ -141,8 +141,8 @@ def test_compass():
             row = before["features"][0, team, slot]
             factories = before["kind"][0, team] == lux.FACTORY
             for name, places in (
-                ("ice", np.argwhere(board.ice)),
-                ("ore", np.argwhere(board.ore)),
+                ("ice", np.argwhere(board.ice[0])),
+                ("ore", np.argwhere(board.ore[0])),
                 ("home", before["position"][0, team][factories]),
             ):
                 distance = np.abs(places - here).sum(1)
@@ -313,8 +313,9 @@ def test_groups(group_by):
 class Watch:
     """Compares the totals of a match with the engine's own counters, every 20 steps and at its end."""
 
-    def __init__(self, match):
+    def __init__(self, env, match):
         self.match, self.engine, self.ended = match, match.engine, {}
+        self.kind = env.matches.out["kind"][match.teams]
         self.engine.collect_stats = True
         self.achievements, self.reset, self.step = match._achievements, match.reset, match.step
         match._achievements, match.reset, match.step = self.watch_achievements, self.watch_reset, self.watch_step
@@ -329,7 +330,8 @@ class Watch:
     def watch_achievements(self, before):
         amounts, board = self.achievements(before), self.engine.state.board
         for unit in before[0]:
-            team, slot = unit.team_id, self.match.encoder.robot_slot[unit.team_id][unit.unit_id]
+            team, slots = unit.team_id, self.match.encoder.robot_slot[self.match.teams]
+            slot = slots[team][unit.unit_id]
             self.dug[unit.unit_type.name][team] += amounts[team, slot, lux.ICE_DUG]
         for factory in before[1]:
             now = int(board.lichen[board.lichen_strains == factory.num_id].sum())
@@ -337,9 +339,9 @@ class Watch:
             self.lichen_of[factory] = now
         return amounts
 
-    def watch_step(self, actions, rewards):
-        before, present = self.match.totals.copy(), self.match.out["kind"] > 0
-        metrics = self.step(actions, rewards)
+    def watch_step(self, orders, rewards):
+        before, present = self.match.totals.copy(), self.kind > 0
+        metrics = self.step(orders, rewards)
         assert not rewards[~present].any()
         if metrics is None:
             gained = (self.match.totals - before) @ list(lux.REWARDS.values())
@@ -379,7 +381,7 @@ class Watch:
 def test_rewards_sum_to_the_engines_counters(policy, safe_masks, must_happen):
     """Every term, per team, over whole matches, against `state.stats` of the engine."""
     env, matches = in_process(3, safe_masks=safe_masks)
-    watches = [Watch(match) for match in matches]
+    watches = [Watch(env, match) for match in matches]
     obs, _ = env.reset(seed=9)
     weights = np.ones(lux.NUM_ACTIONS)
     weights[[lux.DIG, lux.DELIVER]] = 5
@@ -423,7 +425,7 @@ def mine():
     factory, cell = ice_at_a_factory(match)
     unit = place_robot(match, 0, cell)
     match.encoder.reset(match.engine.state.get_obs())
-    match.encoder.encode(match.engine.state.get_obs(), match.out)
+    match.encoder.encode(match.engine.state.get_obs(), env.matches.out)
     yield env, match, factory, unit, match.encoder.robot_slot[0][unit.unit_id]
     env.close()
 
@@ -462,7 +464,7 @@ def test_going_on_costs_no_power(mine):
     orders, step = [], match.engine.step
     match.engine.step = lambda actions: (orders.append(actions["player_0"]), step(actions))[1]
     unit.power = 1000
-    match.encoder.encode(match.engine.state.get_obs(), match.out)
+    match.encoder.encode(match.engine.state.get_obs(), env.matches.out)
     for digs in range(1, 11):
         act(env, slot, lux.DIG)
         assert unit.power == 1000 - 10 - 60 * digs + 10 * digs
@@ -491,11 +493,11 @@ def test_dropping_pays_nothing(mine):
         state.board.units_map[state.board.pos_hash(unit.pos)].remove(unit)
         unit.pos.pos = np.array(cell)
         state.board.units_map[state.board.pos_hash(unit.pos)].append(unit)
-        match.encoder.encode(state.get_obs(), match.out)
+        match.encoder.encode(state.get_obs(), env.matches.out)
         assert not env.arrays["action_mask"][0, 0, slot, lux.DELIVER]
         rewards = act(env, slot, lux.DELIVER)
         assert rewards[0, slot] == 0
-        factories = match.out["kind"] == lux.FACTORY
+        factories = env.matches.out["kind"] == lux.FACTORY
         np.testing.assert_allclose(rewards, np.where(factories, lux.REWARDS["survived"], 0), rtol=1e-5)
     assert match.totals[:, [lux.ICE_DELIVERED, lux.ORE_DELIVERED, lux.WATER_MADE]].sum() == 0
 
@@ -507,7 +509,7 @@ def test_a_lost_robot_is_charged_to_itself():
     free = np.argwhere((match.engine.state.board.rubble == 0) & (match.engine.state.board.factory_occupancy_map == -1))
     x, y = next((x, y) for x, y in free.tolist() if 2 < x < 45 and [x + 2, y] in free.tolist())
     left, right = (place_robot(match, 0, (x + dx, y), UnitType.LIGHT) for dx in (0, 2))
-    match.encoder.encode(match.engine.state.get_obs(), match.out)
+    match.encoder.encode(match.engine.state.get_obs(), env.matches.out)
     slots = [match.encoder.robot_slot[0][unit.unit_id] for unit in (left, right)]
     actions = np.zeros(env.arrays["kind"].shape, np.int64)
     actions[0, 0, slots] = lux.ROBOT_ACTIONS.index("move_right"), lux.ROBOT_ACTIONS.index("move_left")
@@ -772,6 +774,35 @@ def test_maps_do_not_depend_on_the_number_of_matches():
     assert len({seed for played in three for seed in played}) == 12
 
 
+@pytest.mark.parametrize("options", [{}, {"group_by": "cluster", "safe_masks": False, "max_robots": 6}])
+def test_matches_side_by_side_are_matches_alone(options):
+    """Three matches in one encoder, one of which starts anew, and each in an environment of its own: all the same."""
+    env, _ = in_process(3, **options)
+    alone = [in_process(1, first_match=index, **options)[0] for index in range(3)]
+    obs, _ = env.reset(seed=24)
+    own = [one.reset(seed=24)[0] for one in alone]
+    policy, ended = random_policy(24), np.zeros(3, bool)
+    for step in range(170):
+        for key, array in obs.items():
+            assert all((array[index] == one[key][0]).all() for index, one in enumerate(own)), key
+        actions = policy(obs)
+        obs, rewards, terminated, _, infos = env.step(actions)
+        for index, one in enumerate(alone):
+            own[index], reward, over, _, info = one.step(actions[index : index + 1])
+            assert (reward[0] == rewards[index]).all() and over[0] == terminated[index]
+            if over[0]:
+                assert all((x[0] == infos["episode"][key][index]).all() for key, x in info["episode"].items())
+        ended |= terminated
+        if step == 60:  # its teams have no water left
+            for factory in (
+                entities(env.matches.matches[1].engine.state)[1] + entities(alone[1].matches.matches[0].engine.state)[1]
+            ):
+                factory.cargo.water = 0
+    assert ended.all()
+    for one in (env, *alone):
+        one.close()
+
+
 def test_reset_with_a_seed_starts_over():
     """`reset(seed)` is the start of the same run, however often and after whatever came before."""
     env, _ = in_process(2)
@@ -865,10 +896,10 @@ def test_an_engine_exception_names_match_and_seed(monkeypatch, num_workers):
     """Whatever the engine raises arrives as LuxError with the match, the seed of its map and the cause."""
     original = lux.LuxMatch.step
 
-    def broken(match, actions, rewards):
-        if actions[0, 0] == lux.WATER:
+    def broken(match, orders, rewards):
+        if lux.WATER - 1 in orders[0].values():
             raise IndexError("boom")
-        return original(match, actions, rewards)
+        return original(match, orders, rewards)
 
     monkeypatch.setattr(lux.LuxMatch, "step", broken)  # workers are forked, so they get it too
     env = lux.LuxVecEnv(3, num_workers=num_workers, held_out=True)
