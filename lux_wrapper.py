@@ -50,6 +50,7 @@ import gc
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from multiprocessing import connection
 
 import gymnasium as gym
@@ -916,10 +917,10 @@ class LuxMatch:
         dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[PLAYERS[unit.team_id]]]
         for unit in births:
             self.built[unit.team_id, int(unit.is_heavy())] += 1
-        cells = [(unit.team_id, unit.pos.x, unit.pos.y) for unit in everyone] if dead else []
+        cells = Counter((unit.team_id, unit.pos.x, unit.pos.y) for unit in everyone if dead)
         for unit in dead:
             self.lost[unit.team_id] += 1
-            self.own_collisions[unit.team_id] += cells.count((unit.team_id, unit.pos.x, unit.pos.y)) > 1
+            self.own_collisions[unit.team_id] += cells[unit.team_id, unit.pos.x, unit.pos.y] > 1
 
     def _metrics(self, state):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""

@@ -144,28 +144,18 @@ def table(header, rows):
 def profiled_training(folder):
     """A training with the default flags and stopwatches; {"seconds": ..., "stopwatches": ..., ...}."""
     watches = Stopwatches(
-        *(
-            "engine",
-            "encode",
-            "orders",
-            "match",
-            "new match",
-            "inference",
-            "waiting",
-            "forward",
-            "backward",
-            "optimizer",
-        )
+        *("step", "engine", "placement", "encode", "orders", "new match"),
+        *("waiting", "inference", "forward", "backward", "optimizer"),
     )
-    # These run in the workers: LuxMatch.step holds the others.
+    # These run in the workers; `step` holds the others.
     match = lux.LuxMatch.__init__
 
     def init(self, *args, **kwargs):
         match(self, *args, **kwargs)
-        watches.watch(self.engine, "step", "engine")
+        watches.watch(self.engine, "step", lambda: "placement" if self.engine.state.real_env_steps < 0 else "engine")
 
     lux.LuxMatch.__init__ = init
-    watches.watch(lux.LuxMatch, "step", "match")
+    watches.watch(lux._Matches, "step", "step")
     watches.watch(lux.LuxMatch, "reset", "new match")
     watches.watch(lux.LuxEncoder, "encode_rows", "encode")
     watches.watch(lux.LuxEncoder, "orders", "orders")
@@ -198,14 +188,13 @@ def training():
 
 def report_training(result):
     watches, seconds, workers = result["stopwatches"], result["seconds"], max(result["workers"], 1)
-    rest = watches["match"] - watches["engine"] - watches["encode"] - watches["orders"] - watches["new match"]
-    # A new match is placed and encoded within LuxMatch.reset, where the engine's steps count as the engine's.
     busy = {
-        "engine": watches["engine"],
-        "encoding observations and masks": watches["encode"],
+        "the engine's steps": watches["engine"],
+        "observations and masks": watches["encode"],
         "orders": watches["orders"],
-        "new maps and placement, rewards, metrics": rest + watches["new match"],
+        "new maps and placement": watches["new match"],
     }
+    busy["rewards and metrics"] = watches["step"] - sum(busy.values())
     rows = [(f"a worker: {name}", value / workers) for name, value in busy.items()]
     rows.append(
         ("a worker: idle, while the network works or another worker is slower", seconds - sum(busy.values()) / workers)
@@ -236,15 +225,21 @@ def report_training(result):
 # ------------------------------------------------------------------------------------------------------
 
 
-def recorded_matches(num_envs=4, steps=400):
+def recorded_matches(num_envs=8, steps=400):
     """Actions and orders of masked random play in which factories water, lists over steps; and the map seeds."""
     env = lux.LuxVecEnv(num_envs, num_workers=0)
     obs, _ = env.reset(seed=1)
     matches = env.matches.matches
     seeds, actions, orders = [match.seed for match in matches], [], [[] for _ in matches]
-    for match, record in zip(matches, orders):
-        original = match.encoder.orders
-        match.encoder.orders = lambda a, original=original, record=record: record.append(original(a)) or record[-1]
+    original = env.matches.encoder.orders
+
+    def record_orders(actions):
+        of_teams = original(actions)
+        for match, record in zip(matches, orders):
+            record.append(of_teams[match.teams])
+        return of_teams
+
+    env.matches.encoder.orders = record_orders
     rng = np.random.default_rng(0)
     alive = np.ones(num_envs, bool)
     while len(actions) < steps:
@@ -419,11 +414,12 @@ def crowd_match(live, steps=40):
     obs, _ = env.reset(seed=1)
     (match,), rng = env.matches.matches, np.random.default_rng(0)
     state = match.engine.state
-    free = rng.permutation(np.argwhere(state.board.factory_occupancy_map == -1))
-    for player, cells in zip(lux.PLAYERS, np.array_split(free, 2)):
+    halves = np.array_split(np.argwhere(state.board.factory_occupancy_map == -1), 2)  # each player on its own side
+    for player, cells in zip(lux.PLAYERS, halves):
         factories = len(state.factories[player])
-        for cell in cells[: live - factories]:
+        for cell in rng.permutation(cells)[: live - factories]:
             match.engine.add_unit(state.teams[player], UnitType.LIGHT, cell).power = 150
+    env.matches.encoder.encode_rows([lux.read_engine(state)], env.matches.out)
     watches = Stopwatches("engine")
     watches.watch(match.engine, "step", "engine")
     seconds = []
