@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal, Optional  # (*)
 
 import numpy as np
 import torch

@@ -253,6 +253,7 @@ BAD_FLAGS = [
     ("--total-timesteps many", "total-timesteps"),
     ("--no-such-flag 3", "no-such-flag"),
     ("--evaluate nowhere/checkpoint.pt", "nowhere/checkpoint.pt"),
+    *([] if torch.cuda.is_available() else [("--cuda", "--cuda needs a GPU")]),
 ]
 BAD_TRAJSEP_FLAGS = [
     ("--agent-reward-weight 1.01", "agent-reward-weight"),
