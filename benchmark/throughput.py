@@ -225,10 +225,10 @@ def report_training(result):
 # ------------------------------------------------------------------------------------------------------
 
 
-def recorded_matches(num_envs=8, steps=400):
-    """Actions and orders of masked random play in which factories water, lists over steps; and the map seeds."""
+def recorded_matches(seed, num_envs=4, steps=200):
+    """Map seeds, actions and orders (lists over steps) of scripted matches; None if one of them ended."""
     env = lux.LuxVecEnv(num_envs, num_workers=0)
-    obs, _ = env.reset(seed=1)
+    obs, _ = env.reset(seed=seed)
     matches = env.matches.matches
     seeds, actions, orders = [match.seed for match in matches], [], [[] for _ in matches]
     original = env.matches.encoder.orders
@@ -246,8 +246,7 @@ def recorded_matches(num_envs=8, steps=400):
         actions.append(scripted(obs, rng))
         obs, _, terminated, _, _ = env.step(actions[-1])
         alive &= ~terminated
-    assert alive.all(), "a recorded match ended; its orders would be those of two matches"
-    return seeds, actions, orders
+    return (seeds, actions, orders) if alive.all() else None
 
 
 def scripted(obs, rng):
@@ -270,12 +269,13 @@ def bare_engine(seed):
 
 def wrapper(repeats=5):
     torch.set_num_threads(1)
-    seeds, actions, orders = recorded_matches()
+    seed = next(seed for seed in range(1, 100) if recorded_matches(seed))
+    seeds, actions, orders = recorded_matches(seed)
     steps = len(actions) * len(seeds)
     env = lux.LuxVecEnv(len(seeds), num_workers=0)
     speeds = defaultdict(list)
     for _ in range(repeats):
-        obs, _ = env.reset(seed=1)
+        env.reset(seed=seed)
         start = time.perf_counter()
         for action in actions:
             env.step(action)
@@ -296,7 +296,7 @@ def wrapper(repeats=5):
 def report_wrapper(result):
     ratios = np.divide(result["wrapper"], result["bare engine"])
     return (
-        f"{result['matches']} matches, the first 400 steps of each, {result['robots_per_team_at_the_end']:.0f} robots "
+        f"{result['matches']} matches, the first 200 steps of each, {result['robots_per_team_at_the_end']:.0f} robots "
         f"per team at their end, one core: bare engine {spread(result['bare engine'])} steps/s, wrapper with "
         f"observations, masks, orders and rewards {spread(result['wrapper'])} steps/s, **{spread(ratios, 2)}x**."
     )
@@ -324,11 +324,12 @@ def torchrun(repeats=3, steps=8192):
 
 def report_torchrun(result):
     base = result["one process, one thread"]
-    rows = [(name, spread(speeds), spread(np.divide(speeds, base), 2)) for name, speeds in result.items()]
+    runs = {name: speeds for name, speeds in result.items() if isinstance(speeds, list)}
+    rows = [(name, spread(speeds), spread(np.divide(speeds, base), 2)) for name, speeds in runs.items()]
     return "The first 8,192 steps of a training.\n\n" + table(("processes", "environment steps/s", "ratio"), rows)
 
 
-def before(against, repeats=3, steps=8192):
+def before(against, repeats=3, steps=4096):
     speeds = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
@@ -347,7 +348,7 @@ def before(against, repeats=3, steps=8192):
 def report_before(result):
     ratios = np.divide(result["now"], result["before"])
     return (
-        f"The first 8,192 steps of a training with the default flags of the time: at commit {result['against']} "
+        f"The first 4,096 steps of a training with the default flags of the time: at commit {result['against']} "
         f"{spread(result['before'])} environment steps/s, now {spread(result['now'])}, **{spread(ratios, 2)}x**."
     )
 
