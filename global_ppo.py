@@ -578,13 +578,13 @@ if __name__ == "__main__":
         args = trained
     else:
         join_processes(device)
-    if not args.evaluate and RANK == 0:
-        run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
-        try:
-            os.makedirs(run_dir)
-            Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
-        except OSError as error:
-            fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")
+        if RANK == 0:
+            run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
+            try:
+                os.makedirs(run_dir)
+                Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
+            except OSError as error:
+                fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")
     try:
         if args.evaluate:
             envs = make_envs(args, 1, num_workers=0)

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 import lux_wrapper as lux
+import trajsep_ppo
+from hybrid_model import HybridNet
 
 # ------------------------------------------------------------------------------------------------------
 # Observations made up
@@ -37,6 +39,14 @@ def space_of(obs):
     """The space of one of the boards of an observation of tensors."""
     arrays = {key: x[0].numpy() for key, x in obs.items()}
     return gym.spaces.Dict({key: gym.spaces.Box(-np.inf, np.inf, x.shape, np.float32) for key, x in arrays.items()})
+
+
+def parameters_at_start(seed=1):
+    """What a training with this seed and the default flags starts with."""
+    args = trajsep_ppo.Args()
+    torch.manual_seed(seed)
+    space = space_of(made_up_observation(1, args.map_size, args.max_factories, args.max_robots))
+    return HybridNet(space, lux.NUM_ACTIONS).state_dict()
 
 
 # ------------------------------------------------------------------------------------------------------

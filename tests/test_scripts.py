@@ -14,13 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import made_up_observation, space_of
+from helpers import parameters_at_start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import global_ppo
 import trajsep_ppo
-from hybrid_model import HybridNet
-from lux_wrapper import NUM_ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("trajsep_ppo", "global_ppo")
@@ -172,14 +170,6 @@ def test_what_changes_the_parameters(trained):
     for flags in variants:
         _, run_dir = trained("trajsep_ppo", "--num-workers", "0", *flags, steps=128)
         assert not same(plain, parameters_of(run_dir)), flags
-
-
-def parameters_at_start(seed=1):
-    """What a training with this seed and the default flags starts with."""
-    args = trajsep_ppo.Args()
-    torch.manual_seed(seed)
-    space = space_of(made_up_observation(1, args.map_size, args.max_factories, args.max_robots))
-    return HybridNet(space, NUM_ACTIONS).state_dict()
 
 
 # ------------------------------------------------------------------------------------------------------

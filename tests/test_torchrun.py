@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import made_up_observation, space_of
+from helpers import parameters_at_start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-import trajsep_ppo
-from hybrid_model import HybridNet
-from lux_wrapper import NUM_ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("trajsep_ppo", "global_ppo")
@@ -88,14 +84,6 @@ def alone(tmp_path_factory):
         return done[name]
 
     return train
-
-
-def parameters_at_start():
-    """What every training with the first seed starts with."""
-    torch.manual_seed(1)
-    args = trajsep_ppo.Args()
-    space = space_of(made_up_observation(1, args.map_size, args.max_factories, args.max_robots))
-    return HybridNet(space, NUM_ACTIONS).state_dict()
 
 
 def assert_same(cwd, other):
