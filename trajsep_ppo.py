@@ -2,7 +2,7 @@
 
     python trajsep_ppo.py --agent-reward-weight 0.8
     torchrun --standalone --nproc-per-node 2 trajsep_ppo.py
-    python trajsep_ppo.py --evaluate runs/<run>/checkpoint.pt
+    python trajsep_ppo.py --evaluate runs/<run>
 
 One shared encoder looks at the map; every group (a robot, a factory, or a factory with its robots) has its
 own reward, value, advantage, probability ratio and entropy. A group that is not there at a step takes part
@@ -68,11 +68,13 @@ class Args:
     capture_video: bool = False
     """if toggled, one evaluation match is drawn by the engine's renderer into video.gif in the run's folder"""
     evaluate: Optional[str] = None
-    """a checkpoint to evaluate instead of training"""
+    """a run, or one of its checkpoints, to evaluate instead of training"""
     eval_episodes: int = 20
     """matches of the evaluation at the end, on maps never trained on"""
-    checkpoint_interval: int = 10
+    save_every: int = 10
     """updates between two checkpoints"""
+    keep_checkpoints: int = 2
+    """how many checkpoints are kept, the newest ones"""
 
     # The game
     num_workers: Optional[int] = None
@@ -160,7 +162,7 @@ def check_args(args):
     if not 0 <= args.seed < 2**32:
         fail(f"--seed must be between 0 and 2**32 - 1, got {args.seed}")
     counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
-    for name in (*counts, "checkpoint_interval", "map_size", "min_factories", "max_robots"):
+    for name in (*counts, "save_every", "keep_checkpoints", "map_size", "min_factories", "max_robots"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("learning_rate", "max_grad_norm", "clip_coef", "positive_reward_weight"):
@@ -361,9 +363,16 @@ def write_atomically(path, write):
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is kept", 1)
 
 
+def checkpoints(run_dir):
+    """Paths of the checkpoints of a run, the newest last."""
+    return sorted(Path(run_dir).glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+
+
 def load_checkpoint(path):
-    """The checkpoint of a run of this script, as tensors and plain values only."""
+    """The checkpoint, or the newest one of the run, of this script, as tensors and plain values only."""
     try:
+        if os.path.isdir(path):
+            path = (checkpoints(path) or [f"{path}/checkpoint_*.pt"])[-1]
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         known = {field.name for field in fields(Args)}
         arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
@@ -567,16 +576,19 @@ def train(args, run_dir, device):
             means = {name: np.mean([match.get(key, np.nan) for match in finished]) for name, key in shown.items()}
             progress.set_postfix({name: f"{mean:.1f}" for name, mean in means.items()})
 
-        if update % args.checkpoint_interval == 0 or update == num_updates:
+        if update % args.save_every == 0 or update == num_updates:
             checkpoint = {
                 "args": asdict(args),
                 "model": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "update": update,
                 "global_step": global_step,
+                "train_seconds": time.time() - start_time,
                 "torch_rng": torch.get_rng_state(),
             }
-            write_atomically(f"{run_dir}/checkpoint.pt", partial(torch.save, checkpoint))
+            write_atomically(f"{run_dir}/checkpoint_{global_step}.pt", partial(torch.save, checkpoint))
+            for old in checkpoints(run_dir)[: -args.keep_checkpoints]:
+                old.unlink()
 
     progress.close()
     envs.close()
@@ -593,7 +605,7 @@ if __name__ == "__main__":
         if RANK > 0:  # one process evaluates
             sys.exit()
         model, trained = load_checkpoint(args.evaluate)
-        run_dir = os.path.dirname(args.evaluate) or "."
+        run_dir = args.evaluate if os.path.isdir(args.evaluate) else os.path.dirname(args.evaluate) or "."
         for name in ("cuda", "num_workers", "eval_episodes", "capture_video", "evaluate"):
             setattr(trained, name, getattr(args, name))
         args = trained
@@ -624,7 +636,7 @@ if __name__ == "__main__":
         if args.capture_video:
             record_video(agent, args, device, f"{run_dir}/video.gif")
     except LuxError as error:
-        kept = f"; the last checkpoint is {run_dir}/checkpoint.pt" if os.path.exists(f"{run_dir}/checkpoint.pt") else ""
+        kept = f"; the last checkpoint is {checkpoints(run_dir)[-1]}" if checkpoints(run_dir) else ""
         fail(f"{error}{kept}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)

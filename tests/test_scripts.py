@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
 
 
 def parameters_of(run_dir):
-    return torch.load(run_dir / "checkpoint.pt", weights_only=True)["model"]
+    return torch.load(trajsep_ppo.checkpoints(run_dir)[-1], weights_only=True)["model"]
 
 
 def same(a, b):
@@ -79,7 +79,9 @@ def test_smoke(trained, script):
     arguments = json.loads((run_dir / "args.json").read_text())
     assert arguments["total_timesteps"] == STEPS and arguments["num_envs"] == 2 and arguments["seed"] == 1
 
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    (path,) = run_dir.glob("checkpoint_*")
+    assert path.name == f"checkpoint_{STEPS}.pt"
+    checkpoint = torch.load(path, weights_only=True)
     assert {"model", "optimizer", "args", "global_step"} <= checkpoint.keys()
     assert any("rng" in key for key in checkpoint)
     assert checkpoint["global_step"] == STEPS and checkpoint["args"] == arguments
@@ -123,13 +125,13 @@ def test_evaluation_file(trained):
 def test_evaluate_again(trained, tmp_path):
     """--evaluate CHECKPOINT gives the numbers of the evaluation after training, with another number of workers."""
     _, run_dir = trained("trajsep_ppo")
-    copy = tmp_path / "elsewhere" / "checkpoint.pt"
+    copy = tmp_path / "elsewhere" / "some.pt"
     copy.parent.mkdir()
-    copy.write_bytes((run_dir / "checkpoint.pt").read_bytes())
+    copy.write_bytes(trajsep_ppo.checkpoints(run_dir)[-1].read_bytes())
     process = run("trajsep_ppo", tmp_path, "--evaluate", copy, "--eval-episodes", 1, "--num-workers", 0)
     assert process.returncode == 0, process.stderr
     assert (copy.parent / "evaluation.json").read_text() == (run_dir / "evaluation.json").read_text()
-    assert sorted(os.listdir(copy.parent)) == ["checkpoint.pt", "evaluation.json"]
+    assert sorted(os.listdir(copy.parent)) == ["evaluation.json", "some.pt"]
     assert os.listdir(tmp_path) == ["elsewhere"]
 
 
@@ -229,7 +231,8 @@ BAD_FLAGS = [
     ("--num-minibatches 7", "minibatches"),  # does not divide the rollout
     ("--update-epochs 0", "update-epochs"),
     ("--eval-episodes 0", "eval-episodes"),
-    ("--checkpoint-interval 0", "checkpoint-interval"),
+    ("--save-every 0", "save-every"),
+    ("--keep-checkpoints 0", "keep-checkpoints"),
     ("--num-workers -1", "num-workers"),
     ("--max-robots 0", "max-robots"),
     ("--map-size 0", "map-size"),
@@ -242,7 +245,7 @@ BAD_FLAGS = [
     ("--seed -1", "seed"),
     ("--total-timesteps many", "total-timesteps"),
     ("--no-such-flag 3", "no-such-flag"),
-    ("--evaluate nowhere/checkpoint.pt", "nowhere/checkpoint.pt"),
+    ("--evaluate nowhere/some.pt", "nowhere/some.pt"),
     *([] if torch.cuda.is_available() else [("--cuda", "--cuda needs a GPU")]),
 ]
 BAD_TRAJSEP_FLAGS = [
@@ -379,12 +382,12 @@ def children_of(pid):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the workers")
 def test_a_worker_dies_in_training(tmp_path):
     """One line that names the matches and the last checkpoint, which is whole; no process is left, nothing hangs."""
-    flags = [*TINY, "--total-timesteps", 100_000, "--num-workers", 2, "--checkpoint-interval", 1]
+    flags = [*TINY, "--total-timesteps", 100_000, "--num-workers", 2, "--save-every", 1]
     command = [sys.executable, str(ROOT / "trajsep_ppo.py"), *map(str, flags)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.time() + 120
-        while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        while not list(tmp_path.glob("runs/*/checkpoint_*.pt")):
             assert process.poll() is None and time.time() < deadline
             time.sleep(0.1)
         workers = children_of(process.pid)
@@ -396,7 +399,8 @@ def test_a_worker_dies_in_training(tmp_path):
     assert process.returncode not in (0, None)
     assert "Traceback" not in errors
     (sentence,) = re.findall("error: .*", errors)  # among the progress bar's lines
-    (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
+    (run_dir,) = tmp_path.glob("runs/*")
+    checkpoint = trajsep_ppo.checkpoints(run_dir)[-1]
     assert "match" in sentence and str(checkpoint.relative_to(tmp_path)) in sentence
     assert torch.load(checkpoint, weights_only=True)["global_step"] >= 64
     deadline = time.time() + 10

@@ -14,6 +14,8 @@ import torch
 from helpers import parameters_at_start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import trajsep_ppo
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("trajsep_ppo", "global_ppo")
 TINY = ("--num-envs", "2", "--num-steps", "32", "--num-minibatches", "2", "--eval-episodes", "1", "--num-workers", "0")
@@ -62,10 +64,11 @@ def by_hand(rank, port, world_size=2):
 def results(cwd):
     """Parameters and logged values of the only run in a folder."""
     (run_dir,) = (cwd / "runs").iterdir()
+    (path,) = run_dir.glob("checkpoint_*")
     assert sorted(path.name for path in run_dir.iterdir() if "tfevents" not in path.name) == [
-        *("args.json", "checkpoint.pt", "evaluation.json")
+        *("args.json", path.name, "evaluation.json")
     ]
-    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    checkpoint = torch.load(path, weights_only=True)
     events = EventAccumulator(str(run_dir)).Reload()
     logged = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in (*TAGS, *EPISODES)}
     return checkpoint["model"], logged, (run_dir / "evaluation.json").read_text()
@@ -153,11 +156,11 @@ def test_a_world_that_does_not_divide(name, tmp_path):
 def test_a_process_dies(name, tmp_path):
     """The other one says so in one line within seconds, with an exit code, and the last checkpoint is whole."""
     port = free_port()
-    flags = script(name, "--checkpoint-interval", 1, steps=100_000)
+    flags = script(name, "--save-every", 1, steps=100_000)
     processes = [start(sys.executable, *flags, cwd=tmp_path, **by_hand(rank, port)) for rank in range(2)]
     try:
         deadline = time.time() + 120
-        while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        while not list(tmp_path.glob("runs/*/checkpoint_*.pt")):
             assert all(process.poll() is None for process in processes) and time.time() < deadline
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGKILL)
@@ -168,17 +171,17 @@ def test_a_process_dies(name, tmp_path):
     assert codes[0] == 1 and "Traceback" not in errors[0]
     (sentence,) = re.findall("error: .*", errors[0])  # among the progress bar's lines
     assert sentence.strip() == "error: another process of this training has died"
-    (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
-    assert torch.load(checkpoint, weights_only=True)["global_step"] >= 64
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert torch.load(trajsep_ppo.checkpoints(run_dir)[-1], weights_only=True)["global_step"] >= 64
 
 
 def test_a_process_dies_under_torchrun(tmp_path):
     """torchrun ends the other processes, and itself with an exit code."""
-    flags = script("trajsep_ppo", "--checkpoint-interval", 1, steps=100_000)
+    flags = script("trajsep_ppo", "--save-every", 1, steps=100_000)
     agent = start(*LAUNCH, "--standalone", "--nproc-per-node", 2, *flags, cwd=tmp_path)
     try:
         deadline = time.time() + 120
-        while not list(tmp_path.glob("runs/*/checkpoint.pt")):
+        while not list(tmp_path.glob("runs/*/checkpoint_*.pt")):
             assert agent.poll() is None and time.time() < deadline
             time.sleep(0.1)
         ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
