@@ -1,0 +1,384 @@
+"""Train every arm of the ablation on several seeds and evaluate the checkpoints of every training.
+
+    python benchmark/ablation.py
+    python benchmark/ablation.py --minutes 120 --arms default global --seeds 1 2
+    python benchmark/plot.py
+
+The queue starts with the two main arms, `default` and `global`, seed by seed, and goes on with the other arms, seed
+by seed, so that what is there when it is stopped is a result already. Started again, it goes on: a finished training
+is not run again, nor is a finished evaluation. A training that was cut off begins anew.
+
+Trainings run side by side, each with one thread, and are evaluated after they have ended, so that their wall time is
+clean. Every evaluation plays the same held-out maps, 0 to --matches - 1, once each, with actions sampled from the
+policy, and at the end of the training with the likeliest actions too.
+
+    written to --out
+    ablation.csv    a row for every player of every evaluated match; lengths are in steps, the rest as in the README
+    runs.csv        a row for every training: its command, commit, seconds, steps and parameters
+
+Checkpoints and logs lie in --work; of an evaluated training only the last checkpoint is kept there.
+"""
+
+import csv
+import fcntl
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from hybrid_model import HybridNet  # noqa: E402
+from lux_wrapper import TEAM_METRICS, LuxVecEnv  # noqa: E402
+from trajsep_ppo import checkpoints, to_tensors  # noqa: E402
+
+ARMS = {
+    "default": "trajsep_ppo.py --agent-reward-weight 0.8",
+    "global": "global_ppo.py",
+    "separate": "trajsep_ppo.py --agent-reward-weight 1",
+    "global-reward": "trajsep_ppo.py --agent-reward-weight 0",
+    "global-critic": "trajsep_ppo.py --critic global",
+    "global-advantage": "trajsep_ppo.py --advantage global",
+    "share-75": "trajsep_ppo.py --agent-reward-weight 0.75",
+    "share-50": "trajsep_ppo.py --agent-reward-weight 0.5",
+    "global-critic-reward": "trajsep_ppo.py --critic global --agent-reward-weight 0",
+    "cluster": "trajsep_ppo.py --group-by cluster",
+    "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
+}
+MAIN = ("default", "global")
+SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
+# Environment steps after which a training is evaluated, in the main arms and in the others; and always the last.
+FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
+COARSE = (*range(4096, 24577, 4096), *range(32768, 49153, 8192), *range(65536, 102400, 16384))
+
+EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
+OTHERS = [key for key in TEAM_METRICS if key not in ("r", "ice_transferred", "factories_alive", "factories_placed")]
+MATCH = ("match_seed", "player", "starting_factories", "episode_length", "ice_transferred", "factories_alive")
+COLUMNS = (*EVALUATION, *MATCH, "episodic_return", *OTHERS)
+RUN_COLUMNS = ("arm", "seed", "steps", "train_seconds", "parameters", "commit", "command")
+
+
+class Failed(Exception):
+    """A training or an evaluation ended with an error; the message says which and shows the end of its log."""
+
+
+def queue(arms, seeds=None):
+    """All (arm, seed) in the order of work: the main arms first, seed by seed, then the others, seed by seed."""
+    jobs = [(arm, seed) for arm in arms for seed in (seeds or range(1, SEEDS[arm] + 1))]
+    return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], list(ARMS).index(job[0])))
+
+
+# ------------------------------------------------------------------------------------------------------
+# Evaluation, in a process of its own
+# ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def play(agent, envs, greedy):
+    """Play every held-out match once.
+
+    Returns:
+        the map seeds [N] and for each match its metrics, "l" and the TEAM_METRICS arrays [P].
+    """
+    generator = torch.Generator().manual_seed(0)
+    matches, metrics = envs.matches.matches, [None] * envs.num_envs
+    for match in matches:
+        vars(match).pop("step", None)
+    obs, _ = envs.reset(seed=0)
+    map_seeds = envs.arrays["map_seed"].tolist()
+    actions = torch.zeros(obs["kind"].shape, dtype=torch.long).flatten(0, 1)
+    while None in metrics:
+        teams = torch.tensor([metric is None for metric in metrics]).repeat_interleave(2).nonzero().squeeze(1)
+        logits, _, _ = agent({key: x.index_select(0, teams) for key, x in to_tensors(obs, "cpu").items()})
+        if not greedy:  # as torch.multinomial does; noise for all matches, so that none depends on another's end
+            noise = torch.empty((*actions.shape, logits.shape[-1])).exponential_(generator=generator)
+            logits = logits.softmax(-1) / noise[teams]
+        actions[teams] = logits.argmax(-1)
+        obs, _, _, _, infos = envs.step(actions.view(obs["kind"].shape).numpy())
+        for index in np.flatnonzero(infos.get("_episode", ())):
+            metrics[index] = {key: x[index] for key, x in infos["episode"].items()}
+            matches[index].step = lambda orders, rewards: None  # it counts once: from here on it stands still
+    return map_seeds, metrics
+
+
+def evaluate(paths, wanted, num_matches, pipe):
+    """Evaluate checkpoints of one training, each `wanted` (global step, policy), and send the rows of each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    torch.set_num_threads(1)
+    envs = None
+    for step, policy in wanted:
+        checkpoint = torch.load(paths[step], map_location="cpu", weights_only=True)
+        if envs is None:
+            names = ("map_size", "min_factories", "max_factories", "max_robots", "safe_masks", "group_by")
+            options = {name: checkpoint["args"][name] for name in names if name in checkpoint["args"]}
+            envs = LuxVecEnv(num_matches, num_workers=0, held_out=True, **options)
+            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+        agent.load_state_dict(checkpoint["model"])
+        rows = []
+        for map_seed, metrics in zip(*play(agent, envs, policy == "greedy")):
+            for player in range(2):
+                team = {key: f"{metrics[key][player]:.7g}" for key in TEAM_METRICS}
+                row = {"match_seed": map_seed, "player": player, "episode_length": metrics["l"]}
+                row |= {"starting_factories": team["factories_placed"], "episodic_return": team["r"]}
+                rows.append(row | {key: team[key] for key in ("ice_transferred", "factories_alive", *OTHERS)})
+        pipe.send((step, round(checkpoint["train_seconds"], 1), policy, rows))
+    if envs is not None:
+        envs.close()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The two tables
+# ------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The tables in `out`, read at the start and written anew at every change: complete and sorted at any time."""
+
+    def __init__(self, out):
+        self.out, self.lock = out, threading.Lock()
+        self.runs = {(row["arm"], int(row["seed"])): row for row in self._read("runs.csv")}
+        self.evaluations = {}  # (arm, seed, global step, policy) -> rows
+        for row in self._read("ablation.csv"):
+            key = row["arm"], int(row["seed"]), int(row["global_step"]), row["policy"]
+            self.evaluations.setdefault(key, []).append(row)
+
+    def _read(self, name):
+        path = self.out / name
+        return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+    def _write(self, name, columns, rows):
+        temporary = self.out / f"{name}.tmp"
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.out / name)
+
+    def add_run(self, run):
+        """A training has ended: its row, and away with evaluations of an earlier training of this arm and seed."""
+        with self.lock:
+            self.runs[run["arm"], run["seed"]] = run
+            mine = [key for key in self.evaluations if key[:2] == (run["arm"], run["seed"])]
+            for key in mine:
+                del self.evaluations[key]
+            self._write("runs.csv", RUN_COLUMNS, [self.runs[key] for key in sorted(self.runs)])
+            if mine:
+                self._write_evaluations()
+
+    def add_evaluation(self, arm, seed, step, seconds, policy, rows):
+        start = dict(zip(EVALUATION, (arm, seed, step, seconds, policy)))
+        with self.lock:
+            self.evaluations[arm, seed, step, policy] = [start | row for row in rows]
+            self._write_evaluations()
+
+    def _write_evaluations(self):
+        self._write("ablation.csv", COLUMNS, [row for key in sorted(self.evaluations) for row in self.evaluations[key]])
+
+    def complete(self, arm, seed):
+        """Whether nothing is left to do: the greedy evaluation of the last checkpoint is the last one made."""
+        run = self.runs.get((arm, seed))
+        return run is not None and (arm, seed, int(run["steps"]), "greedy") in self.evaluations
+
+
+# ------------------------------------------------------------------------------------------------------
+# Work
+# ------------------------------------------------------------------------------------------------------
+
+
+def git(*command):
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def commit():
+    """The commit that is checked out, marked where its programs were changed since."""
+    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else ""
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + dirty
+
+
+class Work:
+    """Trains and evaluates; `stop` ends it, and the processes that it has started with it."""
+
+    def __init__(self, results, work, schedule, matches, flags, deadline):
+        self.results, self.work, self.deadline = results, work.resolve(), deadline
+        self.schedule, self.matches, self.flags = schedule, matches, flags
+        self.stopped, self.children, self.failed = False, set(), []
+
+    def over(self):
+        return self.stopped or time.time() > self.deadline
+
+    def stop(self):
+        self.stopped = True
+        for child in list(self.children):
+            child.terminate()
+
+    def command(self, arm, seed):
+        speed = "--num-workers 0 --eval-episodes 1 --save-every 2 --keep-checkpoints 1000"
+        return f"{ARMS[arm]} --seed {seed} {speed} {self.flags}".strip()
+
+    def do(self, job):
+        """Train and evaluate one seed of one arm, as far as that is not done yet."""
+        if self.over() or self.results.complete(*job):
+            return
+        try:
+            folder = self.work / "{}__{}".format(*job)
+            if not (folder / "run.json").exists():
+                self.train(*job, folder)
+            self.evaluate(*job, folder)
+        except Failed as failure:
+            if not self.stopped:
+                self.failed.append(job)
+                say(*job, str(failure))
+
+    def train(self, arm, seed, folder):
+        shutil.rmtree(folder, ignore_errors=True)  # what was cut off; a script that can resume would go on with it
+        folder.mkdir(parents=True)
+        say(arm, seed, f"training, see {folder / 'log'}")
+        run = {"arm": arm, "seed": seed, "commit": commit(), "command": self.command(arm, seed)}
+        script, *flags = shlex.split(run["command"])
+        with open(folder / "log", "w") as log:
+            command, environment = [sys.executable, str(ROOT / script), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
+            child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+            code = self.wait(child, child.wait)
+        if code:
+            end = (folder / "log").read_text().replace("\r", "\n").strip().splitlines()[-5:]
+            raise Failed(f"the training failed with exit code {code}:\n  " + "\n  ".join(end))
+        last = torch.load(checkpoints(next((folder / "runs").iterdir()))[-1], weights_only=True)
+        run |= {"steps": last["global_step"], "train_seconds": round(last["train_seconds"], 1)}
+        run["parameters"] = sum(x.numel() for x in last["model"].values())
+        self.results.add_run(run)
+        (folder / "run.json").write_text(json.dumps(run, indent=1))  # marks the training as finished
+        say(arm, seed, f"trained {run['steps']:,} steps in {run['train_seconds']:.0f} s")
+
+    def evaluate(self, arm, seed, folder):
+        if (arm, seed) not in self.results.runs:  # another folder of results
+            self.results.add_run(json.loads((folder / "run.json").read_text()))
+        paths = {int(path.stem.split("_")[1]): path for path in checkpoints(next((folder / "runs").iterdir()))}
+        last = max(paths)
+        schedule = self.schedule or (FINE if arm in MAIN else COARSE)
+        steps = {min(step for step in paths if step >= wanted) for wanted in schedule if wanted <= last} | {last}
+        wanted = [(step, "sampled") for step in sorted(steps)] + [(last, "greedy")]
+        wanted = [key for key in wanted if (arm, seed, *key) not in self.results.evaluations]
+        if self.over():
+            return
+        spawn = multiprocessing.get_context("spawn")
+        here, there = spawn.Pipe(duplex=False)
+        child = spawn.Process(target=evaluate, args=(paths, wanted, self.matches, there), daemon=True)
+        child.start()
+        there.close()
+
+        def receive():
+            for done in range(len(wanted)):
+                step, seconds, policy, rows = here.recv()
+                self.results.add_evaluation(arm, seed, step, seconds, policy, rows)
+                length, ice = (
+                    np.mean([float(row[key]) for row in rows]) for key in ("episode_length", "ice_transferred")
+                )
+                progress = f"{done + 1} of {len(wanted)} evaluations"
+                say(arm, seed, f"{policy} at {step:,} steps: length {length:,.0f}, ice {ice:,.0f} ({progress})")
+                if self.over():
+                    child.terminate()
+                    return
+            for path in paths.values():
+                if path != paths[last]:
+                    path.unlink()
+
+        try:
+            self.wait(child, receive)
+        except EOFError:
+            child.join()
+            raise Failed(f"the evaluation died with exit code {child.exitcode}") from None
+        child.join()
+
+    def wait(self, child, until):
+        self.children.add(child)
+        try:
+            if self.stopped:  # in the moment of the start
+                child.terminate()
+            return until()
+        finally:
+            self.children.discard(child)
+
+
+def say(arm, seed, what):
+    print(f"{time.strftime('%H:%M:%S')} {arm} seed {seed}: {what}", flush=True)
+
+
+def main(
+    arms: tuple[str, ...] = tuple(ARMS),
+    seeds: Optional[tuple[int, ...]] = None,
+    out: Path = ROOT / "benchmark" / "results",
+    work: Path = ROOT / "runs" / "ablation",
+    parallel: int = os.cpu_count() or 1,
+    minutes: float = float("inf"),
+    matches: int = 20,
+    schedule: Optional[tuple[int, ...]] = None,
+    flags: str = "",
+):
+    """Work through the queue.
+
+    Args:
+        arms: which of the arms.
+        seeds: seeds of all these arms; by default 1 to 5 for the main arms and 1 to 3 for the others.
+        out: folder of the two tables.
+        work: folder of checkpoints and logs.
+        parallel: trainings or evaluations at a time, each with one thread.
+        minutes: after this time nothing new is started, and a training under way is finished.
+        matches: held-out matches of an evaluation.
+        schedule: environment steps after which trainings are evaluated (at the next checkpoint), instead of the
+            arms' own; the last checkpoint always is.
+        flags: more flags for every training, in quotes.
+    """
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown:
+        sys.exit(f"ablation.py: error: no arm {unknown[0]}; there are {', '.join(ARMS)}")
+    if min(parallel, matches) < 1:
+        sys.exit("ablation.py: error: --parallel and --matches must be at least 1")
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        sys.exit(f"ablation.py: error: another one is writing to {out}")
+    results = Results(out)
+    jobs = Work(results, work, schedule, matches, flags, time.time() + 60 * minutes)
+    todo = queue(arms, seeds)
+    for job in todo:
+        was = results.runs[job]["command"] if job in results.runs else jobs.command(*job)
+        if was != jobs.command(*job):
+            sys.exit(f"ablation.py: error: {out} holds {job[0]} seed {job[1]} by another command, `{was}`")
+    pool = ThreadPoolExecutor(parallel)
+    try:
+        for done in [pool.submit(jobs.do, job) for job in todo]:
+            done.result()
+    except BaseException as reason:
+        jobs.stop()
+        pool.shutdown()
+        if isinstance(reason, KeyboardInterrupt):
+            print("ablation.py: interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+        raise
+    finally:
+        os.close(folder)
+    print(f"{sum(results.complete(*job) for job in todo)} of {len(todo)} runs are complete in {out}")
+    if jobs.failed:
+        sys.exit(f"ablation.py: error: {len(jobs.failed)} of {len(todo)} runs failed, see above")
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell starts it in the background
+        signal.signal(number, signal.default_int_handler)
+    tyro.cli(main)
