@@ -309,9 +309,7 @@ class LuxEncoder:
         num_matches: how many matches.
     """
 
-    def __init__(
-        self, map_size=48, max_factories=5, max_robots=20, group_by="entity", safe_masks=True, num_matches=1
-    ):
+    def __init__(self, map_size=48, max_factories=5, max_robots=20, group_by="entity", safe_masks=True, num_matches=1):
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks

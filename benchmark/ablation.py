@@ -19,6 +19,7 @@ policy, and at the end of the training with the likeliest actions too.
 Checkpoints and logs lie in --work; of an evaluated training only the last checkpoint is kept there.
 """
 
+import contextlib
 import csv
 import fcntl
 import json
@@ -44,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import TEAM_METRICS, LuxVecEnv  # noqa: E402
-from trajsep_ppo import checkpoints, to_tensors  # noqa: E402
+from trajsep_ppo import to_tensors  # noqa: E402
 
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
@@ -66,8 +67,9 @@ FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102
 COARSE = (*range(4096, 24577, 4096), *range(32768, 49153, 8192), *range(65536, 102400, 16384))
 
 EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
-OTHERS = [key for key in TEAM_METRICS if key not in ("r", "ice_transferred", "factories_alive", "factories_placed")]
-MATCH = ("match_seed", "player", "starting_factories", "episode_length", "ice_transferred", "factories_alive")
+ICE, ALIVE, PLACED = "ice_transferred", "factories_alive", "factories_placed"
+OTHERS = [key for key in TEAM_METRICS if key not in ("r", ICE, ALIVE, PLACED)]
+MATCH = ("match_seed", "player", "starting_factories", "episode_length", ICE, ALIVE)
 COLUMNS = (*EVALUATION, *MATCH, "episodic_return", *OTHERS)
 RUN_COLUMNS = ("arm", "seed", "steps", "train_seconds", "parameters", "commit", "command")
 
@@ -133,8 +135,8 @@ def evaluate(paths, wanted, num_matches, pipe):
             for player in range(2):
                 team = {key: f"{metrics[key][player]:.7g}" for key in TEAM_METRICS}
                 row = {"match_seed": map_seed, "player": player, "episode_length": metrics["l"]}
-                row |= {"starting_factories": team["factories_placed"], "episodic_return": team["r"]}
-                rows.append(row | {key: team[key] for key in ("ice_transferred", "factories_alive", *OTHERS)})
+                row |= {"starting_factories": team[PLACED], "episodic_return": team["r"]}
+                rows.append(row | {key: team[key] for key in (ICE, ALIVE, *OTHERS)})
         pipe.send((step, round(checkpoint["train_seconds"], 1), policy, rows))
     if envs is not None:
         envs.close()
@@ -199,14 +201,16 @@ class Results:
 # ------------------------------------------------------------------------------------------------------
 
 
-def git(*command):
-    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def commit():
     """The commit that is checked out, marked where its programs were changed since."""
-    dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else ""
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + dirty
+    commands = ("git rev-parse --short HEAD", "git status --porcelain --untracked-files=no -- *.py")
+    said = [subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout for command in commands]
+    return (said[0].strip() or "unknown") + ("-dirty" if said[1] else "")
+
+
+def saved(folder):
+    """Checkpoints of the training in this folder, global step -> path."""
+    return {int(path.stem.split("_")[1]): path for path in folder.glob("runs/*/checkpoint_*.pt")}
 
 
 class Work:
@@ -249,14 +253,16 @@ class Work:
         say(arm, seed, f"training, see {folder / 'log'}")
         run = {"arm": arm, "seed": seed, "commit": commit(), "command": self.command(arm, seed)}
         script, *flags = shlex.split(run["command"])
+        command, environment = [sys.executable, str(ROOT / script), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
         with open(folder / "log", "w") as log:
-            command, environment = [sys.executable, str(ROOT / script), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
             child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-            code = self.wait(child, child.wait)
+            with self.running(child):
+                code = child.wait()
         if code:
             end = (folder / "log").read_text().replace("\r", "\n").strip().splitlines()[-5:]
             raise Failed(f"the training failed with exit code {code}:\n  " + "\n  ".join(end))
-        last = torch.load(checkpoints(next((folder / "runs").iterdir()))[-1], weights_only=True)
+        paths = saved(folder)
+        last = torch.load(paths[max(paths)], weights_only=True)
         run |= {"steps": last["global_step"], "train_seconds": round(last["train_seconds"], 1)}
         run["parameters"] = sum(x.numel() for x in last["model"].values())
         self.results.add_run(run)
@@ -264,11 +270,10 @@ class Work:
         say(arm, seed, f"trained {run['steps']:,} steps in {run['train_seconds']:.0f} s")
 
     def evaluate(self, arm, seed, folder):
-        if (arm, seed) not in self.results.runs:  # another folder of results
+        if (arm, seed) not in self.results.runs:  # trained for another folder of results
             self.results.add_run(json.loads((folder / "run.json").read_text()))
-        paths = {int(path.stem.split("_")[1]): path for path in checkpoints(next((folder / "runs").iterdir()))}
-        last = max(paths)
-        schedule = self.schedule or (FINE if arm in MAIN else COARSE)
+        paths = saved(folder)
+        last, schedule = max(paths), self.schedule or (FINE if arm in MAIN else COARSE)
         steps = {min(step for step in paths if step >= wanted) for wanted in schedule if wanted <= last} | {last}
         wanted = [(step, "sampled") for step in sorted(steps)] + [(last, "greedy")]
         wanted = [key for key in wanted if (arm, seed, *key) not in self.results.evaluations]
@@ -279,36 +284,31 @@ class Work:
         child = spawn.Process(target=evaluate, args=(paths, wanted, self.matches, there), daemon=True)
         child.start()
         there.close()
-
-        def receive():
-            for done in range(len(wanted)):
-                step, seconds, policy, rows = here.recv()
+        with self.running(child):
+            for done in range(1, len(wanted) + 1):
+                try:
+                    step, seconds, policy, rows = here.recv()
+                except EOFError:
+                    child.join()
+                    raise Failed(f"the evaluation died with exit code {child.exitcode}") from None
                 self.results.add_evaluation(arm, seed, step, seconds, policy, rows)
-                length, ice = (
-                    np.mean([float(row[key]) for row in rows]) for key in ("episode_length", "ice_transferred")
-                )
-                progress = f"{done + 1} of {len(wanted)} evaluations"
+                length, ice = (np.mean([float(row[key]) for row in rows]) for key in ("episode_length", ICE))
+                progress = f"{done} of {len(wanted)} evaluations"
                 say(arm, seed, f"{policy} at {step:,} steps: length {length:,.0f}, ice {ice:,.0f} ({progress})")
-                if self.over():
-                    child.terminate()
-                    return
-            for path in paths.values():
-                if path != paths[last]:
-                    path.unlink()
-
-        try:
-            self.wait(child, receive)
-        except EOFError:
+                if self.over() and done < len(wanted):
+                    return child.terminate()
             child.join()
-            raise Failed(f"the evaluation died with exit code {child.exitcode}") from None
-        child.join()
+        for step in paths.keys() - {last}:
+            paths[step].unlink()
 
-    def wait(self, child, until):
+    @contextlib.contextmanager
+    def running(self, child):
+        """Inside, `stop` ends this process too."""
         self.children.add(child)
+        if self.stopped:
+            child.terminate()
         try:
-            if self.stopped:  # in the moment of the start
-                child.terminate()
-            return until()
+            yield
         finally:
             self.children.discard(child)
 

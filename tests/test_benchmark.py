@@ -1,0 +1,174 @@
+"""The ablation: the order of its queue, that it goes on where it was stopped, and the numbers of its tables."""
+
+import csv
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import ablation  # noqa: E402
+import plot  # noqa: E402
+
+import trajsep_ppo  # noqa: E402
+from hybrid_model import HybridNet  # noqa: E402
+from lux_wrapper import LuxVecEnv  # noqa: E402
+
+SMALL = "--map-size 24 --min-factories 1 --max-factories 2 --max-robots 2 "
+TINY = SMALL + "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatches 2 --save-every 1"
+
+
+def test_every_prefix_of_the_queue_is_a_result():
+    jobs = ablation.queue(ablation.ARMS)
+    assert jobs[:4] == [("default", 1), ("global", 1), ("default", 2), ("global", 2)]
+    assert jobs[10:12] == [("separate", 1), ("global-reward", 1)]
+    assert len(jobs) == len(set(jobs)) == 2 * 5 + 9 * 3
+    others = [seed for arm, seed in jobs[10:]]
+    assert others == sorted(others)  # a seed of all arms before the next one
+    assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
+    assert set(plot.ARMS) == set(ablation.ARMS)
+    assert len(set(ablation.ARMS.values())) == len(ablation.ARMS)  # nothing is run twice
+
+
+def test_schedules():
+    assert ablation.FINE[:2] == (2048, 4096) and ablation.FINE[11:13] == (24576, 28672)
+    for schedule in (ablation.FINE, ablation.COARSE):
+        assert {24576, 49152} <= set(schedule) and list(schedule) == sorted(set(schedule))
+        assert all(step % 2048 == 0 and step < 102400 for step in schedule)  # a checkpoint is saved every 2,048
+
+
+def test_play_is_that_of_the_script_and_can_be_repeated():
+    """Matches that have ended stand still, which must not change the others."""
+    args = trajsep_ppo.Args(map_size=24, min_factories=1, max_factories=2, max_robots=2, eval_episodes=4, num_workers=0)
+    envs = LuxVecEnv(4, num_workers=0, map_size=24, min_factories=1, max_factories=2, max_robots=2, held_out=True)
+    torch.manual_seed(1)
+    agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+    for x in agent.actor.parameters():
+        x.data *= 100  # far from uniform, so that no rounding decides
+    seeds, metrics = ablation.play(agent, envs, greedy=False)
+    expected = trajsep_ppo.evaluate(agent, args, torch.device("cpu"))
+    assert seeds == [0, 1, 2, 3]
+    assert [match["l"] for match in metrics] == expected["l"]
+    assert [match["lights_built"].mean() for match in metrics] == expected["lights_built"]
+    greedy = ablation.play(agent, envs, greedy=True)[1]
+    again = ablation.play(agent, envs, greedy=False)[1]
+    for one, other in zip(metrics, again):
+        assert all(np.array_equal(one[key], other[key]) for key in one)
+    assert any(one["r"].tolist() != other["r"].tolist() for one, other in zip(metrics, greedy))
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_interrupted_and_resumed(tmp_path, capfd):
+    options = {"out": tmp_path / "out", "work": tmp_path / "work", "matches": 2, "schedule": (64, 100, 192)}
+    command = [sys.executable, ROOT / "benchmark/ablation.py", "--arms", "global", "--seeds", "3", f"--flags={TINY}"]
+    for key, value in options.items():
+        command += [f"--{key}", *map(str, value if key == "schedule" else [value])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "sampled at 64 steps" in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "interrupted" in process.stderr.read()
+    process.stderr.close()
+    rows = rows_of(options["out"] / "ablation.csv")
+    assert len(rows) % 4 == 0 and 4 <= len(rows) < 20  # 2 matches x 2 players an evaluation
+    run = rows_of(options["out"] / "runs.csv")
+    assert [run[0][key] for key in ("arm", "seed", "steps")] == ["global", "3", "256"]
+
+    options |= {"arms": ("global",), "seeds": (3,), "parallel": 1, "flags": TINY}
+    ablation.main(**options, minutes=0)
+    assert rows_of(options["out"] / "ablation.csv") == rows and "0 of 1" in capfd.readouterr().out
+    ablation.main(**options)
+    text = (options["out"] / "ablation.csv").read_text()
+    assert "training" not in capfd.readouterr().out  # the training is not made again
+    rows = rows_of(options["out"] / "ablation.csv")
+    # 100 is not a checkpoint's step, 128 is the next one.
+    steps = [64, 64, 64, 64, *[128] * 4, *[192] * 4, *[256] * 8]
+    assert [int(row["global_step"]) for row in rows] == steps
+    assert [row["policy"] for row in rows] == ["sampled"] * 12 + ["greedy"] * 4 + ["sampled"] * 4
+    assert [(row["match_seed"], row["player"]) for row in rows[:4]] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert all(row[key] for row in rows for key in ablation.COLUMNS)
+    assert len(list(options["work"].glob("*/runs/*/checkpoint_*.pt"))) == 1
+
+    ablation.main(**options)
+    assert "1 of 1 runs are complete" in capfd.readouterr().out
+    assert (options["out"] / "ablation.csv").read_text() == text
+    with pytest.raises(SystemExit, match="by another command"):
+        ablation.main(**options | {"flags": SMALL})
+
+
+def test_one_sentence_for_what_is_wrong(tmp_path, capfd):
+    with pytest.raises(SystemExit, match="no arm everything; there are default, global"):
+        ablation.main(arms=("everything",))
+    with pytest.raises(SystemExit, match="there is no .*ablation.csv; benchmark/ablation.py makes it"):
+        plot.main(tmp_path)
+    options = {"out": tmp_path / "out", "work": tmp_path / "work", "arms": ("cluster",), "seeds": (1,)}
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        ablation.main(**options, flags="--gamma 2")
+    assert "--gamma must be between 0 and 1" in capfd.readouterr().out  # the end of the script's log
+
+
+def made_up(folder, lengths):
+    """ablation.csv with 10 matches an evaluation: {arm: {seed: {step: lengths of the matches}}}."""
+    with open(folder / "ablation.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ablation.COLUMNS, restval=0)
+        writer.writeheader()
+        for arm, seeds in lengths.items():
+            for seed, steps in seeds.items():
+                for step, matches in steps.items():
+                    start = {"arm": arm, "seed": seed, "global_step": step, "train_seconds": step / 100}
+                    for index, length in enumerate(matches):
+                        for player in range(2):  # players have 1000 ice more and less than the mean
+                            row = {"match_seed": index, "player": player, "starting_factories": 4}
+                            ice = 10 * length + (1000 if player else -1000) + 100 * seed
+                            row |= {"episode_length": length, "ice_transferred": ice, "ice_per_factory": ice / 4}
+                            row |= {"factories_alive": length / 250, "factories_alive_share": length / 1000}
+                            for policy in ("sampled", "greedy") if step == 4096 else ("sampled",):
+                                writer.writerow(start | row | {"policy": policy})
+
+
+def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
+    full = [1000] * 10
+    default = {
+        1: {1024: [200] * 10, 2048: [1000] + [400] * 9, 4096: full},
+        2: {1024: [200] * 10, 2048: [600] * 10, 4096: full},
+    }
+    slow = {1: {1024: [200] * 10, 2048: [200] * 10, 4096: [200, 600] * 5}}
+    cut_off = {1: {1024: full}}  # its last checkpoint is not evaluated yet
+    made_up(tmp_path, {"default": default, "global": slow, "separate": slow, "cluster": cut_off})
+    with open(tmp_path / "runs.csv", "w") as file:
+        file.write("arm,seed,parameters\ndefault,1,142978\n")
+    plot.main(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ablation.png", "sweep.png"}
+    cells, section = {}, ""  # (section, first cell) -> the other cells
+    for line in (tmp_path / "ablation.md").read_text().splitlines():
+        section = line if line.startswith("## ") else section
+        if line.startswith("| "):
+            first, *others = line.strip("| ").split(" | ")
+            cells[section, first] = others
+    name, final, speed = plot.ARMS["default"][0], "## Final policy, sampled actions", "## Speed of learning"
+    # 10,000 ice + 100 or 200 by seed, a quarter of that per factory
+    ours = "1,000 (0; 0) | - | 10,150 (50; 50) | 2,538 (12; 12) | - | 4.00 (0.00; 0.00) | 1.00 (0.00; 0.00)"
+    assert " | ".join(cells[final, name]) == f"2 | - | {ours}"
+    row = "1 | 466 (302) | 400 (200; 0) | 3,066 (2,996) | 4,100 (2,000; 0)"
+    assert " | ".join(cells[final, "global trajectory"][:5]) == row
+    # Full-length: seed 1 has 10% at 2048, which is 5% of both; both have all at 4096. Length 500: from 200 at 1024 to
+    # 460, 600 and in the mean 530 at 2048; seed 1 gets there between 2048 and 4096.
+    row = "2 | - | 4,096 (2,048 to 4,096) | - | 4,096 | 1,955 (1,792 to 2,200) | 41 (41 to 41)"
+    assert " | ".join(cells[speed, name]) == row
+    assert cells[speed, "global trajectory"][1:6] == ["102,400", "never", "never", "never", "never"]
+    goals = "## Goals, and what the default arm reached"
+    assert cells[goals, "10% of matches full-length by step"] == ["8,192", "4,096", "met"]
+    assert cells[goals, "final ice per starting factory"] == ["15,000", "2,538", "missed"]
+    assert cells[goals, "steps to mean length 500, global over separate"] == ["3x", "more than 2.1x", "missed"]
+    assert cells[goals, "parameters"] == ["at most 203,000", "142,978", "met"]
+    assert cells["## Final policy, likeliest actions", name][1] == "1,000 (0; 0)"
+    assert "by cluster" not in capfd.readouterr().out
