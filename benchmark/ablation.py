@@ -47,6 +47,7 @@ from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import TEAM_METRICS, LuxVecEnv  # noqa: E402
 from trajsep_ppo import to_tensors  # noqa: E402
 
+# Every arm changes what its flags say against the default arm; `separate` is the one that the authors call separate.
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
     "global": "global_ppo.py",
@@ -298,6 +299,7 @@ class Work:
                 if self.over() and done < len(wanted):
                     return child.terminate()
             child.join()
+        (folder / "run.json").unlink()  # without its checkpoints this training cannot be evaluated once more
         for step in paths.keys() - {last}:
             paths[step].unlink()
 

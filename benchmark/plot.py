@@ -238,7 +238,7 @@ def markdown(data, last, parameters=None):
         ),
         "\n## Speed of learning\n",
         "Environment steps: where the mean over seeds got there first (least to most of the seeds, where they differ). "
-        "For full-length matches it is the first evaluated checkpoint with that share, for the mean length it is linear "
+        "For full-length matches it is the first evaluated checkpoint with that share, for the mean length linear "
         "between evaluated checkpoints. The authors evaluated every 4,096 steps. Training seconds are the mean "
         "(least to most) over seeds, one thread each.\n",
         table(
