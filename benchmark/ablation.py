@@ -81,7 +81,7 @@ class Failed(Exception):
 
 def queue(arms, seeds=None):
     """All (arm, seed) in the order of work: the main arms first, seed by seed, then the others, seed by seed."""
-    jobs = [(arm, seed) for arm in arms for seed in (seeds or range(1, SEEDS[arm] + 1))]
+    jobs = {(arm, seed) for arm in arms for seed in (seeds or range(1, SEEDS[arm] + 1))}
     return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], list(ARMS).index(job[0])))
 
 
@@ -271,8 +271,11 @@ class Work:
         say(arm, seed, f"trained {run['steps']:,} steps in {run['train_seconds']:.0f} s")
 
     def evaluate(self, arm, seed, folder):
+        run = json.loads((folder / "run.json").read_text())
+        if run["command"] != self.command(arm, seed):
+            raise Failed(f"{folder} holds a training by another command, `{run['command']}`")
         if (arm, seed) not in self.results.runs:  # trained for another folder of results
-            self.results.add_run(json.loads((folder / "run.json").read_text()))
+            self.results.add_run(run)
         paths = saved(folder)
         last, schedule = max(paths), self.schedule or (FINE if arm in MAIN else COARSE)
         steps = {min(step for step in paths if step >= wanted) for wanted in schedule if wanted <= last} | {last}
