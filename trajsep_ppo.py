@@ -71,7 +71,7 @@ class Args:
     """a run, or one of its checkpoints, to evaluate instead of training"""
     eval_episodes: int = 20
     """matches of the evaluation at the end, on maps never trained on"""
-    save_every: int = 10
+    save_every: int = 40
     """updates between two checkpoints"""
     keep_checkpoints: int = 2
     """how many checkpoints are kept, the newest ones"""
@@ -97,15 +97,17 @@ class Args:
     """the learning rate of the optimizer"""
     num_envs: int = 16
     """matches played at a time, by all processes of torchrun together"""
-    num_steps: int = 64
+    num_steps: int = 16
     """steps of every match in a rollout"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls linearly to 0"""
+    anneal_ent: bool = True
+    """if toggled, the coefficient of the entropy falls linearly to 0"""
     gamma: float = 0.99
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
-    num_minibatches: int = 16
+    num_minibatches: int = 4
     """minibatches of a rollout; each has num_envs * num_steps / num_minibatches environment steps"""
     update_epochs: int = 2
     """passes over a rollout"""
@@ -116,7 +118,7 @@ class Args:
     clip_vloss: bool = False
     """if toggled, the value loss is clipped too"""
     ent_coef: float = 0.01
-    """coefficient of the entropy"""
+    """coefficient of the entropy, at the start"""
     vf_coef: float = 0.5
     """coefficient of the value loss"""
     max_grad_norm: float = 2.0
@@ -445,6 +447,7 @@ def train(args, run_dir, device):
         done_share = (update - 1) / num_updates
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - done_share) * args.learning_rate
+        ent_coef = (1 - done_share) * args.ent_coef if args.anneal_ent else args.ent_coef
         positive_weight = args.positive_reward_weight + (1 - args.positive_reward_weight) * done_share
         episodes = []
 
@@ -527,7 +530,7 @@ def train(args, run_dir, device):
                 v_loss = 0.5 * masked_mean(v_loss, mb_active, count)
 
                 entropy_loss = masked_mean(group_sum(policy.entropy(), mb_obs), mb_active, count)
-                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+                loss = pg_loss - ent_coef * entropy_loss + v_loss * args.vf_coef
 
                 optimizer.zero_grad()
                 loss.backward()

@@ -47,19 +47,22 @@ from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import TEAM_METRICS, LuxVecEnv  # noqa: E402
 from trajsep_ppo import to_tensors  # noqa: E402
 
-# Every arm changes what its flags say against the default arm; `separate` is the one that the authors call separate.
+# The authors' five arms are `separate` and those that switch one thing of it to global, and `global`, which switches
+# all. What they do not have differs in one thing from the default arm, or from `global`: the longer rollouts, with
+# minibatches of the same size, are for seeing whether the default flags are unfair to it.
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
     "global": "global_ppo.py",
     "separate": "trajsep_ppo.py --agent-reward-weight 1",
     "global-reward": "trajsep_ppo.py --agent-reward-weight 0",
-    "global-critic": "trajsep_ppo.py --critic global",
-    "global-advantage": "trajsep_ppo.py --advantage global",
+    "global-critic": "trajsep_ppo.py --agent-reward-weight 1 --critic global",
+    "global-advantage": "trajsep_ppo.py --agent-reward-weight 1 --advantage global",
     "share-75": "trajsep_ppo.py --agent-reward-weight 0.75",
     "share-50": "trajsep_ppo.py --agent-reward-weight 0.5",
     "global-critic-reward": "trajsep_ppo.py --critic global --agent-reward-weight 0",
     "cluster": "trajsep_ppo.py --group-by cluster",
     "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
+    "global-long-rollouts": "global_ppo.py --num-steps 64 --num-minibatches 16",
 }
 MAIN = ("default", "global")
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
@@ -231,7 +234,7 @@ class Work:
             child.terminate()
 
     def command(self, arm, seed):
-        speed = "--num-workers 0 --eval-episodes 1 --save-every 2 --keep-checkpoints 1000"
+        speed = "--num-workers 0 --eval-episodes 1 --save-every 8 --keep-checkpoints 1000"
         return f"{ARMS[arm]} --seed {seed} {speed} {self.flags}".strip()
 
     def do(self, job):

@@ -38,6 +38,7 @@ ARMS = {
     "global-critic-reward": ("separate, global critic and reward", "black", "--"),
     "cluster": ("separate, by cluster", "black", "-."),
     "no-positive-weight": ("separate, no early positive weight", "black", ":"),
+    "global-long-rollouts": ("global trajectory, rollouts of 64 steps", "#D55E00", "--"),
 }
 FIGURES = {
     "ablation.png": ("default", "separate", "global-critic", "global-reward", "global-advantage", "global"),

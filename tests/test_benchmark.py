@@ -28,7 +28,7 @@ def test_every_prefix_of_the_queue_is_a_result():
     jobs = ablation.queue(ablation.ARMS)
     assert jobs[:4] == [("default", 1), ("global", 1), ("default", 2), ("global", 2)]
     assert jobs[10:12] == [("separate", 1), ("global-reward", 1)]
-    assert len(jobs) == len(set(jobs)) == 2 * 5 + 9 * 3
+    assert len(jobs) == len(set(jobs)) == 2 * 5 + 10 * 3
     others = [seed for arm, seed in jobs[10:]]
     assert others == sorted(others)  # a seed of all arms before the next one
     assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
