@@ -108,7 +108,7 @@ class Args:
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
     num_minibatches: int = 4
-    """minibatches of a rollout; each has num_envs * num_steps / num_minibatches environment steps"""
+    """minibatches of a rollout; each has num_steps / num_minibatches steps of every match"""
     update_epochs: int = 2
     """passes over a rollout"""
     norm_adv: bool = True
@@ -185,9 +185,9 @@ def check_args(args):
         fail(f"--max-factories must be between --min-factories and 10, got {args.max_factories}")
     if not 24 <= args.map_size <= 64:
         fail(f"--map-size must be between 24 and 64, got {args.map_size}")
+    if args.num_steps % args.num_minibatches:
+        fail(f"--num-steps {args.num_steps} does not divide by --num-minibatches {args.num_minibatches}")
     rollout_steps = args.num_envs * args.num_steps
-    if rollout_steps % args.num_minibatches:
-        fail(f"--num-envs x --num-steps = {rollout_steps} does not divide by --num-minibatches {args.num_minibatches}")
     if args.total_timesteps < rollout_steps:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_steps} steps")
 
@@ -242,6 +242,15 @@ def all_sum(x):
         except RuntimeError:
             fail("another process of this training has died", 1)
     return x
+
+
+def all_moments(x, mask):
+    """Number of cells where mask, and mean and variance of x there, over all processes of torchrun."""
+    x = torch.where(mask, x, 0).double()  # precise enough for the variance to be a difference
+    count, total, squares = all_sum(torch.stack([mask.sum(), x.sum(), (x**2).sum()]))
+    mean = total / count.clamp(min=1)
+    variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
+    return count.float(), mean.float(), variance.float()
 
 
 def choose_device(args):
@@ -438,7 +447,6 @@ def train(args, run_dir, device):
 
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
-    minibatch_size = args.num_steps * B * WORLD_SIZE // args.num_minibatches
     global_step, start_time = 0, time.time()
     finished = deque(maxlen=20)  # metrics of the last matches
     progress = tqdm(total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True, disable=RANK > 0)
@@ -493,13 +501,13 @@ def train(args, run_dir, device):
 
         clipfracs = []
         for _ in range(args.update_epochs):
-            for mb in torch.randperm(len(b_actions) * WORLD_SIZE, device=device).split(minibatch_size):
-                # One order for all processes, numbered step by step and team by team: each takes the rows it played.
-                step, team = mb // (B * WORLD_SIZE), mb % (B * WORLD_SIZE) - RANK * B
-                mb = (step * B + team)[(0 <= team) & (team < B)]
+            # Every team's steps are shuffled on their own: as many of each, so of each process, in every minibatch.
+            order = torch.rand((args.num_steps, WORLD_SIZE, B), device=device).argsort(0)[:, RANK]
+            for mb in (order * B + torch.arange(B, device=device)).chunk(args.num_minibatches):
+                mb = mb.flatten()
                 mb_obs = {key: x.index_select(0, mb) for key, x in b_obs.items()}
                 mb_active, mb_advantages = b_active[mb], b_advantages[mb]
-                count = all_sum(mb_active.sum())  # active cells of the minibatch, in all processes
+                count, mean, variance = all_moments(mb_advantages, mb_active)
                 logits, value, team_value = agent(mb_obs)
                 policy = Categorical(logits=logits, validate_args=False)
                 newlogprob = group_sum(policy.log_prob(b_actions[mb]), mb_obs)
@@ -513,9 +521,7 @@ def train(args, run_dir, device):
                     clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active, count)
 
                 if args.norm_adv:
-                    mean = all_sum(masked_mean(mb_advantages, mb_active, count))
-                    std = all_sum(masked_mean((mb_advantages - mean) ** 2, mb_active, count)).sqrt()
-                    mb_advantages = (mb_advantages - mean) / (std + 1e-8)
+                    mb_advantages = (mb_advantages - mean) / (variance.sqrt() + 1e-8)
 
                 # Policy loss: the group axis stays up to the mean over active cells
                 pg_loss1 = -mb_advantages * ratio
@@ -549,10 +555,9 @@ def train(args, run_dir, device):
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
-        count = all_sum(b_active.sum())
-        mean = all_sum(masked_mean(b_returns, b_active, count))
-        return_variance = all_sum(masked_mean((b_returns - mean) ** 2, b_active, count))
-        explained_var = 1 - all_sum(masked_mean((b_returns - b_values) ** 2, b_active, count)) / return_variance
+        _, _, return_variance = all_moments(b_returns, b_active)
+        _, _, error_variance = all_moments(b_returns - b_values, b_active)
+        explained_var = 1 - error_variance / return_variance
         if WORLD_SIZE > 1:
             everyone = [None] * WORLD_SIZE
             dist.all_gather_object(everyone, episodes)

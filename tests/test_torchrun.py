@@ -96,7 +96,7 @@ def assert_same(cwd, other):
     apart, moved = (
         sum((a[key] - b[key]).square().sum() for key in start) for a, b in ((parameters, expected), (expected, start))
     )
-    assert moved > 0 and apart < 1e-4 * moved  # squares: they are a hundredth as far apart as they came
+    assert moved > 0 and apart < 1e-3 * moved  # squares: they are a thirtieth as far apart as they came
     for tag in EPISODES:
         assert sorted(logged[tag]) == sorted(expected_log[tag]) and len(logged[tag]) == 2
     for tag in TAGS:
