@@ -52,9 +52,9 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-# What --resume lets change: nothing that is learned depends on it, but for the step at which to end
+# What --resume lets change: what is learned does not depend on it, but for the step at which to end
 MAY_CHANGE = ("cuda", "num_workers", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes")
-MAY_CHANGE += ("save_every", "keep_checkpoints", "total_timesteps", "resume")
+MAY_CHANGE += ("save_every", "keep_checkpoints", "total_timesteps")
 
 
 @dataclass
@@ -78,8 +78,8 @@ class Args:
     evaluate: Optional[str] = None
     """a run, or one of its checkpoints, to evaluate instead of training"""
     resume: Optional[str] = None
-    """a run, or one of its checkpoints, to go on with as if it had never stopped. It keeps its flags; only flags that
-    change nothing in what is learned can be given anew, and --total-timesteps, by which the schedules then go"""
+    """a run, or one of its checkpoints, to go on with as if it had never stopped; it keeps its flags, but for those
+    that change nothing in what is learned, and --total-timesteps, by which the schedules then go"""
     eval_episodes: int = 20
     """matches of the evaluation at the end, on maps never trained on"""
     save_every: int = 10
@@ -418,26 +418,6 @@ def resume_run(args):
     return args, checkpoint, os.path.dirname(path) or "."
 
 
-def random_states(device):
-    """States of all random number generators, as tensors and plain values."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python_rng": random.getstate(),
-        "numpy_rng": (kind, keys.tolist(), *rest),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_random_states(states, device):
-    """Go on drawing where `random_states` was taken."""
-    random.setstate(states["python_rng"])
-    np.random.set_state(states["numpy_rng"])
-    torch.set_rng_state(states["torch_rng"])
-    if device.type == "cuda" and states["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(states["cuda_rng"], device)
-
-
 def catch_signals(caught):
     """From now on SIGINT and SIGTERM are only noted in the list `caught`, but for the second SIGINT."""
 
@@ -500,7 +480,11 @@ def train(args, run_dir, device, checkpoint=None):
         matches = start["matches"][RANK * num_envs : (RANK + 1) * num_envs]
         next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in matches])
     if checkpoint:
-        set_random_states(checkpoint, device)
+        random.setstate(checkpoint["python_rng"])
+        np.random.set_state(checkpoint["numpy_rng"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -674,7 +658,10 @@ def train(args, run_dir, device, checkpoint=None):
                 "train_seconds": time.time() - start_time,
                 "finished": list(finished),
                 "matches": matches and [{key: torch.as_tensor(x) for key, x in match.items()} for match in matches],
-                **random_states(device),
+                "python_rng": random.getstate(),
+                "numpy_rng": tuple(x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             }
             writer.flush()  # a run that goes on from here finds all that was logged
             path = f"{run_dir}/checkpoint_{global_step}.pt"
