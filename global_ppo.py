@@ -24,6 +24,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import zipfile
 from collections import deque
@@ -447,6 +448,7 @@ def train(args, run_dir, device, checkpoint=None):
             save_code=True,
         )
     if RANK == 0:
+        threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is raised in this one too
         # What was logged after the checkpoint will come once more, and is shown once.
         writer = SummaryWriter(run_dir, purge_step=start["global_step"] + 1 if checkpoint else None)
         if not checkpoint:
