@@ -473,7 +473,7 @@ def train(args, run_dir, device, checkpoint=None):
         agent.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if RANK == 0:
-        how = f", from step {start['global_step']} on" if checkpoint else ""
+        how = f", from step {start['global_step']} of {args.total_timesteps} on" if checkpoint else ""
         print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}{how}")
 
     if start["matches"] is None:  # new, or an environment without state(), whose matches are lost when a run stops

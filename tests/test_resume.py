@@ -163,7 +163,7 @@ def test_stopped_at_random_moments(name, stops, undisturbed, start, tmp_path):
         reached = step_of(run_dir)
         process = start(ROOT / f"{name}.py", "--resume", f"runs/{run_dir.name}", "--num-workers", workers)
     output, _ = finish(process)
-    assert f"writing to runs/{run_dir.name}, from step {reached} on" in output
+    assert f"writing to runs/{run_dir.name}, from step {reached} of {LAST} on" in output
     assert_same(results(run_dir), undisturbed(name))
 
 
