@@ -1164,6 +1164,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
         num_workers = min(num_envs, (os.cpu_count() or 1) if num_workers is None else num_workers)
         if num_workers == 0:
             self.matches = _Matches(0, self.arrays, options)
+        else:
+            atexit.register(self.close_extras)  # workers heed no signal
         bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
         self.shares = list(zip(bounds[:-1], bounds[1:]))
         for first, end in self.shares:
@@ -1175,8 +1177,6 @@ class LuxVecEnv(gym.vector.VectorEnv):
             there.close()
             self.workers.append(worker)
             self.pipes.append(here)
-        if self.workers:
-            atexit.register(self.close_extras)  # they heed no signal
 
     def reset(self, *, seed=None, options=None):
         """Start a new match everywhere. Match i plays the same maps for the same seed whatever N is.
