@@ -377,11 +377,7 @@ def checkpoints(run_dir):
 
 
 def load_checkpoint(path):
-    """A checkpoint, or the newest of a run that is whole, as tensors and plain values only.
-
-    Returns:
-        its path, the checkpoint, and its arguments as Args.
-    """
+    """Path, content (tensors and plain values only) and Args of a checkpoint, or of a run's newest that is whole."""
     if not os.path.exists(path):
         fail(f"there is no checkpoint {path}")
     paths, message = checkpoints(path) if os.path.isdir(path) else [path], f"there is no checkpoint in {path}"
@@ -703,11 +699,10 @@ if __name__ == "__main__":
         args = trained
     else:
         join_processes(device)
-        if RANK == 0:
+        if RANK == 0 and not checkpoint:
+            run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
             try:
-                if not checkpoint:
-                    run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
-                    os.makedirs(run_dir)
+                os.makedirs(run_dir)
                 Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
             except OSError as error:
                 fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")

