@@ -2,6 +2,7 @@
 
     python global_ppo.py
     torchrun --standalone --nproc-per-node 2 global_ppo.py
+    python global_ppo.py --resume runs/<run>
     python global_ppo.py --evaluate runs/<run>
 
 One shared encoder looks at the map; the team has one reward (the sum over its entities), one value, one
@@ -21,8 +22,11 @@ import io
 import json
 import os
 import random
+import signal
 import sys
+import threading
 import time
+import zipfile
 from collections import deque
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -49,6 +53,11 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+# What --resume lets change: what is learned does not depend on it, but for the step at which to end
+MAY_CHANGE = ("cuda", "num_workers", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes")
+MAY_CHANGE += ("save_every", "keep_checkpoints", "total_timesteps")
+
+
 @dataclass
 class Args:
     exp_name: str = os.path.basename(__file__)[: -len(".py")]
@@ -69,6 +78,9 @@ class Args:
     """if toggled, one evaluation match is drawn by the engine's renderer into video.gif in the run's folder"""
     evaluate: Optional[str] = None
     """a run, or one of its checkpoints, to evaluate instead of training"""
+    resume: Optional[str] = None
+    """a run, or one of its checkpoints, to go on with as if it had never stopped; it keeps its flags, but for those
+    that change nothing in what is learned, and --total-timesteps, by which the schedules then go"""
     eval_episodes: int = 20
     """matches of the evaluation at the end, on maps never trained on"""
     save_every: int = 40
@@ -137,12 +149,12 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def parse_args():
+def parse_args(default=Args()):
     """The arguments of the command line; what tyro says of wrong ones in a box becomes one sentence."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Args)
+            return tyro.cli(Args, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -232,6 +244,18 @@ def all_moments(x, mask):
     mean = total / count.clamp(min=1)
     variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
     return count.float(), mean.float(), variance.float()
+
+
+def gather(items):
+    """The lists of all processes of torchrun joined, the same in each of them."""
+    if WORLD_SIZE > 1:
+        everyone = [None] * WORLD_SIZE
+        try:
+            dist.all_gather_object(everyone, items)
+        except RuntimeError:
+            fail("another process of this training has died", 1)
+        items = sum(everyone, [])
+    return items
 
 
 def choose_device(args):
@@ -327,7 +351,7 @@ def record_video(agent, args, device, path):
             frames.append(Image.fromarray(envs.render()[0]).quantize(64))
     envs.close()
     options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
-    write_atomically(path, lambda temporary: frames[0].save(temporary, **options))
+    write_atomically(path, lambda file: frames[0].save(file, **options))
     print(f"written to {path}")
 
 
@@ -339,7 +363,7 @@ def report(metrics, path):
     for key, row in summary.items():
         print(f"{names.get(key, key):24}" + "".join(f"{number:10.1f}" for number in row.values()))
     text = json.dumps({"summary": summary, "matches": metrics}, indent=1)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text))
+    write_atomically(path, lambda file: file.write(text.encode()))
     print(f"written to {path}")
 
 
@@ -347,10 +371,13 @@ def write_atomically(path, write):
     """Write a file under another name and rename it, so that a full disk never costs what was there before."""
     temporary = f"{path}.tmp"
     try:
-        write(temporary)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        if os.path.exists(temporary):
+        with contextlib.suppress(OSError):
             os.remove(temporary)
         fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is kept", 1)
 
@@ -361,25 +388,59 @@ def checkpoints(run_dir):
 
 
 def load_checkpoint(path):
-    """The checkpoint, or the newest one of the run, of this script, as tensors and plain values only."""
-    try:
-        if os.path.isdir(path):
-            path = (checkpoints(path) or [f"{path}/checkpoint_*.pt"])[-1]
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        known = {field.name for field in fields(Args)}
-        arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
-        trained = Args(**(arguments | {"track": False}))  # evaluating needs no wandb
-        check_args(trained)
-        return checkpoint["model"], trained
-    except FileNotFoundError:
+    """Path, content (tensors and plain values only) and Args of a checkpoint, or of a run's newest that is whole."""
+    if not os.path.exists(path):
         fail(f"there is no checkpoint {path}")
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        fail(f"{path} is damaged or no checkpoint of this script ({reason[:120]})")
+    paths, message = checkpoints(path) if os.path.isdir(path) else [path], f"there is no checkpoint in {path}"
+    for path in reversed(paths):
+        try:
+            with zipfile.ZipFile(path) as file:  # torch.load checks no sums
+                if file.testzip():
+                    raise ValueError("its sums are wrong")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            known = {field.name for field in fields(Args)}
+            arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
+            trained = Args(**(arguments | {"track": False}))  # evaluating needs no wandb
+            check_args(trained)
+            checkpoint["model"]
+            return path, checkpoint, trained
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            message = f"{path} is damaged or no checkpoint of this script ({reason[:120]})"
+            if path != paths[0] and RANK == 0:
+                print(f"{message}; the one before it is used", file=sys.stderr)
+    fail(message)
 
 
-def train(args, run_dir, device):
-    """The whole training: rollout, advantages, update, log; returns the trained agent."""
+def resume_run(args):
+    """What `--resume` goes on with: its arguments, checkpoint and folder."""
+    path, checkpoint, trained = load_checkpoint(args.resume)
+    if checkpoint["args"].keys() != asdict(args).keys() or "matches" not in checkpoint:
+        fail(f"{path} was made by another script or version, which can go on with it")
+    trained.track = checkpoint["args"]["track"]
+    args = parse_args(trained)
+    args.resume = None
+    for name, kept in asdict(trained).items():
+        if getattr(args, name) != kept and name not in MAY_CHANGE:
+            fail(f"--{name.replace('_', '-')} cannot be changed with --resume; this run has {kept}")
+    return args, checkpoint, os.path.dirname(path) or "."
+
+
+def catch_signals(caught):
+    """From now on SIGINT and SIGTERM are only noted in the list `caught`, but for the second SIGINT."""
+
+    def note(number, _):
+        caught.append(number)
+        if WORLD_SIZE == 1:  # torchrun passes on what the terminal has sent to all already
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+
+
+def train(args, run_dir, device, checkpoint=None):
+    """The whole training, or what is left of it: rollout, advantages, update, log; returns the trained agent."""
+    start = checkpoint or {"update": 0, "global_step": 0, "train_seconds": 0.0, "finished": [], "matches": None}
     if args.track and RANK == 0:
         import wandb
 
@@ -389,12 +450,17 @@ def train(args, run_dir, device):
             sync_tensorboard=True,
             config=vars(args),
             name=os.path.basename(run_dir),
+            id=os.path.basename(run_dir),
+            resume="allow",
             save_code=True,
         )
     if RANK == 0:
-        writer = SummaryWriter(run_dir)
-        table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is raised in this one too
+        # What was logged after the checkpoint will come once more, and is shown once.
+        writer = SummaryWriter(run_dir, purge_step=start["global_step"] + 1 if checkpoint else None)
+        if not checkpoint:
+            table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -410,11 +476,26 @@ def train(args, run_dir, device):
         for parameter in agent.parameters():
             dist.broadcast(parameter.data, 0)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    if checkpoint:
+        agent.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
     if RANK == 0:
-        print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}")
+        how = f", from step {start['global_step']} of {args.total_timesteps} on" if checkpoint else ""
+        print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}{how}")
+
+    if start["matches"] is None:  # new, or an environment without state(), whose matches are lost when a run stops
+        next_obs, _ = envs.reset(seed=args.seed + start["update"])
+    else:
+        matches = start["matches"][RANK * num_envs : (RANK + 1) * num_envs]
+        next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in matches])
+    if checkpoint:
+        random.setstate(checkpoint["python_rng"])
+        np.random.set_state(checkpoint["numpy_rng"])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
-    next_obs, _ = envs.reset(seed=args.seed)
     next_obs = to_tensors(next_obs, device)
     B = len(next_obs["kind"])
     obs = {key: x.new_zeros((args.num_steps, *x.shape)) for key, x in next_obs.items()}
@@ -428,11 +509,16 @@ def train(args, run_dir, device):
 
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
-    global_step, start_time = 0, time.time()
-    finished = deque(maxlen=20)  # metrics of the last matches
-    progress = tqdm(total=num_updates * rollout_steps, unit="step", smoothing=0.1, dynamic_ncols=True, disable=RANK > 0)
+    global_step, start_time = start["global_step"], time.time() - start["train_seconds"]
+    finished = deque(start["finished"], maxlen=20)  # metrics of the last matches
+    looks = {"unit": "step", "smoothing": 0.1, "dynamic_ncols": True, "disable": RANK > 0}
+    progress = tqdm(total=num_updates * rollout_steps, initial=global_step, **looks)
+    signals, stopped = [], []  # those that came here, and those that all processes know of
+    catch_signals(signals)
 
-    for update in range(1, num_updates + 1):
+    for update in range(start["update"] + 1, num_updates + 1):
+        if stopped:
+            break
         done_share = (update - 1) / num_updates
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - done_share) * args.learning_rate
@@ -464,7 +550,7 @@ def train(args, run_dir, device):
             next_obs = to_tensors(env_obs, device)
 
             for match in np.flatnonzero(infos.get("_episode", ())):
-                episodes.append((global_step, {key: np.mean(x[match]) for key, x in infos["episode"].items()}))
+                episodes.append((global_step, {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}))
 
         with torch.no_grad():
             _, value, team_value = agent(next_obs)
@@ -526,9 +612,12 @@ def train(args, run_dir, device):
                     metrics, *parts = sums.split([len(metrics), *[grad.numel() for grad in grads]])
                     for grad, part in zip(grads, parts):
                         grad.copy_(part.view_as(grad))
-                pg_loss, v_loss, entropy_loss, approx_kl, clipfrac = metrics.tolist()  # waits for the device
+                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                *metrics, norm = torch.cat([metrics, norm[None]]).tolist()  # waits for the device
+                if not np.isfinite([*metrics, norm]).all():
+                    raise FloatingPointError(f"the loss or its gradient is not a finite number in update {update}")
+                pg_loss, v_loss, entropy_loss, approx_kl, clipfrac = metrics
                 clipfracs.append(clipfrac)
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
 
             if args.target_kl is not None and approx_kl > args.target_kl:
@@ -537,10 +626,10 @@ def train(args, run_dir, device):
         _, _, return_variance = all_moments(b_returns, b_active)
         _, _, error_variance = all_moments(b_returns - b_values, b_active)
         explained_var = 1 - error_variance / return_variance
-        if WORLD_SIZE > 1:
-            everyone = [None] * WORLD_SIZE
-            dist.all_gather_object(everyone, episodes)
-            episodes = sorted(sum(everyone, []), key=lambda episode: episode[0])
+        episodes = sorted(gather(episodes), key=lambda episode: episode[0])
+        stopped = gather(signals[:1])
+        saving = update % args.save_every == 0 or update == num_updates or stopped
+        matches = gather(envs.state()) if saving and hasattr(envs, "state") else None
         if RANK > 0:  # the rest of the update is writing
             continue
 
@@ -563,7 +652,9 @@ def train(args, run_dir, device):
             means = {name: np.mean([match.get(key, np.nan) for match in finished]) for name, key in shown.items()}
             progress.set_postfix({name: f"{mean:.1f}" for name, mean in means.items()})
 
-        if update % args.save_every == 0 or update == num_updates:
+        if saving:
+            if not all(x.isfinite().all() for x in agent.parameters()):
+                raise FloatingPointError(f"a parameter is not a finite number after update {update}")
             checkpoint = {
                 "args": asdict(args),
                 "model": agent.state_dict(),
@@ -571,34 +662,52 @@ def train(args, run_dir, device):
                 "update": update,
                 "global_step": global_step,
                 "train_seconds": time.time() - start_time,
+                "finished": list(finished),
+                "matches": matches and [{key: torch.as_tensor(x) for key, x in match.items()} for match in matches],
+                "python_rng": random.getstate(),
+                "numpy_rng": tuple(x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()),
                 "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             }
-            write_atomically(f"{run_dir}/checkpoint_{global_step}.pt", partial(torch.save, checkpoint))
-            for old in checkpoints(run_dir)[: -args.keep_checkpoints]:
-                old.unlink()
+            writer.flush()  # a run that goes on from here finds all that was logged
+            path = f"{run_dir}/checkpoint_{global_step}.pt"
+            write_atomically(path, partial(torch.save, checkpoint))
+            paths = checkpoints(run_dir)  # those of later steps are from before the run went on from an older one
+            here = paths.index(Path(path)) + 1
+            for other in (*paths[: max(here - args.keep_checkpoints, 0)], *paths[here:]):
+                other.unlink()
 
     progress.close()
     envs.close()
     if RANK == 0:
         writer.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stopped:
+        gather([])  # torchrun ends all processes when one ends so: wait until the checkpoint is written
+        if RANK == 0:
+            print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+        sys.exit(128 + stopped[0])
     return agent
 
 
 if __name__ == "__main__":
-    args = parse_args()
+    args, checkpoint, run_dir = parse_args(), None, None
+    if args.resume:
+        args, checkpoint, run_dir = resume_run(args)
     check_args(args)
-    device, run_dir = choose_device(args), None
+    device = choose_device(args)
     if args.evaluate:
         if RANK > 0:  # one process evaluates
             sys.exit()
-        model, trained = load_checkpoint(args.evaluate)
-        run_dir = args.evaluate if os.path.isdir(args.evaluate) else os.path.dirname(args.evaluate) or "."
+        path, checkpoint, trained = load_checkpoint(args.evaluate)
+        run_dir = os.path.dirname(path) or "."
         for name in ("cuda", "num_workers", "eval_episodes", "capture_video", "evaluate"):
             setattr(trained, name, getattr(args, name))
         args = trained
     else:
         join_processes(device)
-        if RANK == 0:
+        if RANK == 0 and not checkpoint:
             run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
             try:
                 os.makedirs(run_dir)
@@ -610,11 +719,11 @@ if __name__ == "__main__":
             envs = make_envs(args, 1, num_workers=0)
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
             try:
-                agent.load_state_dict(model)
+                agent.load_state_dict(checkpoint["model"])
             except (RuntimeError, TypeError, AttributeError):
                 fail(f"{args.evaluate} holds another network than this version's")
         else:
-            agent = train(args, run_dir, device)
+            agent = train(args, run_dir, device, checkpoint)
             if WORLD_SIZE > 1:
                 dist.destroy_process_group()
             if RANK > 0:  # one process evaluates
@@ -622,8 +731,8 @@ if __name__ == "__main__":
         report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
         if args.capture_video:
             record_video(agent, args, device, f"{run_dir}/video.gif")
-    except LuxError as error:
-        kept = f"; the last checkpoint is {checkpoints(run_dir)[-1]}" if checkpoints(run_dir) else ""
+    except (LuxError, FloatingPointError, OSError) as error:
+        kept = f"; the last checkpoint is {checkpoints(run_dir)[-1]}" if run_dir and checkpoints(run_dir) else ""
         fail(f"{error}{kept}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)

@@ -44,11 +44,14 @@ is over, nothing is cut short), so nothing is ever truncated. `step` then return
 the next match (Gymnasium's SAME_STEP autoreset) and the finished match's metrics in `infos["episode"]`.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from multiprocessing import connection
@@ -128,6 +131,8 @@ WATER_RESERVE = 200  # steps that a factory must be able to live on after wateri
 
 # Map seeds below this are held out for evaluation, those of training matches are above it.
 HELD_OUT_SEEDS = 1_000_000
+
+WORKER_TIMEOUT = 60  # seconds that a worker may take for a step of its matches before it counts as hung
 
 # ------------------------------------------------------------------------------------------------------
 # Bidding and factory placement
@@ -836,9 +841,9 @@ class LuxMatch:
             **{"validate_action_space": False, **(engine_options or {})},
         )
 
-    def reset(self):
-        """Start the next match and play its bidding and placement phase."""
-        self.seed = self.next_seed()
+    def reset(self, seed=None):
+        """Start the next match, or the one of a map's seed, and play its bidding and placement phase."""
+        self.seed = self.next_seed() if seed is None else seed
         obs = self.engine.reset(seed=self.seed)[0]["player_0"]
         while obs["real_env_steps"] < 0:
             actions = {player: early_phase_action(obs, player) for player in PLAYERS}
@@ -950,34 +955,74 @@ class _Matches:
 
     def __init__(self, first, arrays, options):
         self.first, self.arrays = first, arrays
-        held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
+        self.held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
         self.number = options.pop("first_match") + first  # what the first match here is counted as, for the seeds
         of_match = {key: options.pop(key) for key in ("min_factories", "engine_options")}
         num_matches = len(arrays["terminated"])
+        # With its seed, the actions given since a match began are all of its state.
+        self.given = np.zeros((num_matches, GAME_LENGTH, *arrays["actions"].shape[1:]), np.int8)
         self.encoder = LuxEncoder(num_matches=num_matches, **options)
         self.out = {key: arrays[key].reshape(-1, *arrays[key].shape[2:]) for key in OBSERVATION_KEYS}  # by team
-        seeds = self._held_out_seed if held_out else self._training_seed
         self.matches = [
-            LuxMatch(functools.partial(seeds, index), self.encoder, index, **of_match) for index in range(num_matches)
+            LuxMatch(functools.partial(self._next_seed, index), self.encoder, index, **of_match)
+            for index in range(num_matches)
         ]
 
     def _held_out_seed(self, index):
-        self.played[index] += 1
         return (self.seed + self.number + index + (self.played[index] - 1) * self.num_envs) % HELD_OUT_SEEDS
 
     def _training_seed(self, index):
         return int(self.rngs[index].integers(HELD_OUT_SEEDS, 2**31))
 
-    def reset(self, seed):
+    def _next_seed(self, index):
+        self.played[index] += 1
+        return self._held_out_seed(index) if self.held_out else self._training_seed(index)
+
+    def _seed(self, seed):
         self.seed, self.played = seed, [0] * len(self.matches)
         self.rngs = [np.random.default_rng([seed, self.number + index]) for index in range(len(self.matches))]
+
+    def reset(self, seed):
+        self._seed(seed)
         return self._each(lambda index, match: match.reset())
+
+    def state(self, _):
+        """For each match the seed of `reset`, how many have been played in its place, and its actions so far."""
+        ages = [match.engine.state.real_env_steps for match in self.matches]
+        return [
+            {"seed": self.seed, "played": played, "actions": given[:age].copy()}
+            for played, given, age in zip(self.played, self.given, ages)
+        ]
+
+    def load_state(self, states):
+        """Play all matches up to where they were. Each begins when the steps left are as many as it has actions."""
+        states = states[self.first : self.first + len(self.matches)]
+        self._seed(int(states[0]["seed"]))
+        seeds = [[match.next_seed() for _ in range(state["played"])][-1] for match, state in zip(self.matches, states)]
+        for given, state in zip(self.given, states):
+            given[: len(state["actions"])] = state["actions"]
+        ages = np.array([len(state["actions"]) for state in states])
+        rewards = np.zeros_like(self.arrays["rewards"][0])
+        for left in range(ages.max(), -1, -1):
+
+            def play(index, match):
+                if ages[index] > left:
+                    match.step(orders[match.teams], rewards)
+                elif left in (ages[index], ages.max()):  # the encoder needs those that have not begun yet too
+                    match.reset(seeds[index])
+
+            if left < ages.max():
+                actions = self.given[np.arange(len(ages)), np.maximum(ages - left - 1, 0)]
+                orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
+            self._each(play)
+        return []
 
     def step(self, _):
         actions = self.arrays["actions"]
         orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
 
         def play(index, match):
+            self.given[index, match.engine.state.real_env_steps] = actions[index]
             metrics = match.step(orders[match.teams], self.arrays["rewards"][index])
             self.arrays["terminated"][index] = metrics is not None
             if metrics is not None:
@@ -1003,14 +1048,16 @@ class _Matches:
 
 
 def _work(pipe, inherited, first, arrays, options):
-    """A worker process: obey ("reset" | "step", argument) until it gets None or the parent is gone."""
+    """A worker process: obey (name of a method, argument) until it gets None or the parent is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all; when to end is the parent's affair
+        signal.signal(number, signal.SIG_IGN)
     for other in inherited:  # while a copy of the parent's end is open here, its death would go unnoticed
         other.close()
     arrays = {key: _view(*array) for key, array in arrays.items()}
     matches = _Matches(first, arrays, options)
     gc.collect()
     gc.freeze()  # what is there now stays: collecting garbage need not look at it again and again
-    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             message = pipe.recv()
             if message is None:
@@ -1046,7 +1093,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
         engine_options: more settings for the engine, such as {"validate_action_space": True}.
 
     Raises:
-        LuxError: from `reset` and `step`, if the engine fails or a worker process dies.
+        LuxError: from all methods that play, if the engine fails, a worker process dies, or one takes more than
+            WORKER_TIMEOUT seconds for a step.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
@@ -1116,6 +1164,8 @@ class LuxVecEnv(gym.vector.VectorEnv):
         num_workers = min(num_envs, (os.cpu_count() or 1) if num_workers is None else num_workers)
         if num_workers == 0:
             self.matches = _Matches(0, self.arrays, options)
+        else:
+            atexit.register(self.close_extras)  # workers heed no signal
         bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
         self.shares = list(zip(bounds[:-1], bounds[1:]))
         for first, end in self.shares:
@@ -1165,6 +1215,28 @@ class LuxVecEnv(gym.vector.VectorEnv):
         terminated = self.arrays["terminated"].copy()
         return self._observations(), self.arrays["rewards"], terminated, np.zeros_like(terminated), infos
 
+    def state(self):
+        """All that the matches are made of: a list with a dict for each match, to be given to `load_state`.
+
+        Returns:
+            list of N dicts: "seed" that of `reset`; "played" matches in this place so far, with the one under way;
+            "actions" int8 [t, P, E] given since that one began. Lists of several processes (see `first_match`) can
+            be joined, and shared out again over any number of processes.
+        """
+        return self._call("state", None)
+
+    def load_state(self, state):
+        """Play the matches up to where they were at `state()`; what follows is bit for bit what followed there.
+
+        Args:
+            state: the list, from an environment with the same options; the number of workers may differ.
+
+        Returns:
+            Observations as of then, and an empty infos dict, as `reset` does.
+        """
+        self._call("load_state", state)
+        return self._observations(), {}
+
     def render(self):
         """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
         if self.render_mode != "rgb_array" or self.matches is None:
@@ -1184,21 +1256,26 @@ class LuxVecEnv(gym.vector.VectorEnv):
             for pipe, (first, end) in zip(self.pipes, self.shares):
                 pipe.send((command, argument))
             for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
-                # Wakes up when the worker answers and also when it dies.
-                connection.wait([pipe, worker.sentinel])
+                # Wakes up when the worker answers and also when it dies. Short waits, as time passes in Ctrl-Z too.
+                patience = itertools.repeat(1) if command != "step" else itertools.repeat(1, WORKER_TIMEOUT)
+                if not any(connection.wait([pipe, worker.sentinel], seconds) for seconds in patience):
+                    worker.kill()  # it would not end otherwise
+                    raise TimeoutError
                 if not pipe.poll():
                     raise EOFError
                 done, result = pipe.recv()
                 if not done:
                     raise LuxError(result)
                 results += result
-        except (EOFError, ConnectionError):
+        except (EOFError, ConnectionError, TimeoutError) as error:
             seeds = ", ".join(map(str, self.arrays["map_seed"][first:end]))
-            raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) died") from None
+            what = f"took more than {WORKER_TIMEOUT} s for a step" if isinstance(error, TimeoutError) else "died"
+            raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) {what}") from None
         return results
 
     def close_extras(self, **kwargs):
         """End the worker processes."""
+        atexit.unregister(self.close_extras)
         for pipe in self.pipes:
             with contextlib.suppress(OSError):
                 pipe.send(None)
