@@ -475,6 +475,21 @@ def test_going_on_costs_no_power(mine):
     assert orders[-1] == {}
 
 
+def test_a_digger_keeps_the_power_for_its_way_home(mine):
+    """It needs 10 + 60 for order and dig, and must keep 10 + 20 to step onto its factory and 10 for an order there."""
+    env, match, factory, unit, slot = mine
+    mask = env.arrays["action_mask"][0, 0, slot]
+    for power in (109, 110, 500):
+        unit.power = power
+        match.encoder.encode(match.engine.state.get_obs(), env.matches.out)
+        assert mask[lux.DIG] == (power >= 110)
+    while mask[lux.DIG]:
+        act(env, slot, lux.DIG)
+    assert unit.power < 110
+    act(env, slot, 4 if unit.pos.x > factory.pos.x else 2)
+    assert abs(unit.pos.x - factory.pos.x) == 1 and mask[lux.PICK_UP]
+
+
 def test_dropping_pays_nothing(mine):
     """Ice pays only in a factory: `deliver` elsewhere is masked, and pays nothing if it is sent all the same."""
     env, match, factory, unit, slot = mine
