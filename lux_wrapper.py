@@ -303,7 +303,7 @@ class LuxEncoder:
             1. stepping onto a cell where an own robot stands (both would be destroyed),
             2. stepping onto the centre of an own factory (robots appear there),
             3. building while an own robot stands there, and building a light robot from the metal that the
-               factory's first heavy one needs,
+               factory's first heavy one needs, or into the last slots while other factories have yet to build theirs,
             4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
                ice and ore with full cargo,
             5. digging, or stepping away from home, with less power left than the way back to the nearest own
@@ -527,6 +527,8 @@ class LuxEncoder:
         if self.safe_masks:
             may_build &= ~taken
             can_build[..., 0] &= has_heavy | (self.stock[..., 4] >= METAL_COST.sum())
+            waiting = (~has_heavy & alive & can_build[..., 1]).sum(1)
+            can_build[..., 0] &= alive.cumsum(1) <= (free - waiting)[:, None]
         mask[..., NOTHING] = alive
         mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
         reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0

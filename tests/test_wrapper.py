@@ -265,6 +265,21 @@ def test_full_slots_forbid_building():
     env.close()
 
 
+def test_slots_are_kept_for_first_heavies():
+    """With as many slots as factories, and all of them rich, light robots wait until each has built a heavy one."""
+    env, (match,) = in_process(1, max_robots=3, min_factories=3, max_factories=3)
+    after_every_step(match, keep_alive)
+    env.reset(seed=6)
+    obs, _ = env.reset(seed=6)
+    weights = np.ones(lux.NUM_ACTIONS)
+    weights[lux.BUILD_LIGHT] = 20
+    for before, _, _ in play(env, obs, random_policy(6, weights), 60):
+        lights = (before["kind"][0] == lux.LIGHT).sum(-1)
+        assert (lights == 0).all()
+    assert ((before["kind"][0] == lux.HEAVY).sum(-1) == 3).all()
+    env.close()
+
+
 # ------------------------------------------------------------------------------------------------------
 # Groups
 # ------------------------------------------------------------------------------------------------------
