@@ -83,7 +83,7 @@ class Args:
     that change nothing in what is learned, and --total-timesteps, by which the schedules then go"""
     eval_episodes: int = 20
     """matches of the evaluation at the end, on maps never trained on"""
-    save_every: int = 40
+    save_every: int = 20
     """updates between two checkpoints"""
     keep_checkpoints: int = 2
     """how many checkpoints are kept, the newest ones"""
@@ -109,7 +109,7 @@ class Args:
     """the learning rate of the optimizer"""
     num_envs: int = 16
     """matches played at a time, by all processes of torchrun together"""
-    num_steps: int = 16
+    num_steps: int = 32
     """steps of every match in a rollout"""
     anneal_lr: bool = True
     """if toggled, the learning rate falls linearly to 0"""
@@ -119,7 +119,7 @@ class Args:
     """the discount factor gamma"""
     gae_lambda: float = 0.95
     """the lambda of generalized advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches of a rollout; each has num_steps / num_minibatches steps of every match"""
     update_epochs: int = 2
     """passes over a rollout"""
@@ -131,7 +131,7 @@ class Args:
     """if toggled, the value loss is clipped too"""
     ent_coef: float = 0.003
     """coefficient of the entropy, at the start"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.1
     """coefficient of the value loss"""
     max_grad_norm: float = 2.0
     """the largest norm of the gradient"""

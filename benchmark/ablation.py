@@ -234,7 +234,7 @@ class Work:
             child.terminate()
 
     def command(self, arm, seed):
-        speed = "--num-workers 0 --eval-episodes 1 --save-every 8 --keep-checkpoints 1000"
+        speed = "--num-workers 0 --eval-episodes 1 --save-every 4 --keep-checkpoints 1000"
         return f"{ARMS[arm]} --seed {seed} {speed} {self.flags}".strip()
 
     def do(self, job):
