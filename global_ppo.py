@@ -56,6 +56,11 @@ LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.envi
 # What --resume lets change: what is learned does not depend on it, but for the step at which to end
 MAY_CHANGE = ("cuda", "num_workers", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes")
 MAY_CHANGE += ("save_every", "keep_checkpoints", "total_timesteps")
+# What a checkpoint has to hold for that, with the arguments and the network
+RESUMED = {"optimizer": dict, "update": int, "global_step": int, "train_seconds": float, "finished": list}
+RESUMED |= {"matches": (list, type(None)), "python_rng": tuple, "numpy_rng": tuple, "torch_rng": torch.Tensor}
+RESUMED |= {"cuda_rng": (torch.Tensor, type(None))}
+LARGEST_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**40
 
 
 @dataclass
@@ -159,7 +164,9 @@ def parse_args(default=Args()):
         if not stop.code:  # --help
             raise
     lines = [line.strip("│ ") for line in said.getvalue().splitlines()]
-    fail(" ".join(lines[1 : next(i for i, line in enumerate(lines) if line.startswith("──"))]))
+    ends = [i for i, line in enumerate(lines) if not line.strip("─-╰╯")]  # of -- where the terminal has no such signs
+    start = ends[0] + 1 if ends[0] == 1 else 1
+    fail(" ".join(lines[start : next(i for i in ends if i > start)]))
 
 
 def check_args(args):
@@ -171,11 +178,18 @@ def check_args(args):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("learning_rate", "max_grad_norm", "clip_coef", "positive_reward_weight"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
+        if not 0 < getattr(args, name) < np.inf:
+            fail(f"--{name.replace('_', '-')} must be above 0 and finite, got {getattr(args, name)}")
+    for name in ("ent_coef", "vf_coef", "target_kl"):
+        if not 0 <= (getattr(args, name) or 0) < np.inf:
+            fail(f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(args, name)}")
     for name in ("gamma", "gae_lambda"):  # (*)
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+    if not args.exp_name.isprintable() or os.path.basename(args.exp_name) != args.exp_name:
+        fail(f"--exp-name must be a name that a folder can have, got {args.exp_name!a}")
+    if "" in (args.evaluate, args.resume):
+        fail("--evaluate and --resume need the name of a run, or of a checkpoint")
     if "--cuda" in sys.argv and not torch.cuda.is_available():
         fail("--cuda needs a GPU and a PyTorch with CUDA, and there is none here; without the flag the CPU is used")
     if args.num_envs % WORLD_SIZE:
@@ -193,6 +207,12 @@ def check_args(args):
     rollout_steps = args.num_envs * args.num_steps
     if args.total_timesteps < rollout_steps:
         fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_steps} steps")
+    # The observations of a rollout, some 250 bytes for each entity slot, and about a megabyte for each match
+    memory = 2 * rollout_steps * (12 * args.map_size**2 + 250 * (args.max_factories + args.max_robots))
+    memory += 2**20 * max(args.num_envs, args.eval_episodes)
+    if memory // WORLD_SIZE > LARGEST_MEMORY:
+        sizes = "--num-envs, --num-steps, --max-robots and --eval-episodes"
+        fail(f"this takes {memory // WORLD_SIZE // 2**30} GB of memory, more than there is; it depends on {sizes}")
 
 
 def make_envs(args, num_envs, **options):
@@ -384,7 +404,8 @@ def write_atomically(path, write):
 
 def checkpoints(run_dir):
     """Paths of the checkpoints of a run, the newest last."""
-    return sorted(Path(run_dir).glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+    paths = [path for path in Path(run_dir).glob("checkpoint_*.pt") if path.stem.split("_", 1)[1].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem.split("_")[1]))
 
 
 def load_checkpoint(path):
@@ -402,7 +423,8 @@ def load_checkpoint(path):
             arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
             trained = Args(**(arguments | {"track": False}))  # evaluating needs no wandb
             check_args(trained)
-            checkpoint["model"]
+            if not all(x.dtype == torch.float32 and x.isfinite().all() for x in checkpoint["model"].values()):
+                raise ValueError("its parameters are not finite numbers")
             return path, checkpoint, trained
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -415,7 +437,8 @@ def load_checkpoint(path):
 def resume_run(args):
     """What `--resume` goes on with: its arguments, checkpoint and folder."""
     path, checkpoint, trained = load_checkpoint(args.resume)
-    if checkpoint["args"].keys() != asdict(args).keys() or "matches" not in checkpoint:
+    whole = all(key in checkpoint and isinstance(checkpoint[key], kind) for key, kind in RESUMED.items())
+    if checkpoint["args"].keys() != asdict(args).keys() or not whole:
         fail(f"{path} was made by another script or version, which can go on with it")
     trained.track = checkpoint["args"]["track"]
     args = parse_args(trained)
@@ -454,13 +477,6 @@ def train(args, run_dir, device, checkpoint=None):
             resume="allow",
             save_code=True,
         )
-    if RANK == 0:
-        threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is raised in this one too
-        # What was logged after the checkpoint will come once more, and is shown once.
-        writer = SummaryWriter(run_dir, purge_step=start["global_step"] + 1 if checkpoint else None)
-        if not checkpoint:
-            table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -476,24 +492,40 @@ def train(args, run_dir, device, checkpoint=None):
         for parameter in agent.parameters():
             dist.broadcast(parameter.data, 0)
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
     if RANK == 0:
         how = f", from step {start['global_step']} of {args.total_timesteps} on" if checkpoint else ""
         print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}{how}")
 
     if start["matches"] is None:  # new, or an environment without state(), whose matches are lost when a run stops
         next_obs, _ = envs.reset(seed=args.seed + start["update"])
-    else:
-        matches = start["matches"][RANK * num_envs : (RANK + 1) * num_envs]
-        next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in matches])
     if checkpoint:
-        random.setstate(checkpoint["python_rng"])
-        np.random.set_state(checkpoint["numpy_rng"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        try:
+            agent.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            for parameter, state in optimizer.state.items():
+                shapes = [state[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
+                if shapes != [parameter.shape, parameter.shape, ()]:
+                    raise ValueError("the optimizer is that of another network")
+            if start["matches"] is not None:
+                matches = start["matches"][RANK * num_envs : (RANK + 1) * num_envs]
+                next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in matches])
+            random.setstate(checkpoint["python_rng"])
+            np.random.set_state(checkpoint["numpy_rng"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        except LuxError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            fail(f"the checkpoint in {run_dir} does not fit its own arguments ({reason[:120]})")
+    if RANK == 0:
+        threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is raised in this one too
+        # What was logged after the checkpoint will come once more, and is shown once.
+        writer = SummaryWriter(run_dir, purge_step=start["global_step"] + 1 if checkpoint else None)
+        if not checkpoint:
+            table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)

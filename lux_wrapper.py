@@ -1233,7 +1233,20 @@ class LuxVecEnv(gym.vector.VectorEnv):
 
         Returns:
             Observations as of then, and an empty infos dict, as `reset` does.
+
+        Raises:
+            ValueError: if it cannot be the state of such an environment.
         """
+        shape = self.arrays["actions"].shape[1:]
+        fitting = [
+            given.dtype == np.int8
+            and (given.shape[1:] == shape and len(given) < GAME_LENGTH)
+            and ((0 <= given) & (given < NUM_ACTIONS)).all()
+            and (np.size(seed) == np.size(played) == 1 and seed >= 0 and played >= 1)
+            for given, seed, played in ((match["actions"], match["seed"], match["played"]) for match in state)
+        ]
+        if len(fitting) != self.num_envs or not all(fitting):
+            raise ValueError("the state of the matches is that of another environment")
         self._call("load_state", state)
         return self._observations(), {}
 

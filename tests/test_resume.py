@@ -293,7 +293,9 @@ def small_run(folder, steps=(64, 128), **changes):
     folder.mkdir()
     for step in steps:
         checkpoint = {"args": dataclasses.asdict(trajsep_ppo.Args(seed=7)), "model": parameters_at_start()}
-        torch.save(checkpoint | {"global_step": step, "matches": []} | changes, folder / f"checkpoint_{step}.pt")
+        checkpoint |= {"optimizer": {}, "update": 1, "global_step": step, "train_seconds": 1.0, "finished": []}
+        checkpoint |= {"matches": [], "python_rng": (), "numpy_rng": (), "torch_rng": torch.zeros(0), "cuda_rng": None}
+        torch.save(checkpoint | changes, folder / f"checkpoint_{step}.pt")
     return folder
 
 
