@@ -416,7 +416,7 @@ class LuxEncoder:
         for team, rows in enumerate(factories):
             slots = [self.factory_slot[team][unit_id] for unit_id in rows]
             self.alive[team, slots] = True
-            table[team, slots] = list(rows.values())
+            table[team, slots] = np.array(list(rows.values())).reshape(-1, 8)  # a team that has lost may have none
         self.factory_pos, self.stock = table[..., :2], table[..., 2:7]  # power, ice, ore, water, metal
         self.strain_of = table[..., 7]
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import entities, in_process, masked_random
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from luxai_s2.unit import UnitType
 
@@ -47,6 +47,7 @@ def examples(number):
     """Settings of a test with so many examples."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     options = {"deadline": None, "database": None, "derandomize": not LONGER, "suppress_health_check": checks}
+    options["phases"] = [Phase.generate, Phase.shrink] if LONGER else [Phase.generate]
     return settings(max_examples=number, **options)
 
 
@@ -434,9 +435,9 @@ def test_observations(seed, situations, robots, dead, map_size, safe_masks, grou
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode(engine.state.get_obs(), out)
+        assert env.single_observation_space.contains(out) and np.isfinite(out["features"]).all()
         teams = [{key: array[team] for key, array in out.items()} for team in range(2)]
         for team, (player, seen) in enumerate(zip(lux.PLAYERS, teams)):
-            assert env.single_observation_space.contains(seen) and np.isfinite(seen["features"]).all()
             assert (seen["action_mask"].any(-1) == (seen["kind"] > 0)).all()
             state = engine.state
             assert (seen["kind"] > 0).sum() == len(state.units[player]) + len(state.factories[player])
