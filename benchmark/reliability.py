@@ -82,9 +82,9 @@ class Referee(Watch):
             self.count["ended by the engine"] += not over  # as it does with a player whose orders are malformed
             for team, player in enumerate(lux.PLAYERS):
                 stats = state.stats[player]
-                built, destroyed, made = stats["generation"]["built"], stats["destroyed"], stats["generation"]
+                made, destroyed = stats["generation"], stats["destroyed"]
                 theirs = (stats["transfer"]["ice"], stats["transfer"]["ore"], made["water"], made["metal"])
-                theirs += (built["LIGHT"], built["HEAVY"], destroyed["LIGHT"] + destroyed["HEAVY"])
+                theirs += (*made["built"].values(), destroyed["LIGHT"] + destroyed["HEAVY"])
                 names = ("ice_transferred", "ore", "water", "metal", "lights_built", "heavies_built", "robots_lost")
                 self.count["unequal counters"] += sum(int(metrics[key][team]) != x for key, x in zip(names, theirs))
         return metrics
@@ -112,26 +112,29 @@ def soak_engine(options, keep):
         part["memory"].append([])  # of this process
         env, matches = in_process(4, engine_options={"validate_action_space": True}, **settings)
         _ = [Referee(env, match, count) for match in matches]
-        seed = [options.seed, number, done]
-        rng, weights = np.random.default_rng(seed), np.ones(lux.NUM_ACTIONS)
+        rng, weights = np.random.default_rng([options.seed, number, done]), np.ones(lux.NUM_ACTIONS)
         weights[[lux.DIG, lux.DELIVER]] = 5
         obs, _ = env.reset(seed=int(rng.integers(2**31)))
-        wanted, first = options.steps // len(STAGES), done
-        interval, start = min(50_000, max(wanted // 10, 1)), time.time()
+        wanted = options.steps // len(STAGES)
+        interval = min(50_000, max(wanted // 10, 1))
         while done < wanted:
             try:
                 obs, *_ = env.step(masked_random(rng, obs["action_mask"], weights))
             except lux.LuxError as error:  # with what the referee says of unequal counters during a match
                 count["crashes"] += 1
                 print(f"stage {stage} after {done:,} steps: {error}", flush=True)
+                for match in matches:
+                    match.engine.state.stats = {}  # those of a match cut short are not compared
                 obs, _ = env.reset(seed=int(rng.integers(2**31)))
             done += env.num_envs
             if done // interval > (done - env.num_envs) // interval or done >= wanted:
                 part |= {"steps": done, "count": dict(count)}
                 part["memory"][-1].append([done, round(memory_of(os.getpid()), 1)])
                 keep.write(result)
-                speed = (done - first) / (time.time() - start)
-                print(f"stage {stage}: {done:,} of {wanted:,} steps, {speed:.0f} steps/s, {dict(count)}", flush=True)
+                print(
+                    f"{time.strftime('%H:%M:%S')} stage {stage}: {done:,} of {wanted:,} steps, {part['count']}",
+                    flush=True,
+                )
         env.close()
     bad = ("crashes", "rejected", "malformed", "ended by the engine", "unequal counters")
     samples = [memory for part in result["stages"].values() for memory in part["memory"] if len(memory) > 1]
@@ -241,9 +244,8 @@ def saving(options, keep):
 
 def faults(options, keep):
     """Run the tests of each fault; what is in /dev/shm before must be all that is there afterwards."""
-    shared, before, outcomes = Path("/dev/shm"), set(), {}
-    if shared.exists():
-        before = set(os.listdir(shared))
+    shared, outcomes = Path("/dev/shm"), {}
+    before = set(shared.glob("*"))
     for fault, tests in FAULTS.items():
         run = [sys.executable, "-m", "pytest", "-q", f"tests/{tests}"]
         done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
@@ -251,7 +253,7 @@ def faults(options, keep):
         outcomes[fault] = {"tests": tests, "passed": done.returncode == 0, "said": re.sub(r" in .*s.*", "", said)}
         print(f"{fault}: {outcomes[fault]['said']} ({tests})", flush=True)
         keep.write({"faults": outcomes})
-    left = sorted(set(os.listdir(shared)) - before) if shared.exists() else []
+    left = sorted(map(str, set(shared.glob("*")) - before))
     good = sum(outcome["passed"] for outcome in outcomes.values())
     result = {"faults": outcomes, "left": left, "passed": good == len(FAULTS) and not left}
     rows = "".join(f"\n  - {fault}: {x['said']} (`{x['tests']}`)" for fault, x in outcomes.items())
@@ -285,15 +287,13 @@ def main(
     script: Literal["trajsep_ppo", "global_ppo"] = "trajsep_ppo",
     out: Path = ROOT / "benchmark" / "reliability",
 ):
-    """Measure, print and keep.
+    """Measure, print and keep in the folder `out`.
 
     Args:
-        parts: what to measure.
         steps: environment steps of a part, instead of its own number.
         kills: trainings that are killed.
         seed: of random actions and of the moments of kills.
         script: which one is trained in soak-training and kill.
-        out: folder of the results.
     """
     out.mkdir(parents=True, exist_ok=True)
     failed = []
