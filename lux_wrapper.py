@@ -28,7 +28,7 @@ learner that compares two successive `kind` arrays sees every birth and every de
 **Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of these terms:
 
     term             paid to   for                                                   weight (REWARDS)
-    ice_dug          robot     a unit of ice taken from the ground into the cargo    0.002
+    ice_dug          robot     a unit of ice taken from the ground into the cargo    0.004
     ore_dug          robot     a unit of ore taken from the ground into the cargo    0.0004
     ice_delivered    robot     a unit of ice that reached a factory of the team      0.004
     ore_delivered    robot     a unit of ore that reached a factory of the team      0.0008
@@ -105,7 +105,7 @@ COLUMN = {name: column for column, name in enumerate(FEATURES)}
 GROUND = FEATURES[COLUMN["ice_dx"] : COLUMN["on_ore"] + 1]  # what LuxEncoder looks up by cell, in one piece
 
 REWARDS = {
-    "ice_dug": 0.002,
+    "ice_dug": 0.004,
     "ore_dug": 0.0004,
     "ice_delivered": 0.004,
     "ore_delivered": 0.0008,
@@ -303,11 +303,11 @@ class LuxEncoder:
             1. stepping onto a cell where an own robot stands (both would be destroyed),
             2. stepping onto the centre of an own factory (robots appear there),
             3. building while an own robot stands there, and building a light robot from the metal that the
-               factory's first heavy one needs,
+               factory's first heavy one needs, or into the last slots while other factories have yet to build theirs,
             4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
                ice and ore with full cargo,
             5. digging, or stepping away from home, with less power left than the way back to the nearest own
-               factory costs on bare ground (a robot without power stands where it is until the sun shines),
+               factory and an order there cost (a robot without power stands where it is until the sun shines),
             6. picking up less power than ten times what the order itself costs,
             7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
@@ -527,6 +527,8 @@ class LuxEncoder:
         if self.safe_masks:
             may_build &= ~taken
             can_build[..., 0] &= has_heavy | (self.stock[..., 4] >= METAL_COST.sum())
+            waiting = (~has_heavy & alive & can_build[..., 1]).sum(1)
+            can_build[..., 0] &= alive.cumsum(1) <= (free - waiting)[:, None]
         mask[..., NOTHING] = alive
         mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
         reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0
@@ -592,7 +594,7 @@ class LuxEncoder:
             can_do[DIG] &= to_mine | to_clear
             can_do[PICK_UP] &= gain >= 10 * order_cost
             steps_home = self.steps_home[:, team, x, y]
-            way_home = steps_home * MOVE_COST[heavy]
+            way_home = steps_home * MOVE_COST[heavy] + (np.minimum(steps_home, 2) + 1) * order_cost
             can_do[1:5] &= (left[1:5] >= way_home[1:]) | (steps_home[1:] < steps_home[0])
             can_do[DIG] &= left[DIG] >= way_home[0]
         can_do[STAY] |= ~can_do.any(0)

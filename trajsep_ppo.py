@@ -102,7 +102,7 @@ class Args:
     """fewest factories per team (season 2: 2, NeurIPS stage: 4)"""
     max_factories: int = 5
     """most factories per team (season 2: 5, NeurIPS stage: 10)"""
-    max_robots: int = 12
+    max_robots: int = 6
     """robot slots per team; nothing is built while they are full"""
     safe_masks: bool = True
     """if toggled, orders that are legal but plainly ruinous are masked too"""

@@ -265,6 +265,21 @@ def test_full_slots_forbid_building():
     env.close()
 
 
+def test_slots_are_kept_for_first_heavies():
+    """With as many slots as factories, and all of them rich, light robots wait until each has built a heavy one."""
+    env, (match,) = in_process(1, max_robots=3, min_factories=3, max_factories=3)
+    after_every_step(match, keep_alive)
+    env.reset(seed=6)
+    obs, _ = env.reset(seed=6)
+    weights = np.ones(lux.NUM_ACTIONS)
+    weights[lux.BUILD_LIGHT] = 20
+    for before, _, _ in play(env, obs, random_policy(6, weights), 60):
+        lights = (before["kind"][0] == lux.LIGHT).sum(-1)
+        assert (lights == 0).all()
+    assert ((before["kind"][0] == lux.HEAVY).sum(-1) == 3).all()
+    env.close()
+
+
 # ------------------------------------------------------------------------------------------------------
 # Groups
 # ------------------------------------------------------------------------------------------------------
@@ -473,6 +488,21 @@ def test_going_on_costs_no_power(mine):
     assert list(orders[-1]) == [unit.unit_id] and len(orders[-1][unit.unit_id]) == 0
     act(env, slot, 0)  # staying is not
     assert orders[-1] == {}
+
+
+def test_a_digger_keeps_the_power_for_its_way_home(mine):
+    """It needs 10 + 60 for order and dig, and must keep 10 + 20 to step onto its factory and 10 for an order there."""
+    env, match, factory, unit, slot = mine
+    mask = env.arrays["action_mask"][0, 0, slot]
+    for power in (109, 110, 500):
+        unit.power = power
+        match.encoder.encode(match.engine.state.get_obs(), env.matches.out)
+        assert mask[lux.DIG] == (power >= 110)
+    while mask[lux.DIG]:
+        act(env, slot, lux.DIG)
+    assert unit.power < 110
+    act(env, slot, 4 if unit.pos.x > factory.pos.x else 2)
+    assert abs(unit.pos.x - factory.pos.x) == 1 and mask[lux.PICK_UP]
 
 
 def test_dropping_pays_nothing(mine):
