@@ -128,7 +128,7 @@ class Args:
     """the surrogate clipping coefficient"""
     clip_vloss: bool = False
     """if toggled, the value loss is clipped too"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.003
     """coefficient of the entropy, at the start"""
     vf_coef: float = 0.5
     """coefficient of the value loss"""
