@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Optional  # (*)
@@ -36,8 +36,6 @@ from typing import Optional  # (*)
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-import torch.optim as optim
 import tyro
 from PIL import Image
 from torch.distributions import Categorical
@@ -143,7 +141,7 @@ class Args:
 def fail(message, code=2):
     """End the program with one sentence for the person who started it, below the progress bar if there may be one."""
     if RANK == 0 or code == 1:  # a wrong flag is wrong in every process of torchrun, and one of them says so
-        print("\n" * (code == 1) + f"{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+        print("\n" * (code == 1) + os.path.basename(__file__) + ": error:", *message.split(), file=sys.stderr)
     sys.exit(code)
 
 
@@ -155,8 +153,8 @@ def parse_args(default=Args()):
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    words = re.split("[─-]{9,}", said.getvalue())[1].split()  # what stands between the box's first two rules
-    fail(" ".join(word for word in words if word not in "╮│"))
+    message = re.split("[─-]{9,}", said.getvalue())[1]  # what stands between the box's first two rules
+    fail(re.sub("[╮│]", "", message))
 
 
 def check_args(args):
@@ -164,8 +162,8 @@ def check_args(args):
     for low, high, names in (
         (1, 10**9, "total_timesteps num_envs num_steps num_minibatches update_epochs"),
         (1, 10**9, "eval_episodes save_every keep_checkpoints max_robots"),
-        (1e-9, 1e9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
-        (0, 1e9, "ent_coef vf_coef target_kl num_workers"),
+        (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
+        (0, 10**9, "ent_coef vf_coef target_kl num_workers"),
         (0, 1, "gamma gae_lambda"),  # (*)
         (0, 2**32 - 1, "seed"),
         (24, 64, "map_size"),
@@ -314,8 +312,8 @@ def record_video(agent, args, device, path):
         if step % 4 == 0:
             frames.append(Image.fromarray(envs.render()[0]).quantize(64))
     envs.close()
-    options = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
-    write_atomically(path, lambda file: frames[0].save(file, "GIF", **options))
+    video = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+    write_atomically(path, lambda file: frames[0].save(file, "GIF", **video))
 
 
 def report(metrics, path):
@@ -358,8 +356,10 @@ def load_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             trained = Args(**{name: x for name, x in checkpoint["args"].items() if hasattr(Args, name)})
             check_args(trained)
-            if not (whole and all(x.isfinite().all() for x in checkpoint["model"].values())):
-                raise ValueError("wrong sums, or numbers that are not finite")
+            kinds = {x.name: x.type if x.default is None else type(x.default) for x in fields(Args)}
+            fitting = all(isinstance(getattr(trained, name), kind) for name, kind in kinds.items())
+            if not (whole and fitting and all(x.isfinite().all() for x in checkpoint["model"].values())):
+                raise ValueError("wrong sums, wrong arguments, or numbers that are not finite")
             return path, checkpoint, trained
         except Exception as error:
             message = f"{path} is damaged or no checkpoint of this script ({error!r:.120})"
@@ -437,7 +437,7 @@ def train(args, run_dir, device, checkpoint=None):
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
     for parameter in agent.parameters():  # the same seed gives the same ones, but for rounding on another machine
         together(dist.broadcast, parameter.data, 0)
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
         try:
             next_obs, last_update, global_step, seconds, finished = restore(checkpoint, agent, optimizer, envs, device)
@@ -571,7 +571,7 @@ def train(args, run_dir, device, checkpoint=None):
                     metrics, *parts = sums.split([len(metrics), *[grad.numel() for grad in grads]])
                     for grad, part in zip(grads, parts):
                         grad.copy_(part.view_as(grad))
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 *metrics, norm = torch.cat([metrics, norm[None]]).tolist()  # waits for the device
                 if not np.isfinite([*metrics, norm]).all():
                     raise FloatingPointError(f"the loss or its gradient is not a finite number in update {update}")
@@ -674,6 +674,6 @@ if __name__ == "__main__":
         if isinstance(error, RuntimeError) and not isinstance(error, LuxError) and "memory" not in str(error):
             raise  # a mistake in the code; where memory is short torch raises RuntimeError too
         kept = f"; the last checkpoint is {checkpoints(run_dir)[-1]}" if run_dir and checkpoints(run_dir) else ""
-        fail(f"{error}".split("\n")[0] + kept, 1)
+        fail(f"{error}{kept}", 1)
     except KeyboardInterrupt:
         fail("interrupted", 130)

@@ -398,7 +398,7 @@ def test_numbers_that_are_not_finite(script, number, monkeypatch, tmp_path):
 
 def test_a_gradient_that_is_not_finite(monkeypatch, tmp_path):
     """One that only shows when the loss is differentiated changes no parameter: it is seen before the step."""
-    clip, calls = trajsep_ppo.nn.utils.clip_grad_norm_, []
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def spoiled(parameters, norm):
         parameters = list(parameters)
@@ -407,7 +407,7 @@ def test_a_gradient_that_is_not_finite(monkeypatch, tmp_path):
             parameters[0].grad.view(-1)[0] = np.nan
         return clip(parameters, norm)
 
-    monkeypatch.setattr(trajsep_ppo.nn.utils, "clip_grad_norm_", spoiled)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
     options = {"num_minibatches": 1, "update_epochs": 1, "save_every": 1, "total_timesteps": 800}
     with pytest.raises(FloatingPointError, match="in update 3"):
         train_on_toy(monkeypatch, trajsep_ppo, tmp_path / "run", seed=1, **options)
@@ -447,7 +447,7 @@ def test_parameters_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
         spoiled.calls += 1
 
     spoiled.calls = 0
-    monkeypatch.setattr(trajsep_ppo.optim.Adam, "step", spoiled)
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
     options = {"num_minibatches": 2, "update_epochs": 2, "save_every": 1, "total_timesteps": 800}
     with pytest.raises(FloatingPointError, match="after update 2"):
         train_on_toy(monkeypatch, trajsep_ppo, tmp_path / "run", seed=1, **options)
