@@ -397,9 +397,9 @@ def catch_signals(caught):
 def restore(checkpoint, agent, optimizer, envs, device):
     """Put everything back; returns the first observation, and the update, step, seconds and last matches so far."""
     agent.load_state_dict(checkpoint["model"])
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]["state"]})
-    for x, state in optimizer.state.items():  # what Adam itself would not notice
-        if [state[key].shape for key in ("step", "exp_avg", "exp_avg_sq")] != [(), x.shape, x.shape]:
+    optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for x, state in optimizer.state.items():  # Adam itself would not notice
+        if {key: y.shape for key, y in state.items()} != {"step": (), "exp_avg": x.shape, "exp_avg_sq": x.shape}:
             raise ValueError("its optimizer is that of another network")
     update, matches = int(checkpoint["update"]), checkpoint["matches"]
     if matches is None:  # from an environment without state(): they are lost when a run stops
