@@ -416,7 +416,7 @@ class LuxEncoder:
         for team, rows in enumerate(factories):
             slots = [self.factory_slot[team][unit_id] for unit_id in rows]
             self.alive[team, slots] = True
-            table[team, slots] = list(rows.values())
+            table[team, slots] = np.array(list(rows.values())).reshape(-1, 8)  # a team that has lost may have none
         self.factory_pos, self.stock = table[..., :2], table[..., 2:7]  # power, ice, ore, water, metal
         self.strain_of = table[..., 7]
 
@@ -1235,7 +1235,20 @@ class LuxVecEnv(gym.vector.VectorEnv):
 
         Returns:
             Observations as of then, and an empty infos dict, as `reset` does.
+
+        Raises:
+            ValueError: if it cannot be the state of such an environment.
         """
+        shape = self.arrays["actions"].shape[1:]
+        fitting = [
+            given.dtype == np.int8
+            and (given.shape[1:] == shape and len(given) < GAME_LENGTH)
+            and ((0 <= given) & (given < NUM_ACTIONS)).all()
+            and (np.size(seed) == np.size(played) == 1 and seed >= 0 and played >= 1)
+            for given, seed, played in ((match["actions"], match["seed"], match["played"]) for match in state)
+        ]
+        if len(fitting) != self.num_envs or not all(fitting):
+            raise ValueError("the state of the matches is that of another environment")
         self._call("load_state", state)
         return self._observations(), {}
 

@@ -22,23 +22,20 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import sys
 import threading
 import time
 import zipfile
-from collections import deque
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal, Optional  # (*)
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
-import torch.optim as optim
 import tyro
 from PIL import Image
 from torch.distributions import Categorical
@@ -52,10 +49,11 @@ from lux_wrapper import LuxError, LuxVecEnv
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK, LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-
-# What --resume lets change: what is learned does not depend on it, but for the step at which to end
-MAY_CHANGE = ("cuda", "num_workers", "track", "wandb_project_name", "wandb_entity", "capture_video", "eval_episodes")
-MAY_CHANGE += ("save_every", "keep_checkpoints", "total_timesteps")
+# What --resume and --evaluate let change: what is learned does not depend on it, but for the step at which to end
+MAY_CHANGE = (
+    *("cuda", "num_workers", "track", "wandb_project_name", "wandb_entity", "capture_video"),
+    *("eval_episodes", "save_every", "keep_checkpoints", "total_timesteps"),
+)
 
 
 @dataclass
@@ -77,10 +75,9 @@ class Args:
     capture_video: bool = False
     """if toggled, one evaluation match is drawn by the engine's renderer into video.gif in the run's folder"""
     evaluate: Optional[str] = None
-    """a run, or one of its checkpoints, to evaluate instead of training"""
+    """a run, or one of its checkpoints, to evaluate instead of training, with its flags"""
     resume: Optional[str] = None
-    """a run, or one of its checkpoints, to go on with as if it had never stopped; it keeps its flags, but for those
-    that change nothing in what is learned, and --total-timesteps, by which the schedules then go"""
+    """a run, or one of its checkpoints, to go on with as if it had never stopped, with its flags"""
     eval_episodes: int = 20
     """matches of the evaluation at the end, on maps never trained on"""
     save_every: int = 20
@@ -151,64 +148,55 @@ class Args:
 
 
 def fail(message, code=2):
-    """End the program with one sentence for the person who started it."""
+    """End the program with one sentence for the person who started it, below the progress bar if there may be one."""
     if RANK == 0 or code == 1:  # a wrong flag is wrong in every process of torchrun, and one of them says so
-        below_the_progress_bar = "\n" if code == 1 else ""
-        print(f"{below_the_progress_bar}{os.path.basename(__file__)}: error: {message}", file=sys.stderr)
+        print("\n" * (code == 1) + os.path.basename(__file__) + ": error:", *message.split(), file=sys.stderr)
     sys.exit(code)
 
 
 def parse_args(default=Args()):
     """The arguments of the command line; what tyro says of wrong ones in a box becomes one sentence."""
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(io.StringIO()) as said:
             return tyro.cli(Args, default=default)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-    lines = [line.strip("│ ") for line in said.getvalue().splitlines()]
-    fail(" ".join(lines[1 : next(i for i, line in enumerate(lines) if line.startswith("──"))]))
+    message = re.split("[─-]{9,}", said.getvalue())[1]  # what stands between the box's first two rules
+    fail(re.sub("[╮│]", "", message))
 
 
 def check_args(args):
     """Refuse what cannot work before anything is written."""
-    if not 0 <= args.seed < 2**32:
-        fail(f"--seed must be between 0 and 2**32 - 1, got {args.seed}")
-    counts = ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes")
-    for name in (*counts, "save_every", "keep_checkpoints", "map_size", "min_factories", "max_robots"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    for name in ("learning_rate", "max_grad_norm", "clip_coef", "positive_reward_weight"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda", "agent_reward_weight"):  # (*)
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(args, name)}")
+    for low, high, names in (
+        (1, 10**9, "total_timesteps num_envs num_steps num_minibatches update_epochs"),
+        (1, 10**9, "eval_episodes save_every keep_checkpoints max_robots"),
+        (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
+        (0, 10**9, "ent_coef vf_coef target_kl num_workers"),
+        (0, 1, "gamma gae_lambda agent_reward_weight"),  # (*)
+        (0, 2**32 - 1, "seed"),
+        (24, 64, "map_size"),
+        (1, 10, "min_factories"),
+        (args.min_factories, 10, "max_factories"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     if "--cuda" in sys.argv and not torch.cuda.is_available():
         fail("--cuda needs a GPU and a PyTorch with CUDA, and there is none here; without the flag the CPU is used")
     if args.num_envs % WORLD_SIZE:
         fail(f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes of torchrun")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        fail("--track needs Weights and Biases: pip install wandb")
-    if args.num_workers is not None and args.num_workers < 0:
-        fail(f"--num-workers must be at least 0, got {args.num_workers}")
-    if not args.min_factories <= args.max_factories <= 10:
-        fail(f"--max-factories must be between --min-factories and 10, got {args.max_factories}")
-    if not 24 <= args.map_size <= 64:
-        fail(f"--map-size must be between 24 and 64, got {args.map_size}")
     if args.num_steps % args.num_minibatches:
         fail(f"--num-steps {args.num_steps} does not divide by --num-minibatches {args.num_minibatches}")
-    rollout_steps = args.num_envs * args.num_steps
-    if args.total_timesteps < rollout_steps:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout of {rollout_steps} steps")
+    if args.total_timesteps < args.num_envs * args.num_steps:
+        fail(f"--total-timesteps {args.total_timesteps} is less than one rollout, {args.num_envs} x {args.num_steps}")
 
 
 def make_envs(args, num_envs, **options):
     """The vector environment; all that the rest of this file knows of the game is its arrays."""
     game = ("num_workers", "map_size", "min_factories", "max_factories", "max_robots", "safe_masks")
-    options = {name: getattr(args, name) for name in game} | options
-    return LuxVecEnv(num_envs, group_by=args.group_by, **options)  # (*)
+    return LuxVecEnv(num_envs, group_by=args.group_by, **{name: getattr(args, name) for name in game} | options)  # (*)
 
 
 def to_tensors(obs, device):
@@ -238,19 +226,16 @@ def share_reward(reward, active, weight):
 
 
 def masked_mean(x, mask, count=None):
-    """Mean of x where mask; what stands elsewhere, be it NaN, counts for nothing.
-
-    With `count`, the number of such cells in all processes, it is this process's part of their mean.
-    """
+    """Mean of x where mask, be the rest NaN; with the `count` of all processes, this process's part of their mean."""
     count = mask.sum() if count is None else count
     return torch.where(mask, x, 0).sum() / count.clamp(min=1)
 
 
-def all_sum(x):
-    """Sum of the tensor over all processes of torchrun, the same in each of them; x itself where there is one."""
+def together(exchange, x, *arguments):
+    """The tensor or list x after an exchange with the other processes of torchrun, x itself where there are none."""
     if WORLD_SIZE > 1:
         try:
-            dist.all_reduce(x)
+            exchange(x, *arguments)
         except RuntimeError:
             fail("another process of this training has died", 1)
     return x
@@ -259,43 +244,31 @@ def all_sum(x):
 def all_moments(x, mask):
     """Number of cells where mask, and mean and variance of x there, over all processes of torchrun."""
     x = torch.where(mask, x, 0).double()  # precise enough for the variance to be a difference
-    count, total, squares = all_sum(torch.stack([mask.sum(), x.sum(), (x**2).sum()]))
+    count, total, squares = together(dist.all_reduce, torch.stack([mask.sum(), x.sum(), (x**2).sum()]))
     mean = total / count.clamp(min=1)
     variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
     return count.float(), mean.float(), variance.float()
 
 
-def gather(items):
-    """The lists of all processes of torchrun joined, the same in each of them."""
-    if WORLD_SIZE > 1:
-        everyone = [None] * WORLD_SIZE
-        try:
-            dist.all_gather_object(everyone, items)
-        except RuntimeError:
-            fail("another process of this training has died", 1)
-        items = sum(everyone, [])
-    return items
+def gather(item):
+    """A list of what each process of torchrun has there, the same in all of them."""
+    return together(dist.all_gather_object, [item] * WORLD_SIZE, item)
 
 
-def choose_device(args):
-    """The device of this process; each process of torchrun on a machine has a GPU of its own."""
-    if not (args.cuda and torch.cuda.is_available()):
-        return torch.device("cpu")
-    if LOCAL_WORLD_SIZE > torch.cuda.device_count():
-        gpus = torch.cuda.device_count()
-        fail(f"torchrun started {LOCAL_WORLD_SIZE} processes for {gpus} GPUs; --no-cuda does without them")
-    torch.cuda.set_device(LOCAL_RANK)
-    return torch.device("cuda", LOCAL_RANK)
-
-
-def join_processes(device):
-    """Meet the other processes of torchrun, if any."""
-    if WORLD_SIZE > 1:
+def set_up(args):
+    """The device of this process; where torchrun started several, each has a GPU of its own, and they meet here."""
+    device = torch.device("cpu")
+    if args.cuda and torch.cuda.is_available():
+        if LOCAL_WORLD_SIZE > (gpus := torch.cuda.device_count()):
+            fail(f"torchrun started {LOCAL_WORLD_SIZE} processes for {gpus} GPUs; --no-cuda does without them")
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
+    if WORLD_SIZE > 1 and args.evaluate is None:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=2))
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0][:120]
-            fail(f"cannot meet the other processes: is MASTER_ADDR right and MASTER_PORT free? ({reason})", 1)
+            fail(f"cannot meet the other processes: is MASTER_ADDR right and MASTER_PORT free? ({error!r:.120})", 1)
+    return device
 
 
 def sample(probs):
@@ -305,16 +278,10 @@ def sample(probs):
 
 
 def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
-    """Generalized advantage estimation for trajectories that begin and end at any step.
+    """Generalized advantage estimation for trajectories that begin and end at any step: [T, B, G], 0 where inactive.
 
-    Args:
-        rewards: [T, B, G], of the actions at each step.
-        values, active: [T + 1, B, G], of the observations, the last one included. A group that is inactive
-            in the next observation has ended, as has every group where the match is done.
-        dones: [T, B], whether the match ended with this step.
-
-    Returns:
-        advantages [T, B, G], 0 where inactive.
+    rewards [T, B, G] are of the actions, values and active [T + 1, B, G] of the observations, the last one included.
+    A group that is inactive in the next observation has ended, as has every group of a match that is done [T, B].
     """
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[0])
@@ -339,22 +306,17 @@ def play(agent, envs, device):
 
 
 def evaluate(agent, args, device):
-    """Play `args.eval_episodes` matches on held-out maps, each once.
-
-    Returns:
-        dict of lists, metric -> one number per match (mean of the two teams).
-    """
+    """Play `args.eval_episodes` held-out matches, each once: dict metric -> a number for each (mean of the teams)."""
     envs = make_envs(args, args.eval_episodes, held_out=True)
-    metrics, playing = {}, np.ones(args.eval_episodes, bool)
+    metrics, playing, steps = {}, np.ones(args.eval_episodes, bool), play(agent, envs, device)
     with tqdm(total=args.eval_episodes, desc="evaluating", unit="match", leave=False) as progress:
-        for infos in play(agent, envs, device):
+        while playing.any():
+            infos = next(steps)
             for match in np.flatnonzero(infos.get("_episode", False) & playing):
                 for key, value in infos["episode"].items():
                     metrics.setdefault(key, [None] * args.eval_episodes)[match] = float(np.mean(value[match]))
                 playing[match] = False
                 progress.update()
-            if not playing.any():
-                break
     envs.close()
     return metrics
 
@@ -369,21 +331,19 @@ def record_video(agent, args, device, path):
         if step % 4 == 0:
             frames.append(Image.fromarray(envs.render()[0]).quantize(64))
     envs.close()
-    options = {"format": "GIF", "save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
-    write_atomically(path, lambda file: frames[0].save(file, **options))
-    print(f"written to {path}")
+    video = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+    write_atomically(path, lambda file: frames[0].save(file, "GIF", **video))
 
 
 def report(metrics, path):
     """Print the evaluation as a table and write it to `path` as JSON."""
     summary = {key: {"mean": np.mean(x), "std": np.std(x), "min": min(x), "max": max(x)} for key, x in metrics.items()}
     print(f"\nevaluation on {len(metrics['l'])} held-out matches\n{'':24}{'mean':>10}{'std':>10}{'min':>10}{'max':>10}")
-    names = {"l": "episode_length", "r": "episodic_return"}
     for key, row in summary.items():
-        print(f"{names.get(key, key):24}" + "".join(f"{number:10.1f}" for number in row.values()))
+        name = {"l": "episode_length", "r": "episodic_return"}.get(key, key)
+        print(f"{name:24}" + "".join(f"{number:10.1f}" for number in row.values()))
     text = json.dumps({"summary": summary, "matches": metrics}, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))
-    print(f"written to {path}")
 
 
 def write_atomically(path, write):
@@ -396,52 +356,48 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); what was there before is kept", 1)
+        Path(temporary).unlink(missing_ok=True)
+        fail(f"cannot write {path} ({error!r:.120}); what was there before is kept", 1)
 
 
 def checkpoints(run_dir):
     """Paths of the checkpoints of a run, the newest last."""
-    return sorted(Path(run_dir).glob("checkpoint_*.pt"), key=lambda path: int(path.stem.split("_")[1]))
+    paths = [path for path in Path(run_dir).glob("checkpoint_*.pt") if path.stem.split("_", 1)[1].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem.split("_")[1]))
 
 
 def load_checkpoint(path):
     """Path, content (tensors and plain values only) and Args of a checkpoint, or of a run's newest that is whole."""
-    if not os.path.exists(path):
-        fail(f"there is no checkpoint {path}")
     paths, message = checkpoints(path) if os.path.isdir(path) else [path], f"there is no checkpoint in {path}"
     for path in reversed(paths):
         try:
-            with zipfile.ZipFile(path) as file:  # torch.load checks no sums
-                if file.testzip():
-                    raise ValueError("its sums are wrong")
+            whole = zipfile.ZipFile(path).testzip() is None  # torch.load checks no sums
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            known = {field.name for field in fields(Args)}
-            arguments = {name: value for name, value in checkpoint["args"].items() if name in known}
-            trained = Args(**(arguments | {"track": False}))  # evaluating needs no wandb
+            trained = Args(**{name: x for name, x in checkpoint["args"].items() if hasattr(Args, name)})
             check_args(trained)
-            checkpoint["model"]
+            kinds = {x.name: x.type if x.default is None else type(x.default) for x in fields(Args)}
+            fitting = all(isinstance(getattr(trained, name), kind) for name, kind in kinds.items())
+            if not (whole and fitting and all(x.isfinite().all() for x in checkpoint["model"].values())):
+                raise ValueError("wrong sums, wrong arguments, or numbers that are not finite")
             return path, checkpoint, trained
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            message = f"{path} is damaged or no checkpoint of this script ({reason[:120]})"
+            message = f"{path} is damaged or no checkpoint of this script ({error!r:.120})"
             if path != paths[0] and RANK == 0:
                 print(f"{message}; the one before it is used", file=sys.stderr)
     fail(message)
 
 
-def resume_run(args):
-    """What `--resume` goes on with: its arguments, checkpoint and folder."""
-    path, checkpoint, trained = load_checkpoint(args.resume)
-    if checkpoint["args"].keys() != asdict(args).keys() or "matches" not in checkpoint:
+def load_run(args):
+    """What --resume or --evaluate goes on with: the arguments, checkpoint and folder of a run."""
+    flag = "evaluate" if args.resume is None else "resume"
+    path, checkpoint, trained = load_checkpoint(getattr(args, flag))
+    if flag == "resume" and checkpoint["args"].keys() != asdict(args).keys():
         fail(f"{path} was made by another script or version, which can go on with it")
-    trained.track = checkpoint["args"]["track"]
     args = parse_args(trained)
-    args.resume = None
     for name, kept in asdict(trained).items():
-        if getattr(args, name) != kept and name not in MAY_CHANGE:
-            fail(f"--{name.replace('_', '-')} cannot be changed with --resume; this run has {kept}")
+        if getattr(args, name) != kept and name not in (flag, *MAY_CHANGE):
+            fail(f"--{name.replace('_', '-')} cannot be changed with --{flag}; this run has {kept}")
+    args.resume = None
     return args, checkpoint, os.path.dirname(path) or "."
 
 
@@ -457,29 +413,36 @@ def catch_signals(caught):
         signal.signal(number, note)
 
 
+def restore(checkpoint, agent, optimizer, envs, device):
+    """Put everything back; returns the first observation, and the update, step, seconds and last matches so far."""
+    agent.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for x, state in optimizer.state.items():  # Adam itself would not notice
+        if {key: y.shape for key, y in state.items()} != {"step": (), "exp_avg": x.shape, "exp_avg_sq": x.shape}:
+            raise ValueError("its optimizer is that of another network")
+    update, matches = int(checkpoint["update"]), checkpoint["matches"]
+    if matches is None:  # from an environment without state(): they are lost when a run stops
+        next_obs, _ = envs.reset(seed=checkpoint["args"]["seed"] + update)
+    else:
+        mine = matches[RANK * envs.num_envs : (RANK + 1) * envs.num_envs]
+        next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in mine])
+    random.setstate(checkpoint["python_rng"])
+    np.random.set_state(checkpoint["numpy_rng"])
+    torch.set_rng_state(checkpoint["torch_rng"])
+    if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+    finished = [{key: float(x) for key, x in match.items()} for match in checkpoint["finished"]]
+    return next_obs, update, int(checkpoint["global_step"]), int(checkpoint["train_seconds"]), finished
+
+
 def train(args, run_dir, device, checkpoint=None):
     """The whole training, or what is left of it: rollout, advantages, update, log; returns the trained agent."""
-    start = checkpoint or {"update": 0, "global_step": 0, "train_seconds": 0.0, "finished": [], "matches": None}
     if args.track and RANK == 0:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            sync_tensorboard=True,
-            config=vars(args),
-            name=os.path.basename(run_dir),
-            id=os.path.basename(run_dir),
-            resume="allow",
-            save_code=True,
-        )
-    if RANK == 0:
-        threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is raised in this one too
-        # What was logged after the checkpoint will come once more, and is shown once.
-        writer = SummaryWriter(run_dir, purge_step=start["global_step"] + 1 if checkpoint else None)
-        if not checkpoint:
-            table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        name = os.path.basename(run_dir)
+        options = {"id": name, "name": name, "resume": "allow", "sync_tensorboard": True, "save_code": True}
+        wandb.init(project=args.wandb_project_name, entity=args.wandb_entity, config=vars(args), **options)
 
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -491,28 +454,26 @@ def train(args, run_dir, device, checkpoint=None):
     num_workers = args.num_workers if args.num_workers is not None else cores if cores > 1 else 0
     envs = make_envs(args, num_envs, num_workers=num_workers, first_match=RANK * num_envs)
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
-    if WORLD_SIZE > 1:  # the same seed gives the same parameters, but for rounding on another kind of machine
-        for parameter in agent.parameters():
-            dist.broadcast(parameter.data, 0)
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    for parameter in agent.parameters():  # the same seed gives the same ones, but for rounding on another machine
+        together(dist.broadcast, parameter.data, 0)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     if checkpoint:
-        agent.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    if RANK == 0:
-        how = f", from step {start['global_step']} of {args.total_timesteps} on" if checkpoint else ""
-        print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}{how}")
-
-    if start["matches"] is None:  # new, or an environment without state(), whose matches are lost when a run stops
-        next_obs, _ = envs.reset(seed=args.seed + start["update"])
+        try:
+            next_obs, last_update, global_step, seconds, finished = restore(checkpoint, agent, optimizer, envs, device)
+        except Exception as error:
+            code = 1 if isinstance(error, LuxError) else 2
+            fail(f"the checkpoint in {run_dir} does not fit its own arguments ({error!r:.120})", code)
     else:
-        matches = start["matches"][RANK * num_envs : (RANK + 1) * num_envs]
-        next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in matches])
-    if checkpoint:
-        random.setstate(checkpoint["python_rng"])
-        np.random.set_state(checkpoint["numpy_rng"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        next_obs, _ = envs.reset(seed=args.seed)
+        last_update, global_step, seconds, finished = 0, 0, 0, []
+    if RANK == 0:
+        how = f", from step {global_step} of {args.total_timesteps} on" if checkpoint else ""
+        print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}{how}")
+        threading.excepthook = lambda _: None  # what fails in TensorBoard's thread is raised in this one too
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1 if checkpoint else None)  # the rest comes again
+        if not checkpoint:
+            table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+            writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -528,14 +489,13 @@ def train(args, run_dir, device, checkpoint=None):
 
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
-    global_step, start_time = start["global_step"], time.time() - start["train_seconds"]
-    finished = deque(start["finished"], maxlen=20)  # metrics of the last matches
+    start_time = time.time() - seconds
     looks = {"unit": "step", "smoothing": 0.1, "dynamic_ncols": True, "disable": RANK > 0}
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, **looks)
     signals, stopped = [], []  # those that came here, and those that all processes know of
     catch_signals(signals)
 
-    for update in range(start["update"] + 1, num_updates + 1):
+    for update in range(last_update + 1, num_updates + 1):
         if stopped:
             break
         done_share = (update - 1) / num_updates
@@ -601,8 +561,7 @@ def train(args, run_dir, device, checkpoint=None):
                 logratio = torch.where(mb_active, newlogprob - b_logprobs[mb], 0)
                 ratio = logratio.exp()
 
-                with torch.no_grad():
-                    # http://joschu.net/blog/kl-approx.html
+                with torch.no_grad():  # http://joschu.net/blog/kl-approx.html
                     approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)
                     clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active, count)
 
@@ -629,11 +588,11 @@ def train(args, run_dir, device, checkpoint=None):
                 metrics = torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
                 if WORLD_SIZE > 1:  # add up what the processes have: one message for all gradients and metrics
                     grads = [p.grad for p in agent.parameters() if p.grad is not None]
-                    sums = all_sum(torch.cat([metrics, *[grad.flatten() for grad in grads]]))
+                    sums = together(dist.all_reduce, torch.cat([metrics, *[grad.flatten() for grad in grads]]))
                     metrics, *parts = sums.split([len(metrics), *[grad.numel() for grad in grads]])
                     for grad, part in zip(grads, parts):
                         grad.copy_(part.view_as(grad))
-                norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 *metrics, norm = torch.cat([metrics, norm[None]]).tolist()  # waits for the device
                 if not np.isfinite([*metrics, norm]).all():
                     raise FloatingPointError(f"the loss or its gradient is not a finite number in update {update}")
@@ -644,28 +603,24 @@ def train(args, run_dir, device, checkpoint=None):
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
-        _, _, return_variance = all_moments(b_returns, b_active)
-        _, _, error_variance = all_moments(b_returns - b_values, b_active)
+        return_variance, error_variance = (all_moments(x, b_active)[2] for x in (b_returns, b_returns - b_values))
         explained_var = 1 - error_variance / return_variance
-        episodes = sorted(gather(episodes), key=lambda episode: episode[0])
-        stopped = gather(signals[:1])
+        episodes, stopped = (sum(lists, []) for lists in zip(*gather([episodes, signals])))
         saving = update % args.save_every == 0 or update == num_updates or stopped
-        matches = gather(envs.state()) if saving and hasattr(envs, "state") else None
+        matches = sum(gather(envs.state()), []) if saving and hasattr(envs, "state") else None
         if RANK > 0:  # the rest of the update is writing
             continue
 
-        for episode_step, episode in episodes:
-            finished.append(episode)
+        for episode_step, episode in sorted(episodes, key=lambda episode: episode[0]):
+            finished = [*finished[-19:], episode]  # the metrics of the last 20 matches
             for key, x in episode.items():
                 name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"lux/{key}")
                 writer.add_scalar(name, x, episode_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-        writer.add_scalar("losses/value_loss", v_loss, global_step)
-        writer.add_scalar("losses/policy_loss", pg_loss, global_step)
-        writer.add_scalar("losses/entropy", entropy_loss, global_step)
-        writer.add_scalar("losses/approx_kl", approx_kl, global_step)
-        writer.add_scalar("losses/clipfrac", np.mean(clipfracs), global_step)
-        writer.add_scalar("losses/explained_variance", explained_var.item(), global_step)
+        losses = {"value_loss": v_loss, "policy_loss": pg_loss, "entropy": entropy_loss, "approx_kl": approx_kl}
+        losses |= {"clipfrac": np.mean(clipfracs), "explained_variance": explained_var.item()}
+        for name, x in losses.items():
+            writer.add_scalar(f"losses/{name}", x, global_step)
         writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
         progress.update(rollout_steps)
         if finished:
@@ -676,26 +631,18 @@ def train(args, run_dir, device, checkpoint=None):
         if saving:
             if not all(x.isfinite().all() for x in agent.parameters()):
                 raise FloatingPointError(f"a parameter is not a finite number after update {update}")
-            checkpoint = {
-                "args": asdict(args),
-                "model": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "update": update,
-                "global_step": global_step,
-                "train_seconds": time.time() - start_time,
-                "finished": list(finished),
-                "matches": matches and [{key: torch.as_tensor(x) for key, x in match.items()} for match in matches],
-                "python_rng": random.getstate(),
-                "numpy_rng": tuple(x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state()),
-                "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            }
+            checkpoint = {"args": asdict(args), "model": agent.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint |= {"update": update, "global_step": global_step, "train_seconds": time.time() - start_time}
+            checkpoint |= {"finished": finished, "python_rng": random.getstate(), "torch_rng": torch.get_rng_state()}
+            checkpoint["numpy_rng"] = tuple(np.asarray(x).tolist() for x in np.random.get_state())
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            checkpoint["matches"] = matches and [{k: torch.as_tensor(x) for k, x in match.items()} for match in matches]
             writer.flush()  # a run that goes on from here finds all that was logged
             path = f"{run_dir}/checkpoint_{global_step}.pt"
-            write_atomically(path, partial(torch.save, checkpoint))
+            write_atomically(path, lambda file: torch.save(checkpoint, file))
             paths = checkpoints(run_dir)  # those of later steps are from before the run went on from an older one
-            here = paths.index(Path(path)) + 1
-            for other in (*paths[: max(here - args.keep_checkpoints, 0)], *paths[here:]):
+            so_far = paths[: paths.index(Path(path)) + 1]
+            for other in {*paths} - {*so_far[-args.keep_checkpoints :]}:
                 other.unlink()
 
     progress.close()
@@ -714,45 +661,39 @@ def train(args, run_dir, device, checkpoint=None):
 
 if __name__ == "__main__":
     args, checkpoint, run_dir = parse_args(), None, None
-    if args.resume:
-        args, checkpoint, run_dir = resume_run(args)
+    if (args.resume, args.evaluate) != (None, None):
+        args, checkpoint, run_dir = load_run(args)
     check_args(args)
-    device = choose_device(args)
-    if args.evaluate:
-        if RANK > 0:  # one process evaluates
-            sys.exit()
-        path, checkpoint, trained = load_checkpoint(args.evaluate)
-        run_dir = os.path.dirname(path) or "."
-        for name in ("cuda", "num_workers", "eval_episodes", "capture_video", "evaluate"):
-            setattr(trained, name, getattr(args, name))
-        args = trained
-    else:
-        join_processes(device)
-        if RANK == 0 and not checkpoint:
-            run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
-            try:
-                os.makedirs(run_dir)
-                Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
-            except OSError as error:
-                fail(f"cannot write to {os.path.abspath('runs')} ({error.strerror}); start it in a folder of your own")
+    if args.track and args.evaluate is None and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights and Biases: pip install wandb")
+    device = set_up(args)
+    if RANK == 0 and not checkpoint:
+        run_dir = f"runs/{args.exp_name}__{args.seed}__{int(time.time())}"
+        try:
+            os.makedirs(run_dir)
+            Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
+        except (OSError, ValueError) as error:
+            fail(f"cannot write to {os.path.abspath(run_dir)} ({error!r:.120}); start it in a folder of your own")
     try:
-        if args.evaluate:
+        if args.evaluate is None:
+            agent = train(args, run_dir, device, checkpoint)
+            if WORLD_SIZE > 1:
+                dist.destroy_process_group()
+        else:
             envs = make_envs(args, 1, num_workers=0)
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
             try:
                 agent.load_state_dict(checkpoint["model"])
-            except (RuntimeError, TypeError, AttributeError):
-                fail(f"{args.evaluate} holds another network than this version's")
-        else:
-            agent = train(args, run_dir, device, checkpoint)
-            if WORLD_SIZE > 1:
-                dist.destroy_process_group()
-            if RANK > 0:  # one process evaluates
-                sys.exit()
-        report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
-        if args.capture_video:
-            record_video(agent, args, device, f"{run_dir}/video.gif")
-    except (LuxError, FloatingPointError, OSError) as error:
+            except Exception as error:
+                fail(f"{args.evaluate} holds another network than this version's ({error!r:.120})")
+        if RANK == 0:  # one process evaluates
+            report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
+            if args.capture_video:
+                record_video(agent, args, device, f"{run_dir}/video.gif")
+            print(f"written to {run_dir}")
+    except (RuntimeError, FloatingPointError, MemoryError, OSError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, LuxError) and "memory" not in str(error):
+            raise  # a mistake in the code; where memory is short torch raises RuntimeError too
         kept = f"; the last checkpoint is {checkpoints(run_dir)[-1]}" if run_dir and checkpoints(run_dir) else ""
         fail(f"{error}{kept}", 1)
     except KeyboardInterrupt:

@@ -293,7 +293,9 @@ def small_run(folder, steps=(64, 128), **changes):
     folder.mkdir()
     for step in steps:
         checkpoint = {"args": dataclasses.asdict(trajsep_ppo.Args(seed=7)), "model": parameters_at_start()}
-        torch.save(checkpoint | {"global_step": step, "matches": []} | changes, folder / f"checkpoint_{step}.pt")
+        checkpoint |= {"optimizer": {}, "update": 1, "global_step": step, "train_seconds": 1.0, "finished": []}
+        checkpoint |= {"matches": [], "python_rng": (), "numpy_rng": (), "torch_rng": torch.zeros(0), "cuda_rng": None}
+        torch.save(checkpoint | changes, folder / f"checkpoint_{step}.pt")
     return folder
 
 
@@ -394,6 +396,47 @@ def test_numbers_that_are_not_finite(script, number, monkeypatch, tmp_path):
     assert checkpoint["update"] == 2 and all(x.isfinite().all() for x in checkpoint["model"].values())
 
 
+def test_a_gradient_that_is_not_finite(monkeypatch, tmp_path):
+    """One that only shows when the loss is differentiated changes no parameter: it is seen before the step."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def spoiled(parameters, norm):
+        parameters = list(parameters)
+        calls.append(norm)
+        if len(calls) == 3:
+            parameters[0].grad.view(-1)[0] = np.nan
+        return clip(parameters, norm)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
+    options = {"num_minibatches": 1, "update_epochs": 1, "save_every": 1, "total_timesteps": 800}
+    with pytest.raises(FloatingPointError, match="in update 3"):
+        train_on_toy(monkeypatch, trajsep_ppo, tmp_path / "run", seed=1, **options)
+    assert trajsep_ppo.load_checkpoint(tmp_path / "run")[1]["update"] == 2
+
+
+@pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
+def test_sigterm_while_saving(script, monkeypatch, tmp_path):
+    """The checkpoint is written to its end, and so is that of the next update, after which the run stops."""
+    save, calls = torch.save, []
+
+    def interrupted(checkpoint, file):
+        calls.append(checkpoint["update"])
+        if len(calls) == 2:
+            file.write(b"half of it")
+            file.flush()
+            file.seek(0)
+            signal.raise_signal(signal.SIGTERM)
+        save(checkpoint, file)
+
+    monkeypatch.setattr(script.torch, "save", interrupted)
+    with pytest.raises(SystemExit) as end:
+        train_on_toy(monkeypatch, script, tmp_path / "run", seed=1, total_timesteps=800, save_every=1)
+    assert end.value.code == 128 + signal.SIGTERM and calls == [1, 2, 3]
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    for path, update in zip(script.checkpoints(tmp_path / "run"), (2, 3)):
+        assert script.load_checkpoint(path)[1]["update"] == update
+
+
 def test_parameters_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
     step = torch.optim.Adam.step
 
@@ -404,7 +447,7 @@ def test_parameters_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
         spoiled.calls += 1
 
     spoiled.calls = 0
-    monkeypatch.setattr(trajsep_ppo.optim.Adam, "step", spoiled)
+    monkeypatch.setattr(torch.optim.Adam, "step", spoiled)
     options = {"num_minibatches": 2, "update_epochs": 2, "save_every": 1, "total_timesteps": 800}
     with pytest.raises(FloatingPointError, match="after update 2"):
         train_on_toy(monkeypatch, trajsep_ppo, tmp_path / "run", seed=1, **options)
