@@ -43,9 +43,10 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import global_ppo  # noqa: E402
+import trajsep_ppo  # noqa: E402
 from hybrid_model import HybridNet  # noqa: E402
-from lux_wrapper import TEAM_METRICS, LuxVecEnv  # noqa: E402
-from trajsep_ppo import to_tensors  # noqa: E402
+from lux_wrapper import TEAM_METRICS  # noqa: E402
 
 # The authors' five arms are `separate` and those that switch one thing of it to global, and `global`, which switches
 # all. What they do not have differs in one thing from the default arm, or from `global`: the longer rollouts, with
@@ -109,7 +110,7 @@ def play(agent, envs, greedy):
     actions = torch.zeros(obs["kind"].shape, dtype=torch.long).flatten(0, 1)
     while None in metrics:
         teams = torch.tensor([metric is None for metric in metrics]).repeat_interleave(2).nonzero().squeeze(1)
-        logits, _, _ = agent({key: x.index_select(0, teams) for key, x in to_tensors(obs, "cpu").items()})
+        logits, _, _ = agent({key: x.index_select(0, teams) for key, x in trajsep_ppo.to_tensors(obs, "cpu").items()})
         if not greedy:  # as torch.multinomial does; noise for all matches, so that none depends on another's end
             noise = torch.empty((*actions.shape, logits.shape[-1])).exponential_(generator=generator)
             logits = logits.softmax(-1) / noise[teams]
@@ -129,9 +130,8 @@ def evaluate(paths, wanted, num_matches, pipe):
     for step, policy in wanted:
         checkpoint = torch.load(paths[step], map_location="cpu", weights_only=True)
         if envs is None:
-            names = ("map_size", "min_factories", "max_factories", "max_robots", "safe_masks", "group_by")
-            options = {name: checkpoint["args"][name] for name in names if name in checkpoint["args"]}
-            envs = LuxVecEnv(num_matches, num_workers=0, held_out=True, **options)
+            script = trajsep_ppo if "group_by" in checkpoint["args"] else global_ppo
+            envs = script.make_envs(script.Args(**checkpoint["args"]), num_matches, num_workers=0, held_out=True)
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
         agent.load_state_dict(checkpoint["model"])
         rows = []

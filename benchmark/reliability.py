@@ -34,7 +34,7 @@ import luxai_s2.env  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
-from helpers import entities, in_process, masked_random  # noqa: E402
+from helpers import in_process, judged, masked_random, weak_robots  # noqa: E402
 from test_wrapper import Watch  # noqa: E402
 from throughput import Stopwatches, machine, memory_of  # noqa: E402
 
@@ -72,8 +72,7 @@ class Referee(Watch):
 
     def watch_step(self, orders, rewards):
         Referee.now, state = self, self.engine.state
-        # A robot that cannot pay for an order cannot stop what it can no longer pay for either.
-        self.weak = {unit for unit in entities(state)[0] if unit.power < lux.ORDER_COST[int(unit.is_heavy())]}
+        self.weak = weak_robots(state)
         self.count["orders"] += sum(map(len, orders))
         metrics = super().watch_step(orders, rewards)
         if metrics is not None:
@@ -92,11 +91,9 @@ class Referee(Watch):
     @staticmethod
     def validate(env_cfg, state, actions_by_type, verbose=1, original=luxai_s2.env.validate_actions):
         accepted, me = original(env_cfg, state, actions_by_type, verbose), Referee.now
-        for kind, orders in actions_by_type.items():
-            passed = {entity.unit_id for entity, _ in accepted[kind]}
-            refused = [entity for entity, _ in orders if entity.unit_id not in passed]
-            me.count["stranded"] += sum(entity in me.weak for entity in refused)
-            me.count["rejected"] += sum(entity not in me.weak for entity in refused)
+        for entity, _, passed in judged(accepted, actions_by_type):
+            if not passed:
+                me.count["stranded" if entity.unit_id in me.weak else "rejected"] += 1
         return accepted
 
 
@@ -150,6 +147,12 @@ def command(options, *flags):
     return [sys.executable, str(ROOT / f"{options.script}.py"), "--eval-episodes", "1", *map(str, flags)]
 
 
+def last_step(steps, num_envs):
+    """The step at which a training ends: that of its last whole rollout."""
+    rollout = num_envs * trajsep_ppo.Args.num_steps
+    return steps // rollout * rollout
+
+
 def checkpoints(folder):
     return [path for run in Path(folder).glob("runs/*") for path in trajsep_ppo.checkpoints(run)]
 
@@ -163,7 +166,7 @@ def soak_training(options, keep):
     samples, start, result = [], time.time(), {"wanted": options.steps, "script": options.script}
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.Popen(command(options, "--total-timesteps", options.steps), **quiet(folder))
-        last = options.steps // 256 * 256
+        last = last_step(options.steps, trajsep_ppo.Args.num_envs)
         while child.poll() is None and not any(path.stem.endswith(f"_{last}") for path in checkpoints(folder)):
             samples.append([round(time.time() - start, 1), round(memory_of(child.pid), 1)])
             keep.write(result | {"samples": samples})
@@ -198,7 +201,7 @@ def kill(options, keep):
     with tempfile.TemporaryDirectory() as folder:
         child = train(folder, *flags)
         start = wait_for_checkpoint(folder, child, 1)
-        seconds = wait_for_checkpoint(folder, child, options.steps // 128 * 128) - start
+        seconds = wait_for_checkpoint(folder, child, last_step(options.steps, 8)) - start
         if child.wait():
             sys.exit(f"reliability.py: error: the training failed: {Path(folder, 'log').read_text()[-300:]}")
         expected = parameters(folder)

@@ -113,6 +113,19 @@ def entities(state):
     return robots, [factory for player in lux.PLAYERS for factory in state.factories[player].values()]
 
 
+def weak_robots(state):
+    """Ids of the robots that cannot pay for an order, and so cannot stop what they can no longer pay for either."""
+    return {unit.unit_id for unit in entities(state)[0] if unit.power < lux.ORDER_COST[int(unit.is_heavy())]}
+
+
+def judged(accepted, actions_by_type):
+    """(entity, order, whether it was accepted) for what went into the engine's validate_actions and came out of it."""
+    for kind, orders in actions_by_type.items():
+        passed = {entity.unit_id for entity, _ in accepted[kind]}
+        for entity, order in orders:
+            yield entity, order, entity.unit_id in passed
+
+
 def hash_of(*arrays):
     digest = hashlib.sha256()
     for array in arrays:

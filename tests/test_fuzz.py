@@ -21,7 +21,7 @@ import luxai_s2.env
 import numpy as np
 import pytest
 import torch
-from helpers import entities, in_process, masked_random
+from helpers import entities, in_process, judged, masked_random, weak_robots
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from luxai_s2.unit import UnitType
@@ -429,9 +429,7 @@ def test_observations(seed, situations, robots, dead, map_size, safe_masks, grou
 
     def watched(env_cfg, state, actions_by_type, verbose=1):
         accepted = validate(env_cfg, state, actions_by_type, verbose)
-        for kind, orders in actions_by_type.items():
-            passed = {entity.unit_id for entity, _ in accepted[kind]}
-            rejected.extend((kind, entity.unit_id) for entity, _ in orders if entity.unit_id not in passed)
+        rejected.extend(entity.unit_id for entity, _, passed in judged(accepted, actions_by_type) if not passed)
         return accepted
 
     with warnings.catch_warnings():
@@ -446,11 +444,10 @@ def test_observations(seed, situations, robots, dead, map_size, safe_masks, grou
         orders = encoder.orders(masked_random(rng, out["action_mask"]))
     for player, order in zip(lux.PLAYERS, orders):
         assert engine.action_space(player).contains(order)[0]
-    units = {unit.unit_id: unit for unit in entities(engine.state)[0]}
-    weak = {key for key, unit in units.items() if unit.power < lux.ORDER_COST[int(unit.is_heavy())]}
+    weak = weak_robots(engine.state)
     with mock.patch.object(luxai_s2.env, "validate_actions", watched):
         engine.step(dict(zip(lux.PLAYERS, orders)))
-    assert not [order for order in rejected if order[1] not in weak], rejected
+    assert not set(rejected) - weak, rejected
     COUNT["observations"] += 1
     env.close()
 

@@ -12,7 +12,7 @@ from collections import Counter
 import luxai_s2.env
 import numpy as np
 import pytest
-from helpers import after_every_step, entities, in_process, masked_random
+from helpers import after_every_step, entities, in_process, judged, masked_random, weak_robots
 
 import lux_wrapper as lux
 
@@ -32,12 +32,10 @@ class Referee:
 
         def watched(env_cfg, state, actions_by_type, verbose=1):
             accepted = validate(env_cfg, state, actions_by_type, verbose)
-            for kind, orders in actions_by_type.items():
-                passed = {entity.unit_id for entity, _ in accepted[kind]}
-                for entity, order in orders:
-                    target = self.accepted if entity.unit_id in passed else self.rejected
-                    assert entity.unit_id not in target
-                    target[entity.unit_id] = order
+            for entity, order, passed in judged(accepted, actions_by_type):
+                target = self.accepted if passed else self.rejected
+                assert entity.unit_id not in target
+                target[entity.unit_id] = order
             return accepted
 
         monkeypatch.setattr(luxai_s2.env, "validate_actions", watched)
@@ -49,7 +47,7 @@ class Referee:
         encoder, state = self.match.encoder, self.match.engine.state
         slots = [robots | factories for robots, factories in zip(encoder.robot_slot, encoder.factory_slot)]
         robots = {unit.unit_id: unit for unit in entities(state)[0]}
-        weak = {key for key, unit in robots.items() if unit.power < lux.ORDER_COST[int(unit.is_heavy())]}
+        weak = weak_robots(state)
         waited = int(encoder.right_of_way.sum())
         self.accepted, self.rejected, self.messages = {}, {}, []
         collisions = int(self.match.own_collisions.sum())
