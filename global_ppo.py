@@ -145,6 +145,11 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+def reason(error):
+    """What an exception says, short enough to stand within a sentence."""
+    return f"{type(error).__name__}: {error}"[:120]
+
+
 def parse_args(default=Args()):
     """The arguments of the command line; what tyro says of wrong ones in a box becomes one sentence."""
     try:
@@ -248,7 +253,7 @@ def set_up(args):
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=2))
         except (RuntimeError, ValueError) as error:
-            fail(f"cannot meet the other processes: is MASTER_ADDR right and MASTER_PORT free? ({error!r:.120})", 1)
+            fail(f"cannot meet the other processes: is MASTER_ADDR right and MASTER_PORT free? ({reason(error)})", 1)
     return device
 
 
@@ -338,7 +343,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         Path(temporary).unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error!r:.120}); what was there before is kept", 1)
+        fail(f"cannot write {path} ({reason(error)}); what was there before is kept", 1)
 
 
 def checkpoints(run_dir):
@@ -362,7 +367,7 @@ def load_checkpoint(path):
                 raise ValueError("wrong sums, wrong arguments, or numbers that are not finite")
             return path, checkpoint, trained
         except Exception as error:
-            message = f"{path} is damaged or no checkpoint of this script ({error!r:.120})"
+            message = f"{path} is damaged or no checkpoint of this script ({reason(error)})"
             if path != paths[0] and RANK == 0:
                 print(f"{message}; the one before it is used", file=sys.stderr)
     fail(message)
@@ -401,7 +406,11 @@ def restore(checkpoint, agent, optimizer, envs, device):
     for x, state in optimizer.state.items():  # Adam itself would not notice
         if {key: y.shape for key, y in state.items()} != {"step": (), "exp_avg": x.shape, "exp_avg_sq": x.shape}:
             raise ValueError("its optimizer is that of another network")
-    update, matches = int(checkpoint["update"]), checkpoint["matches"]
+    update, matches, global_step = int(checkpoint["update"]), checkpoint["matches"], int(checkpoint["global_step"])
+    if global_step != update * checkpoint["args"]["num_envs"] * checkpoint["args"]["num_steps"]:
+        raise ValueError("its steps and updates do not agree")
+    if any(match["played"] > global_step for match in matches or ()):
+        raise ValueError("it counts more matches than steps")
     if matches is None:  # from an environment without state(): they are lost when a run stops
         next_obs, _ = envs.reset(seed=checkpoint["args"]["seed"] + update)
     else:
@@ -413,7 +422,7 @@ def restore(checkpoint, agent, optimizer, envs, device):
     if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
         torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
     finished = [{key: float(x) for key, x in match.items()} for match in checkpoint["finished"]]
-    return next_obs, update, int(checkpoint["global_step"]), int(checkpoint["train_seconds"]), finished
+    return next_obs, update, global_step, int(checkpoint["train_seconds"]), finished
 
 
 def train(args, run_dir, device, checkpoint=None):
@@ -443,7 +452,7 @@ def train(args, run_dir, device, checkpoint=None):
             next_obs, last_update, global_step, seconds, finished = restore(checkpoint, agent, optimizer, envs, device)
         except Exception as error:
             code = 1 if isinstance(error, LuxError) else 2
-            fail(f"the checkpoint in {run_dir} does not fit its own arguments ({error!r:.120})", code)
+            fail(f"the checkpoint in {run_dir} does not fit its own arguments ({reason(error)})", code)
     else:
         next_obs, _ = envs.reset(seed=args.seed)
         last_update, global_step, seconds, finished = 0, 0, 0, []
@@ -652,7 +661,7 @@ if __name__ == "__main__":
             os.makedirs(run_dir)
             Path(run_dir, "args.json").write_text(json.dumps(asdict(args), indent=1))
         except (OSError, ValueError) as error:
-            fail(f"cannot write to {os.path.abspath(run_dir)} ({error!r:.120}); start it in a folder of your own")
+            fail(f"cannot write to {os.path.abspath(run_dir)} ({reason(error)}); start it in a folder of your own")
     try:
         if args.evaluate is None:
             agent = train(args, run_dir, device, checkpoint)
@@ -664,7 +673,7 @@ if __name__ == "__main__":
             try:
                 agent.load_state_dict(checkpoint["model"])
             except Exception as error:
-                fail(f"{args.evaluate} holds another network than this version's ({error!r:.120})")
+                fail(f"{args.evaluate} holds another network than this version's ({reason(error)})")
         if RANK == 0:  # one process evaluates
             report(evaluate(agent, args, device), f"{run_dir}/evaluation.json")
             if args.capture_video:

@@ -48,7 +48,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import itertools
 import multiprocessing
 import os
 import signal
@@ -132,7 +131,8 @@ WATER_RESERVE = 200  # steps that a factory must be able to live on after wateri
 # Map seeds below this are held out for evaluation, those of training matches are above it.
 HELD_OUT_SEEDS = 1_000_000
 
-WORKER_TIMEOUT = 60  # seconds that a worker may take for a step of its matches before it counts as hung
+# Seconds that a worker may take for one step of one match, or to start, before it counts as hung.
+WORKER_TIMEOUT, START_TIMEOUT = 10, 60
 
 # ------------------------------------------------------------------------------------------------------
 # Bidding and factory placement
@@ -1043,6 +1043,7 @@ class _Matches:
                 name = f"match {self.first + index} (map seed {match.seed})"
                 raise LuxError(f"{name} failed in the engine: {type(error).__name__}: {error}") from error
             self.arrays["map_seed"][index] = match.seed
+            self.arrays["heartbeat"][index] += 1
             if result is not None:
                 results.append((self.first + index, result))
         self.encoder.encode_rows([read_engine(match.engine.state) for match in self.matches], self.out)
@@ -1096,7 +1097,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
 
     Raises:
         LuxError: from all methods that play, if the engine fails, a worker process dies, or one takes more than
-            WORKER_TIMEOUT seconds for a step.
+            WORKER_TIMEOUT seconds for a step of one match.
     """
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
@@ -1146,6 +1147,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
             "rewards": ((num_envs, *entities), np.dtype(np.float32)),
             "terminated": ((num_envs,), np.dtype(bool)),
             "map_seed": ((num_envs,), np.dtype(np.int64)),
+            "heartbeat": ((num_envs,), np.dtype(np.int64)),  # counts up when a match was stepped or begun
         }
         # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -1271,11 +1273,15 @@ class LuxVecEnv(gym.vector.VectorEnv):
             for pipe, (first, end) in zip(self.pipes, self.shares):
                 pipe.send((command, argument))
             for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
+                beats, waited = self.arrays["heartbeat"][first:end], 0
+                before = beats.sum()
                 # Wakes up when the worker answers and also when it dies. Short waits, as time passes in Ctrl-Z too.
-                patience = itertools.repeat(1) if command != "step" else itertools.repeat(1, WORKER_TIMEOUT)
-                if not any(connection.wait([pipe, worker.sentinel], seconds) for seconds in patience):
-                    worker.kill()  # it would not end otherwise
-                    raise TimeoutError
+                while not connection.wait([pipe, worker.sentinel], 1):
+                    waited = waited + 1 if beats.sum() == before else 0
+                    before = beats.sum()
+                    if waited >= (WORKER_TIMEOUT if before else START_TIMEOUT):
+                        worker.kill()  # it would not end otherwise
+                        raise TimeoutError
                 if not pipe.poll():
                     raise EOFError
                 done, result = pipe.recv()
@@ -1284,7 +1290,7 @@ class LuxVecEnv(gym.vector.VectorEnv):
                 results += result
         except (EOFError, ConnectionError, TimeoutError) as error:
             seeds = ", ".join(map(str, self.arrays["map_seed"][first:end]))
-            what = f"took more than {WORKER_TIMEOUT} s for a step" if isinstance(error, TimeoutError) else "died"
+            what = f"did nothing for {waited} s" if isinstance(error, TimeoutError) else "died"
             raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) {what}") from None
         return results
 

@@ -454,15 +454,39 @@ def test_parameters_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
     assert trajsep_ppo.load_checkpoint(tmp_path / "run")[1]["update"] == 1
 
 
-def test_a_worker_that_hangs(monkeypatch):
+@pytest.mark.parametrize("command", ["reset", "step", "load_state"])
+def test_a_worker_that_hangs(command, monkeypatch):
     """A worker that does not answer is an error that names its matches, and is ended."""
     monkeypatch.setattr(lux, "WORKER_TIMEOUT", 1)
     env = lux.LuxVecEnv(2, num_workers=2)
     workers = list(env.workers)
     obs, _ = env.reset(seed=1)
+    step = {"actions": np.zeros_like(obs["kind"])}
+    arguments = {"reset": {"seed": 2}, "step": step, "load_state": {"state": env.state()}}[command]
     os.kill(workers[1].pid, signal.SIGSTOP)
     before = time.time()
-    with pytest.raises(lux.LuxError, match=r"matches 1 to 1 .* took more than 1 s"):
-        env.step(np.zeros_like(obs["kind"]))
+    with pytest.raises(lux.LuxError, match=r"matches 1 to 1 .* did nothing for 1 s"):
+        getattr(env, command)(**arguments)
     env.close()
     assert time.time() - before < 5 and not any(worker.is_alive() for worker in workers)
+
+
+def test_a_worker_that_is_slow(monkeypatch):
+    """One that gets on, match by match, has not hung, be its whole answer as late as it likes."""
+    monkeypatch.setattr(lux, "WORKER_TIMEOUT", 2)
+    reset = lux.LuxMatch.reset
+    monkeypatch.setattr(lux.LuxMatch, "reset", lambda *arguments: time.sleep(1) or reset(*arguments))
+    env = lux.LuxVecEnv(5, num_workers=1)
+    before = time.time()
+    env.reset(seed=1)
+    env.close()
+    assert time.time() - before > 5
+
+
+def test_a_worker_that_does_not_start(monkeypatch):
+    monkeypatch.setattr(lux, "START_TIMEOUT", 2)
+    env = lux.LuxVecEnv(2, num_workers=2)
+    os.kill(env.workers[0].pid, signal.SIGSTOP)
+    with pytest.raises(lux.LuxError, match=r"matches 0 to 0 .* did nothing for 2 s"):
+        env.reset(seed=1)
+    env.close()
