@@ -132,7 +132,7 @@ WATER_RESERVE = 200  # steps that a factory must be able to live on after wateri
 HELD_OUT_SEEDS = 1_000_000
 
 # Seconds that a worker may take for one step of one match, or to start, before it counts as hung.
-WORKER_TIMEOUT, START_TIMEOUT = 10, 60
+WORKER_TIMEOUT, START_TIMEOUT = 8, 60
 
 # ------------------------------------------------------------------------------------------------------
 # Bidding and factory placement

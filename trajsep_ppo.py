@@ -353,14 +353,15 @@ def report(metrics, path):
 
 def write_atomically(path, write):
     """Write a file under another name and rename it, so that a full disk never costs what was there before."""
-    temporary = f"{path}.tmp"
+    temporary, content = f"{path}.tmp", io.BytesIO()
+    write(content)  # in memory, as torch.save says little of a disk that is full
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+    except OSError as error:
         Path(temporary).unlink(missing_ok=True)
         fail(f"cannot write {path} ({reason(error)}); what was there before is kept", 1)
 

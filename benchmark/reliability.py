@@ -12,12 +12,16 @@ code is 1 if a part missed its goal.
     soak-training   memory of all processes of a long training                            less than 3% growth
     kill            trainings killed (SIGKILL) at random moments, and resumed             bit-identical parameters
     saving          share of a training that goes into checkpoints                        less than 1%
-    faults          the tests in which something breaks                                   all pass, nothing is left
+    faults          the tests in which something breaks, and trainings that are broken    all pass, nothing is left,
+                    from outside                                                          each ends within 10 s
 """
 
 import json
 import os
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +61,15 @@ FAULTS = {  # fault -> the test in which it happens
     "NaN in a parameter": "test_resume.py::test_parameters_that_are_not_finite_are_not_saved",
     "SIGTERM while saving": "test_resume.py::test_sigterm_while_saving",
     "the program is killed": "test_wrapper.py::test_no_orphans_when_the_program_is_killed",
+}
+# fault -> what brings it about in a training, (program, its workers, its folder)
+ATTACKS = {
+    "a worker is killed": lambda program, workers, run_dir: os.kill(workers[0], signal.SIGKILL),
+    "a worker hangs": lambda program, workers, run_dir: os.kill(workers[0], signal.SIGSTOP),
+    "the disk is full": lambda program, workers, run_dir: resource.prlimit(
+        program, resource.RLIMIT_FSIZE, (9999, 9999)
+    ),
+    "the run's folder vanishes": lambda program, workers, run_dir: shutil.rmtree(run_dir),
 }
 
 
@@ -245,8 +258,28 @@ def saving(options, keep):
     return result, f"{share:.2%} at one checkpoint in {args.save_every} updates; {one * 1e3:.0f} ms each, {saves} made"
 
 
+def attacked(options, attack):
+    """Break a training that saves after every update: seconds until it has ended, what it said, how it ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        child = subprocess.Popen(command(options, "--num-workers", 2, "--save-every", 1), **quiet(folder))
+        while child.poll() is None and not checkpoints(folder):
+            time.sleep(0.02)
+        run_dir = checkpoints(folder)[-1].parent
+        workers = list(map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()))
+        before = time.time()
+        attack(child.pid, workers, run_dir)
+        code = child.wait()
+        seconds = time.time() - before
+        said = re.findall("error: .*", Path(folder, "log").read_text())
+        orphans = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if run_dir.exists():
+            trajsep_ppo.load_checkpoint(run_dir)  # ends this program if none is whole
+    passed = code == 1 and len(said) == 1 and len(workers) == 2 and not orphans and seconds < 10
+    return {"seconds": round(seconds, 1), "code": code, "said": said, "orphans": len(orphans), "passed": passed}
+
+
 def faults(options, keep):
-    """Run the tests of each fault; what is in /dev/shm before must be all that is there afterwards."""
+    """Run the tests of each fault, and break trainings; /dev/shm must hold afterwards what it held before."""
     shared, outcomes = Path("/dev/shm"), {}
     before = set(shared.glob("*"))
     for fault, tests in FAULTS.items():
@@ -256,11 +289,18 @@ def faults(options, keep):
         outcomes[fault] = {"tests": tests, "passed": done.returncode == 0, "said": re.sub(r" in .*s.*", "", said)}
         print(f"{fault}: {outcomes[fault]['said']} ({tests})", flush=True)
         keep.write({"faults": outcomes})
+    broken = {fault: attacked(options, attack) for fault, attack in ATTACKS.items()}
     left = sorted(map(str, set(shared.glob("*")) - before))
     good = sum(outcome["passed"] for outcome in outcomes.values())
-    result = {"faults": outcomes, "left": left, "passed": good == len(FAULTS) and not left}
+    result = {"faults": outcomes, "trainings": broken, "left": left}
+    result["passed"] = good == len(FAULTS) and all(x["passed"] for x in broken.values()) and not left
     rows = "".join(f"\n  - {fault}: {x['said']} (`{x['tests']}`)" for fault, x in outcomes.items())
-    return result, f"{good} of {len(FAULTS)} faults end as they should, {len(left)} files left in /dev/shm{rows}"
+    rows += "".join(f"\n  - {fault}, {x['seconds']} s later: {' '.join(x['said'])}" for fault, x in broken.items())
+    ended = f"{sum(x['passed'] for x in broken.values())} of {len(ATTACKS)} trainings end so within 10 s"
+    return (
+        result,
+        f"{good} of {len(FAULTS)} faults end as they should, {ended}, {len(left)} files left in /dev/shm{rows}",
+    )
 
 
 class Keep:
