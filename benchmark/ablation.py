@@ -69,7 +69,7 @@ MAIN = ("default", "global")
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
 # Environment steps after which a training is evaluated, in the main arms and in the others; and always the last.
 FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
-COARSE = (*range(4096, 24577, 4096), *range(32768, 49153, 8192), *range(65536, 102400, 16384))
+COARSE = (*range(4096, 24577, 4096), 32768, 49152, 65536)
 
 EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
 ICE, ALIVE, PLACED = "ice_transferred", "factories_alive", "factories_placed"

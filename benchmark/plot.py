@@ -201,6 +201,25 @@ def goals(data, last, parameters):
     return table(head, [[*row[:3], "met" if row[3] else "missed"] for row in rows])
 
 
+def summary(data, last):
+    """The README's table, the authors' and ours side by side: an arm in a row, standard deviations over seeds."""
+    rows = []
+    for arm in [arm for arm in ARMS if (arm, "sampled") in data]:
+        runs = data[arm, "sampled"]
+        means = {key: np.array([run[last][key].mean() for run in runs.values()]) for key in METRICS}
+        row = [ARMS[arm][0], str(len(runs))]
+        for key in ("episode_length", "ice_transferred"):
+            row += [published(arm, key).split(" (")[0], f"{means[key].mean():,.0f} ± {means[key].std():,.0f}"]
+        row.append(f"{means['ice_per_factory'].mean():,.0f} ± {means['ice_per_factory'].std():,.0f}")
+        steps, values = curves(runs, "full_length")
+        ours = (step_text(first(steps, values.mean(0), share)) for share in (0.1, 0.95))
+        row += [f"{published(arm, 0.1)} / {published(arm, 0.95)}", " / ".join(ours)]
+        rows.append(row)
+    head = ["arm", "seeds", "episode length, authors", "ours", "ice per team, authors", "ours"]
+    head += ["per starting factory, ours", "10% / 95% of matches full-length by step, authors", "ours"]
+    return table(head, rows)
+
+
 def markdown(data, last, parameters=None):
     """All tables."""
     arms = [arm for arm in ARMS if (arm, "sampled") in data]
@@ -228,6 +247,9 @@ def markdown(data, last, parameters=None):
     if "default" in arms:
         lines += ["## Goals, and what the default arm reached\n", goals(data, last, parameters) + "\n"]
     lines += [
+        "## The published table and ours\n",
+        "Mean over seeds ± standard deviation of the seeds' means; sampled actions.\n",
+        summary(data, last) + "\n",
         "## Final policy, sampled actions\n",
         "Ours: mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means). The "
         "authors': mean (standard deviation over matches). Ice and factories are per team, the mean of the two teams "

@@ -171,4 +171,14 @@ def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
     assert cells[goals, "steps to mean length 500, global over separate"] == ["3x", "more than 2.1x", "missed"]
     assert cells[goals, "parameters"] == ["at most 203,000", "142,978", "met"]
     assert cells["## Final policy, likeliest actions", name][1] == "1,000 (0; 0)"
+    ours = "- | 1,000 ± 0 | - | 10,150 ± 50 | 2,538 ± 12 | - / - | 4,096 / 4,096"
+    assert " | ".join(cells["## The published table and ours", name]) == f"2 | {ours}"
+    both = cells["## The published table and ours", "global trajectory"]
+    assert both[1:5] == ["466", "400 ± 0", "3,066", "4,100 ± 0"] and both[-2:] == ["102,400 / never", "never / never"]
     assert "by cluster" not in capfd.readouterr().out
+
+
+def test_the_readme_shows_what_the_data_says():
+    """Its table of arms is what plot.py makes of the matches that are kept."""
+    made = plot.summary(*plot.load(plot.RESULTS / "ablation.csv"))
+    assert made in (ROOT / "README.md").read_text()
