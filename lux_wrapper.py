@@ -247,7 +247,6 @@ def neighbours(bits, size):
     return bits << 1 | bits >> 1 | bits << size + 1 | bits >> size + 1
 
 
-@functools.lru_cache(4096)  # most of these sets are the same for many steps
 def cells_of(bits, size):
     """Set of the (x, y) in `bits`."""
     cells = np.frombuffer(bits.to_bytes(size * (size + 1) // 8 + 1, "little"), np.uint8)
@@ -718,10 +717,12 @@ def _engine_class():
         lichen may grow, where enough grows to spread, where factories stand, and whose lichen is where.
         """
 
+        found = None  # cells to grow on and connected cells of the last search
+
         def cache_water_info(self, board, env_cfg):
             """As the original: a search from the 12 cells at the factory's edge, but a whole ring at a time."""
             if board.ground is None:  # asked at another time
-                board.searched = None
+                board.searched = self.found = None
                 return super().cache_water_info(board, env_cfg)
             if board.ground == ():  # nothing that matters has changed since the last search
                 return
@@ -735,8 +736,10 @@ def _engine_class():
                 found |= ring
             # Nothing new grows beside lichen of another strain or beside another factory.
             beside_others = neighbours(lichen & ~own | occupied & ~area, size)
-            self.grow_lichen_positions = cells_of(found & (~beside_others | own), size)
-            self.connected_lichen_positions = cells_of(found & own, size)
+            found = found & (~beside_others | own), found & own
+            if found != self.found:  # mostly they are the same for many steps
+                self.grow_lichen_positions, self.connected_lichen_positions = (cells_of(x, size) for x in found)
+                self.found = found
 
     class Strains(list):
         """A team's strains. The engine asks np.isin at every step which lichen is theirs; a table answers faster."""
