@@ -73,10 +73,11 @@ class HybridNet(nn.Module):
         self.near = layer_init(nn.Linear(96 + channels + num_features + num_actions, width))
         self.far = layer_init(nn.Linear(2 * channels, width))
         self.trunk = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU())
+        # All heads begin near zero: values that mean nothing yet would drown the first rewards in the advantages.
         self.actor = layer_init(nn.Linear(width, 2 * num_actions), std=0.01)
-        self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0))
+        self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01))
         self.team_critic = nn.Sequential(
-            layer_init(nn.Linear(width + 2 * channels, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=1.0)
+            layer_init(nn.Linear(width + 2 * channels, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01)
         )
 
     def forward(self, obs):
