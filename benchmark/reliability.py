@@ -16,6 +16,7 @@ code is 1 if a part missed its goal.
                     from outside                                                          each ends within 10 s
 """
 
+import gc
 import json
 import os
 import re
@@ -139,7 +140,8 @@ def soak_engine(options, keep):
             done += env.num_envs
             if done // interval > (done - env.num_envs) // interval or done >= wanted:
                 part |= {"steps": done, "count": dict(count)}
-                part["memory"][-1].append([done, round(memory_of(os.getpid()), 1)])
+                gc.collect()
+                part["memory"][-1].append([done, round(memory_of(os.getpid()), 1), sys.getallocatedblocks()])
                 keep.write(result)
                 print(
                     f"{time.strftime('%H:%M:%S')} stage {stage}: {done:,} of {wanted:,} steps, {part['count']}",
@@ -148,12 +150,14 @@ def soak_engine(options, keep):
         env.close()
     bad = ("crashes", "rejected", "malformed", "ended by the engine", "unequal counters")
     samples = [memory for part in result["stages"].values() for memory in part["memory"] if len(memory) > 1]
-    result["growth"] = max(memory[-1][1] / memory[0][1] - 1 for memory in samples) if samples else 0.0
+    grown = [max((memory[-1][of] / memory[0][of] - 1 for memory in samples), default=0.0) for of in (1, 2)]
+    result["growth"], result["growth of Python's objects"] = grown
     total = sum((Counter(part["count"]) for part in result["stages"].values()), Counter())
     steps = sum(part["steps"] for part in result["stages"].values())
     result["passed"] = not any(total[name] for name in bad) and result["growth"] < 0.03
     found = ", ".join(f"{name} {total[name]:,}" for name in ("orders", "matches", "stranded", *bad))
-    return result, f"{steps:,} steps: {found}; memory {result['growth']:+.1%} after the first tenth"
+    memory = f"memory {grown[0]:+.1%} and Python's own blocks of it {grown[1]:+.1%} after the first tenth"
+    return result, f"{steps:,} steps: {found}; {memory}"
 
 
 def command(options, *flags):
