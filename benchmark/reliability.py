@@ -40,6 +40,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
 from helpers import in_process, judged, masked_random, weak_robots  # noqa: E402
+from test_scripts import children_of  # noqa: E402
 from test_wrapper import Watch  # noqa: E402
 from throughput import Stopwatches, machine, memory_of  # noqa: E402
 
@@ -174,6 +175,12 @@ def checkpoints(folder):
     return [path for run in Path(folder).glob("runs/*") for path in trajsep_ppo.checkpoints(run)]
 
 
+def wait_for_checkpoint(folder, child, step):
+    while child.poll() is None and not any(int(path.stem.split("_")[1]) >= step for path in checkpoints(folder)):
+        time.sleep(0.02)
+    return time.time()
+
+
 def quiet(folder):
     return {"cwd": folder, "stdout": subprocess.DEVNULL, "stderr": open(Path(folder, "log"), "a")}
 
@@ -206,11 +213,6 @@ def kill(options, keep):
 
     def train(folder, *flags):
         return subprocess.Popen(command(options, *flags), **quiet(folder))
-
-    def wait_for_checkpoint(folder, child, step):
-        while child.poll() is None and not any(int(path.stem.split("_")[1]) >= step for path in checkpoints(folder)):
-            time.sleep(0.02)
-        return time.time()
 
     def parameters(folder):
         return torch.load(checkpoints(folder)[-1], weights_only=True)["model"]
@@ -266,10 +268,9 @@ def attacked(options, attack):
     """Break a training that saves after every update: seconds until it has ended, what it said, how it ended."""
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.Popen(command(options, "--num-workers", 2, "--save-every", 1), **quiet(folder))
-        while child.poll() is None and not checkpoints(folder):
-            time.sleep(0.02)
+        wait_for_checkpoint(folder, child, 1)
         run_dir = checkpoints(folder)[-1].parent
-        workers = list(map(int, Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()))
+        workers = children_of(child.pid)
         before = time.time()
         attack(child.pid, workers, run_dir)
         code = child.wait()
