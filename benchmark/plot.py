@@ -208,12 +208,13 @@ def summary(data, last):
         runs = data[arm, "sampled"]
         means = {key: np.array([run[last][key].mean() for run in runs.values()]) for key in METRICS}
         row = [ARMS[arm][0], str(len(runs))]
+        ours = {key: f"{mean.mean():,.0f} ± {mean.std():,.0f}" for key, mean in means.items()}
         for key in ("episode_length", "ice_transferred"):
-            row += [published(arm, key).split(" (")[0], f"{means[key].mean():,.0f} ± {means[key].std():,.0f}"]
-        row.append(f"{means['ice_per_factory'].mean():,.0f} ± {means['ice_per_factory'].std():,.0f}")
+            row += [published(arm, key).split(" (")[0], ours[key]]
+        row.append(ours["ice_per_factory"])
         steps, values = curves(runs, "full_length")
-        ours = (step_text(first(steps, values.mean(0), share)) for share in (0.1, 0.95))
-        row += [f"{published(arm, 0.1)} / {published(arm, 0.95)}", " / ".join(ours)]
+        row.append(f"{published(arm, 0.1)} / {published(arm, 0.95)}")
+        row.append(" / ".join(step_text(first(steps, values.mean(0), share)) for share in (0.1, 0.95)))
         rows.append(row)
     head = ["arm", "seeds", "episode length, authors", "ours", "ice per team, authors", "ours"]
     head += ["per starting factory, ours", "10% / 95% of matches full-length by step, authors", "ours"]
@@ -237,7 +238,8 @@ def markdown(data, last, parameters=None):
             row += [published(arm, share), reached(runs, "full_length", share, first)]
         seconds = [run[last]["train_seconds"][0] for run in runs.values()]
         time = f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})"
-        speed.append([*row, reached(runs, "episode_length", 500, crossing), time])
+        row.append(reached(runs, "episode_length", 500, crossing))
+        speed.append([*row, reached(runs, "ice_per_factory", 10000, crossing), time])
         likeliest = {seed: run for seed, run in data.get((arm, "greedy"), {}).items() if last in run}
         if likeliest:
             cells = [spread(likeliest, last, metric) for metric in ("episode_length", "ice_transferred")]
@@ -261,12 +263,12 @@ def markdown(data, last, parameters=None):
         ),
         "\n## Speed of learning\n",
         "Environment steps: where the mean over seeds got there first (least to most of the seeds, where they differ). "
-        "For full-length matches it is the first evaluated checkpoint with that share, for the mean length linear "
-        "between evaluated checkpoints. The authors evaluated every 4,096 steps. Training seconds are the mean "
+        "For full-length matches it is the first evaluated checkpoint with that share, for the mean length and the ice "
+        "linear between evaluated checkpoints. The authors evaluated every 4,096 steps. Training seconds are the mean "
         "(least to most) over seeds, one thread each.\n",
         table(
             ["arm", "seeds", "10% full-length by, authors", "ours", "95% full-length by, authors", "ours"]
-            + ["mean length 500, ours", "training seconds, ours"],
+            + ["mean length 500, ours", "10,000 ice per starting factory, ours", "training seconds, ours"],
             speed,
         ),
     ]

@@ -430,8 +430,8 @@ def test_sigterm_while_saving(script, monkeypatch, tmp_path):
         train_on_toy(monkeypatch, script, tmp_path / "run", seed=1, total_timesteps=800, save_every=1)
     assert end.value.code == 128 + signal.SIGTERM and len(calls) == 3
     assert not list((tmp_path / "run").glob("*.tmp"))
-    for path, update in zip(script.checkpoints(tmp_path / "run"), (2, 3)):
-        assert script.load_checkpoint(path)[1]["update"] == update
+    saved = script.checkpoints(tmp_path / "run")
+    assert [script.load_checkpoint(path)[1]["update"] for path in saved] == [2, 3]
 
 
 def test_parameters_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
