@@ -7,7 +7,7 @@
 
 One shared encoder looks at the map; the team has one reward (the sum over its entities), one value, one
 advantage, one joint probability ratio (the product over its entities) and one entropy (their sum). The
-sibling trajsep_ppo.py is the same program with one trajectory per entity or cluster: every line in which
+sibling trajsep_ppo.py is the same program with one trajectory per entity or cluster: every place in which
 the two differ is about trajectories being separate, and is marked with (*).
 
 Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.

@@ -7,7 +7,7 @@
 
 One shared encoder looks at the map; every group (a robot, a factory, or a factory with its robots) has its
 own reward, value, advantage, probability ratio and entropy. A group that is not there at a step takes part
-in nothing. The sibling global_ppo.py is the same program with one trajectory per team: every line in which
+in nothing. The sibling global_ppo.py is the same program with one trajectory per team: every place in which
 the two differ is about trajectories being separate, and is marked with (*).
 
 Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.
