@@ -4,7 +4,8 @@
 
 It takes about 15 minutes and wants a machine on which nothing else runs. The report is printed and kept, with
 its raw numbers, in benchmark/throughput/. Speeds of one machine at one time compare with each other only, so
-every ratio comes from runs that alternate, but for those of `entities`, one run of each size. Parts can be run alone, which keeps the others' results:
+ratios come from runs that alternate, but for those of `entities`, which come from one run of each size. Parts can
+be run alone, which keeps the others' results:
 
     python benchmark/throughput.py --parts wrapper entities
     python benchmark/throughput.py --parts before --against <commit>    # the training of an older commit, alternating
