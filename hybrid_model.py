@@ -16,7 +16,7 @@ channels, F entity features, A actions, H x W cells, h x w = H/8 x W/8 (rounded 
     place             [M, 32]             the map at the entity's own position
     hidden            [M, 128]            two layers on patch, place, whole, features and action mask
     logits            [B, E, A]           linear on hidden, one head for robots and one for factories
-    value             [B, E]              two layers on hidden: the expected return of the entity itself
+    value             [B, E]              two layers on hidden: the expected return of the entity
     team_value        [B]                 two layers on whole and the mean of hidden: that of the team
 
 It knows nothing of any game: sizes come from the spaces, and any board size works.

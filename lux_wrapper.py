@@ -21,9 +21,11 @@ board (x and y of the engine, in this order).
 
 An entity keeps its slot from birth to death: factories own the first `max_factories` slots, robots the
 rest. A slot that a robot left by dying is shown empty (kind 0) at least once before it is used again, so a
-learner that compares two successive `kind` arrays sees every birth and every death.
+learner that compares two successive `kind` arrays of a match sees every birth and every death. The end of a
+match ends all that was in it: the next observation is that of another one.
 
-**Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS; those of empty slots are ignored.
+**Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS; those of empty slots are ignored. A robot
+that delivers hands all of its ice or ore, of which it has more, to the factory that it stands on or beside.
 
 **Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of these terms:
 
@@ -35,7 +37,7 @@ learner that compares two successive `kind` arrays sees every birth and every de
     robot_lost       robot     being destroyed (times 0.1 for a light robot)         -0.05
     water_made       factory   a unit of water refined from ice (4 ice)              0.004
     metal_made       factory   a unit of metal refined from ore (5 ore)              0.004
-    lichen_grown     factory   a unit of lichen more on the factory's own strain     0.0001
+    lichen_grown     factory   a unit of lichen more (less: minus) on its own strain 0.0001
     survived         factory   a step that ends with the factory alive               0.001
     factory_lost     factory   running out of water                                  -0.2
 
@@ -285,9 +287,9 @@ def read_observation(obs):
 class LuxEncoder:
     """Both players' views of a match: slots, features and masks in, official orders out.
 
-    It reads nothing but official observations, so that it serves in the official runner too. Call `reset`
-    with the first observation after placement, then `encode` with that and every later observation in
-    turn, and `orders` after any of them.
+    It reads nothing but official observations (lists made arrays), so that it serves in the official runner too.
+    Call `reset` with the first observation after placement, then `encode` with that and every later observation
+    in turn, and `orders` after any of them.
 
     Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
     give their rows to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent;
@@ -306,7 +308,8 @@ class LuxEncoder:
             4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
                ice and ore with full cargo,
             5. digging, or stepping away from home, with less power left than the way back to the nearest own
-               factory and an order there cost (a robot without power stands where it is until the sun shines),
+               factory, were there no rubble on it, and an order there cost (a robot without power stands where it
+               is until the sun shines),
             6. picking up less power than ten times what the order itself costs,
             7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.

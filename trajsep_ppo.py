@@ -231,7 +231,7 @@ def share_reward(reward, active, weight):
 
 
 def masked_mean(x, mask, count=None):
-    """Mean of x where mask, be the rest NaN; with the `count` of all processes, this process's part of their mean."""
+    """Mean of x where mask, even if the rest is NaN; with the `count` of all processes, its part of their mean."""
     count = mask.sum() if count is None else count
     return torch.where(mask, x, 0).sum() / count.clamp(min=1)
 
@@ -277,7 +277,7 @@ def set_up(args):
 
 
 def sample(probs):
-    """An action for every entity; every process draws for all of them, so that their number changes nothing."""
+    """An action for every entity; every process draws for all processes, so that one draws the same as several."""
     noise = torch.empty((WORLD_SIZE, *probs.shape), device=probs.device).exponential_()
     return (probs / noise[RANK]).argmax(-1)
 
@@ -408,7 +408,7 @@ def load_run(args):
 
 
 def catch_signals(caught):
-    """From now on SIGINT and SIGTERM are only noted in the list `caught`, but for the second SIGINT."""
+    """From now on SIGINT and SIGTERM are only noted in the list `caught`; after the first one, SIGINT ends at once."""
 
     def note(number, _):
         caught.append(number)
@@ -661,8 +661,8 @@ def train(args, run_dir, device, checkpoint=None):
         writer.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stopped:
-        gather([])  # torchrun ends all processes when one ends so: wait until the checkpoint is written
+    # Also those that came since; torchrun ends all processes when one ends: wait until the checkpoint is written.
+    if stopped := sum(gather(signals), []):
         if RANK == 0:
             print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
         sys.exit(128 + stopped[0])

@@ -8,9 +8,10 @@ The queue starts with the two main arms, `default` and `global`, seed by seed, a
 by seed, so that what is there when it is stopped is a result already. Started again, it goes on: a finished training
 is not run again, nor is a finished evaluation. A training that was cut off begins anew.
 
-Trainings run side by side, each with one thread, and are evaluated after they have ended, so that their wall time is
-clean. Every evaluation plays the same held-out maps, 0 to --matches - 1, once each, with actions sampled from the
-policy, and at the end of the training with the likeliest actions too.
+Trainings run side by side, each with one thread, and are evaluated after they have ended, so that no evaluation is in
+their wall time; what runs beside them still slows them. Every evaluation plays the same held-out maps, --matches of
+them from --first-map on, once each, with actions sampled from the policy, and at the end of the training with the
+likeliest actions too.
 
     written to --out
     ablation.csv    a row for every player of every evaluated match; lengths are in steps, the rest as in the README
@@ -49,8 +50,10 @@ from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import TEAM_METRICS  # noqa: E402
 
 # The authors' five arms are `separate` and those that switch one thing of it to global, and `global`, which switches
-# all. What they do not have differs in one thing from the default arm, or from `global`: the longer rollouts, with
-# minibatches of the same size, are for seeing whether the default flags are unfair to it.
+# all; their sweep is over the share of the own reward. The other arms differ in one thing from the default arm (the
+# corner `global-critic-reward` in two) or, to see whether the default flags are unfair to it, from `global`: longer
+# rollouts with minibatches of the same size, and a smaller weight of the value loss, as returns of a whole team are
+# larger and their squares are more so.
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
     "global": "global_ppo.py",
@@ -64,6 +67,7 @@ ARMS = {
     "cluster": "trajsep_ppo.py --group-by cluster",
     "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
     "global-long-rollouts": "global_ppo.py --num-steps 64 --num-minibatches 16",
+    "global-small-value-loss": "global_ppo.py --vf-coef 0.01",
 }
 MAIN = ("default", "global")
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
@@ -95,8 +99,8 @@ def queue(arms, seeds=None):
 
 
 @torch.no_grad()
-def play(agent, envs, greedy):
-    """Play every held-out match once.
+def play(agent, envs, greedy, first_map=0):
+    """Play every match once, on as many held-out maps from `first_map` on.
 
     Returns:
         the map seeds [N] and for each match its metrics, "l" and the TEAM_METRICS arrays [P].
@@ -105,7 +109,7 @@ def play(agent, envs, greedy):
     matches, metrics = envs.matches.matches, [None] * envs.num_envs
     for match in matches:
         vars(match).pop("step", None)
-    obs, _ = envs.reset(seed=0)
+    obs, _ = envs.reset(seed=first_map)
     map_seeds = envs.arrays["map_seed"].tolist()
     actions = torch.zeros(obs["kind"].shape, dtype=torch.long).flatten(0, 1)
     while None in metrics:
@@ -122,7 +126,7 @@ def play(agent, envs, greedy):
     return map_seeds, metrics
 
 
-def evaluate(paths, wanted, num_matches, pipe):
+def evaluate(paths, wanted, num_matches, first_map, pipe):
     """Evaluate checkpoints of one training, each `wanted` (global step, policy), and send the rows of each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     torch.set_num_threads(1)
@@ -135,7 +139,7 @@ def evaluate(paths, wanted, num_matches, pipe):
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
         agent.load_state_dict(checkpoint["model"])
         rows = []
-        for map_seed, metrics in zip(*play(agent, envs, policy == "greedy")):
+        for map_seed, metrics in zip(*play(agent, envs, policy == "greedy", first_map)):
             for player in range(2):
                 team = {key: f"{metrics[key][player]:.7g}" for key in TEAM_METRICS}
                 row = {"match_seed": map_seed, "player": player, "episode_length": metrics["l"]}
@@ -220,9 +224,9 @@ def saved(folder):
 class Work:
     """Trains and evaluates; `stop` ends it, and the processes that it has started with it."""
 
-    def __init__(self, results, work, schedule, matches, flags, deadline):
+    def __init__(self, results, work, schedule, matches, first_map, flags, deadline):
         self.results, self.work, self.deadline = results, work.resolve(), deadline
-        self.schedule, self.matches, self.flags = schedule, matches, flags
+        self.schedule, self.matches, self.first_map, self.flags = schedule, matches, first_map, flags
         self.stopped, self.children, self.failed = False, set(), []
 
     def over(self):
@@ -288,7 +292,7 @@ class Work:
             return
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe(duplex=False)
-        child = spawn.Process(target=evaluate, args=(paths, wanted, self.matches, there), daemon=True)
+        child = spawn.Process(target=evaluate, args=(paths, wanted, self.matches, self.first_map, there), daemon=True)
         child.start()
         there.close()
         with self.running(child):
@@ -333,6 +337,7 @@ def main(
     parallel: int = os.cpu_count() or 1,
     minutes: float = float("inf"),
     matches: int = 20,
+    first_map: int = 0,
     schedule: Optional[tuple[int, ...]] = None,
     flags: str = "",
 ):
@@ -346,6 +351,7 @@ def main(
         parallel: trainings or evaluations at a time, each with one thread.
         minutes: after this time nothing new is started, and a training under way is finished.
         matches: held-out matches of an evaluation.
+        first_map: the first of as many held-out maps.
         schedule: environment steps after which trainings are evaluated (at the next checkpoint), instead of the
             arms' own; the last checkpoint always is.
         flags: more flags for every training, in quotes.
@@ -361,24 +367,28 @@ def main(
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         sys.exit(f"ablation.py: error: another one is writing to {out}")
-    results = Results(out)
-    jobs = Work(results, work, schedule, matches, flags, time.time() + 60 * minutes)
-    todo = queue(arms, seeds)
-    for job in todo:
-        was = results.runs[job]["command"] if job in results.runs else jobs.command(*job)
-        if was != jobs.command(*job):
-            sys.exit(f"ablation.py: error: {out} holds {job[0]} seed {job[1]} by another command, `{was}`")
-    pool = ThreadPoolExecutor(parallel)
     try:
-        for done in [pool.submit(jobs.do, job) for job in todo]:
-            done.result()
-    except BaseException as reason:
-        jobs.stop()
-        pool.shutdown()
-        if isinstance(reason, KeyboardInterrupt):
-            print("ablation.py: interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
-        raise
+        results = Results(out)
+        for rows in results.evaluations.values():
+            if (held := (len(rows) // 2, int(rows[0]["match_seed"]))) != (matches, first_map):
+                sys.exit("ablation.py: error: {} holds evaluations on {} maps from map {} on".format(out, *held))
+        jobs = Work(results, work, schedule, matches, first_map, flags, time.time() + 60 * minutes)
+        todo = queue(arms, seeds)
+        for job in todo:
+            was = results.runs[job]["command"] if job in results.runs else jobs.command(*job)
+            if was != jobs.command(*job):
+                sys.exit(f"ablation.py: error: {out} holds {job[0]} seed {job[1]} by another command, `{was}`")
+        pool = ThreadPoolExecutor(parallel)
+        try:
+            for done in [pool.submit(jobs.do, job) for job in todo]:
+                done.result()
+        except BaseException as reason:
+            jobs.stop()
+            pool.shutdown()
+            if isinstance(reason, KeyboardInterrupt):
+                print("ablation.py: interrupted; the same command goes on from here", file=sys.stderr)
+                sys.exit(130)
+            raise
     finally:
         os.close(folder)
     print(f"{sum(results.complete(*job) for job in todo)} of {len(todo)} runs are complete in {out}")

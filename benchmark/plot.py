@@ -39,6 +39,7 @@ ARMS = {
     "cluster": ("separate, by cluster", "black", "-."),
     "no-positive-weight": ("separate, no early positive weight", "black", ":"),
     "global-long-rollouts": ("global trajectory, rollouts of 64 steps", "#D55E00", "--"),
+    "global-small-value-loss": ("global trajectory, weight of the value loss 0.01", "#D55E00", ":"),
 }
 FIGURES = {
     "ablation.png": ("default", "separate", "global-critic", "global-reward", "global-advantage", "global"),
@@ -78,9 +79,14 @@ def load(path):
     return data, last
 
 
-def curves(runs, metric):
-    """Steps [T] at which all seeds were evaluated, and the means over matches [seeds, T]."""
-    steps = sorted(set.intersection(*(set(run) for run in runs.values())))
+def common(*arms):
+    """Steps at which all seeds of all these arms (each seed -> step -> metrics) were evaluated, sorted."""
+    return sorted(set.intersection(*(set(run) for runs in arms for run in runs.values())))
+
+
+def curves(runs, metric, steps=None):
+    """Steps [T], by default those at which all seeds were evaluated, and the means over matches [seeds, T]."""
+    steps = common(runs) if steps is None else steps
     return np.array(steps), np.array([[run[step][metric].mean() for step in steps] for run in runs.values()])
 
 
@@ -151,16 +157,21 @@ def step_text(value):
     return f"{round(value):,}" if np.isfinite(value) else "never"
 
 
+def over_seeds(means, digits=0):
+    """Standard deviation of the seeds' means (that of a sample), "-" for one seed."""
+    return f"{np.std(means, ddof=1):,.{digits}f}" if len(means) > 1 else "-"
+
+
 def spread(runs, last, metric, digits=0):
     """`mean (std over all matches; std over the seeds' means)` at the last step."""
     matches = [run[last][metric] for run in runs.values()]
-    numbers = np.mean(matches), np.std(matches), np.std(np.mean(matches, 1))
-    return "{} ({}; {})".format(*(f"{number:,.{digits}f}" for number in numbers))
+    mean, std = (f"{number:,.{digits}f}" for number in (np.mean(matches), np.std(matches)))
+    return f"{mean} ({std}; {over_seeds(np.mean(matches, 1), digits)})"
 
 
-def reached(runs, metric, level, find):
+def reached(runs, metric, level, find, steps=None):
     """`step at which the mean over seeds reaches the level (the range of that step over seeds)`."""
-    steps, values = curves(runs, metric)
+    steps, values = curves(runs, metric, steps)
     each = [find(steps, value, level) for value in values]
     seeds = f" ({step_text(min(each))} to {step_text(max(each))})" if min(each) < max(each) else ""
     return step_text(find(steps, values.mean(0), level)) + seeds
@@ -203,16 +214,17 @@ def goals(data, last, parameters):
 
 def summary(data, last):
     """The README's table, the authors' and ours side by side: an arm in a row, standard deviations over seeds."""
-    rows = []
-    for arm in [arm for arm in ARMS if (arm, "sampled") in data]:
+    arms, rows = [arm for arm in ARMS if (arm, "sampled") in data], []
+    steps = common(*(data[arm, "sampled"] for arm in arms))
+    for arm in arms:
         runs = data[arm, "sampled"]
         means = {key: np.array([run[last][key].mean() for run in runs.values()]) for key in METRICS}
         row = [ARMS[arm][0], str(len(runs))]
-        ours = {key: f"{mean.mean():,.0f} ± {mean.std():,.0f}" for key, mean in means.items()}
+        ours = {key: f"{mean.mean():,.0f}" + (len(mean) > 1) * f" ± {over_seeds(mean)}" for key, mean in means.items()}
         for key in ("episode_length", "ice_transferred"):
             row += [published(arm, key).split(" (")[0], ours[key]]
         row.append(ours["ice_per_factory"])
-        steps, values = curves(runs, "full_length")
+        _, values = curves(runs, "full_length", steps)
         row.append(f"{published(arm, 0.1)} / {published(arm, 0.95)}")
         row.append(" / ".join(step_text(first(steps, values.mean(0), share)) for share in (0.1, 0.95)))
         rows.append(row)
@@ -224,6 +236,7 @@ def summary(data, last):
 def markdown(data, last, parameters=None):
     """All tables."""
     arms = [arm for arm in ARMS if (arm, "sampled") in data]
+    steps = common(*(data[arm, "sampled"] for arm in arms))
     final, speed, greedy = [], [], []
     for arm in arms:
         runs, label = data[arm, "sampled"], ARMS[arm][0]
@@ -235,7 +248,7 @@ def markdown(data, last, parameters=None):
         final.append(row)
         row = [label, str(len(runs))]
         for share in (0.1, 0.95):
-            row += [published(arm, share), reached(runs, "full_length", share, first)]
+            row += [published(arm, share), reached(runs, "full_length", share, first, steps)]
         seconds = [run[last]["train_seconds"][0] for run in runs.values()]
         time = f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})"
         row.append(reached(runs, "episode_length", 500, crossing))
@@ -263,9 +276,11 @@ def markdown(data, last, parameters=None):
         ),
         "\n## Speed of learning\n",
         "Environment steps: where the mean over seeds got there first (least to most of the seeds, where they differ). "
-        "For full-length matches it is the first evaluated checkpoint with that share, for the mean length and the ice "
-        "linear between evaluated checkpoints. The authors evaluated every 4,096 steps. Training seconds are the mean "
-        "(least to most) over seeds, one thread each.\n",
+        "For full-length matches it is the first checkpoint with that share of those evaluated in every arm, "
+        f"{', '.join(f'{step:,}' for step in steps)}. For the mean length and the ice it is linear between the "
+        "checkpoints evaluated in that arm, which are more in the two main arms; a level that the first of them has "
+        "may have been reached earlier. The authors evaluated every 4,096 steps. Training seconds are the mean (least "
+        "to most) over seeds, one thread each, with other trainings and evaluations beside them.\n",
         table(
             ["arm", "seeds", "10% full-length by, authors", "ours", "95% full-length by, authors", "ours"]
             + ["mean length 500, ours", "10,000 ice per starting factory, ours", "training seconds, ours"],

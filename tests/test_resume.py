@@ -434,6 +434,18 @@ def test_sigterm_while_saving(script, monkeypatch, tmp_path):
     assert [script.load_checkpoint(path)[1]["update"] for path in saved] == [2, 3]
 
 
+@pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
+def test_sigterm_while_saving_the_last_time(script, monkeypatch, tmp_path):
+    """The run is stopped although no update comes after it, so that no evaluation begins."""
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: signal.raise_signal(signal.SIGTERM) or fsync(file))
+    with pytest.raises(SystemExit) as end:
+        train_on_toy(monkeypatch, script, tmp_path / "run", seed=1, total_timesteps=80)
+    assert end.value.code == 128 + signal.SIGTERM
+    (path,) = script.checkpoints(tmp_path / "run")
+    assert script.load_checkpoint(path)[1]["update"] == 1
+
+
 def test_parameters_that_are_not_finite_are_not_saved(monkeypatch, tmp_path):
     step = torch.optim.Adam.step
 
