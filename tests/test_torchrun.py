@@ -1,5 +1,6 @@
 """The scripts under torchrun: any number of processes trains what one would, and fails as one."""
 
+import contextlib
 import os
 import re
 import signal
@@ -30,21 +31,36 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="torchrun's gloo
 
 def start(*command, cwd, **environment):
     """A process with one thread, its output piped."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command)], cwd=cwd, env=environment, **pipes)
 
 
 def finish(*processes, timeout=180):
-    """Exit codes and standard errors of processes, which are killed if they hang."""
-    deadline, errors = time.time() + timeout, []
+    """Exit codes and standard errors of processes; if one hangs all are aborted, and print where their threads are."""
+    deadline, errors, hung = time.time() + timeout, [], False
     try:
         for process in processes:
-            errors.append(process.communicate(timeout=max(deadline - time.time(), 1))[1])
+            try:
+                errors.append(process.communicate(timeout=max(deadline - time.time(), 1))[1])
+            except subprocess.TimeoutExpired:
+                hung = True
+                running = [other for other in processes if other.poll() is None]
+                for pid in [pid for other in running for pid in (*ranks_of(other), other.pid)]:
+                    os.kill(pid, signal.SIGABRT)
+                errors.append(process.communicate(timeout=20)[1])
     finally:
         for process in processes:
             process.kill()
+    assert not hung, "\n".join(errors)
     return [process.returncode for process in processes], errors
+
+
+def ranks_of(agent):
+    """Ids of the processes that an agent of torchrun has started and that have not ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the agent itself has ended
+        return [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
+    return []
 
 
 def script(name, *flags, steps=384):
@@ -124,7 +140,11 @@ def test_two_processes_train_what_one_does(name, alone, tmp_path):
 
 
 def test_two_machines(alone, tmp_path):
-    """Two agents of torchrun, as on two machines, meet over the network."""
+    """Two agents of torchrun, as on two machines, meet over the network.
+
+    When its ranks have ended, an agent waits for the other one, and races are known there (PyTorch's issue 69520). So
+    one that does not end half a minute after all ranks is killed. A rank of ours that hangs fails the test.
+    """
     meet = (
         "--nnodes",
         2,
@@ -136,8 +156,16 @@ def test_two_machines(alone, tmp_path):
         f"127.0.0.1:{free_port()}",
     )
     agents = [start(*LAUNCH, *meet, "--rdzv-id", "test", *script("trajsep_ppo"), cwd=tmp_path) for _ in range(2)]
-    codes, errors = finish(*agents)
-    assert codes == [0, 0], errors
+    deadline, done = time.time() + 150, False
+    while any(agent.poll() is None for agent in agents) and time.time() < deadline:
+        if not done and list(tmp_path.glob("runs/*/evaluation.json")) and not any(map(ranks_of, agents)):
+            deadline, done = time.time() + 30, True
+        time.sleep(0.1)
+    for agent in agents:
+        if done and agent.poll() is None:
+            agent.kill()
+    codes, errors = finish(*agents, timeout=30)
+    assert {*codes} <= {0, -signal.SIGKILL}, errors
     assert_same(tmp_path, alone("trajsep_ppo"))
 
 
@@ -192,9 +220,9 @@ def test_a_process_dies_under_torchrun(tmp_path):
         while not list(tmp_path.glob("runs/*/checkpoint_*.pt")):
             assert agent.poll() is None and time.time() < deadline
             time.sleep(0.1)
-        ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        ranks = ranks_of(agent)
         assert len(ranks) == 2
-        os.kill(int(ranks[1]), signal.SIGKILL)
+        os.kill(ranks[1], signal.SIGKILL)
         codes, _ = finish(agent, timeout=30)
     finally:
         agent.kill()
