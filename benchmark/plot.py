@@ -4,7 +4,8 @@
 
 It reads ablation.csv and runs.csv in --results and writes ablation.png (the five arms of the published table and our
 default), sweep.png (the share of the own reward) and ablation.md beside them. Any part of the data will do: arms that
-are missing are left out, and so are trainings whose last checkpoint has not been evaluated yet.
+are missing are left out, and so are trainings whose last checkpoint has not been evaluated yet. What the authors report
+and the goals are those of the season-2 stage; --no-published leaves them out.
 """
 
 import csv
@@ -109,8 +110,8 @@ def crossing(steps, values, level):
 # ------------------------------------------------------------------------------------------------------
 
 
-def draw(data, arms, last, path):
-    """Three panels against environment steps, and below them against training time."""
+def draw(data, arms, last, path, authors=PUBLISHED):
+    """Three panels against environment steps, and below them against training time; diamonds for the authors'."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
     for arm in arms:
         runs, (label, colour, style) = data[arm, "sampled"], ARMS[arm]
@@ -122,9 +123,9 @@ def draw(data, arms, last, path):
                 seeds = f"{label}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
                 axis.plot(x, values.mean(0), style, color=colour, lw=width, zorder=order, label=seeds)
                 axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.13, lw=0)
-            if metric in PUBLISHED.get(arm, {}):
+            if metric in authors.get(arm, {}):
                 mark = {"marker": "D", "ms": 7, "mfc": "white", "mew": 1.8, "color": colour, "ls": "none"}
-                axes[0, column].plot(last / 1000, PUBLISHED[arm][metric][0], **mark, clip_on=False, zorder=4)
+                axes[0, column].plot(last / 1000, authors[arm][metric][0], **mark, clip_on=False, zorder=4)
     for column, title in enumerate(PANELS.values()):
         axes[0, column].set_title(title, fontsize=13)
         axes[0, column].set(xlabel="thousand environment steps", xlim=(0, last / 1000))
@@ -135,8 +136,9 @@ def draw(data, arms, last, path):
         axis.spines[["top", "right"]].set_visible(False)
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    diamond = matplotlib.lines.Line2D([], [], ls="none", marker="D", ms=7, mfc="white", mew=1.8, color="0.3")
-    handles, labels = [*handles, diamond], [*labels, "final value of the authors, same arm"]
+    if authors:
+        handles.append(matplotlib.lines.Line2D([], [], ls="none", marker="D", ms=7, mfc="white", mew=1.8, color="0.3"))
+        labels.append("final value of the authors, same arm")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=10.5)
     figure.suptitle("Held-out matches, sampled actions: mean over seeds and their range", fontsize=12, color="0.3")
@@ -149,7 +151,13 @@ def draw(data, arms, last, path):
 # ------------------------------------------------------------------------------------------------------
 
 
-def table(head, rows):
+def table(head, rows, authors=True):
+    """In Markdown; without the authors' columns those beside them, headed "ours", get their names."""
+    if not authors:
+        kept = [column for column, name in enumerate(head) if not name.endswith(", authors")]
+        names = [before if name == "ours" else name for before, name in zip(["", *head], head)]
+        head, *rows = ([row[column] for column in kept] for row in (names, *rows))
+        head = [name.removesuffix(", authors").removesuffix(", ours") for name in head]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
@@ -177,8 +185,9 @@ def reached(runs, metric, level, find, steps=None):
     return step_text(find(steps, values.mean(0), level)) + seeds
 
 
-def published(arm, key):
-    value = PUBLISHED.get(arm, {}).get(key, "-")
+def published(authors, arm, key):
+    """What the authors report, as text."""
+    value = authors.get(arm, {}).get(key, "-")
     if isinstance(value, tuple):
         mean, std = (None if x is None else f"{x:,}" for x in value)
         value = f"{mean} ({std})" if std else f"about {mean}"
@@ -212,7 +221,7 @@ def goals(data, last, parameters):
     return table(head, [[*row[:3], "met" if row[3] else "missed"] for row in rows])
 
 
-def summary(data, last):
+def summary(data, last, authors=PUBLISHED):
     """The README's table, the authors' and ours side by side: an arm in a row, standard deviations over seeds."""
     arms, rows = [arm for arm in ARMS if (arm, "sampled") in data], []
     steps = common(*(data[arm, "sampled"] for arm in arms))
@@ -222,19 +231,19 @@ def summary(data, last):
         row = [ARMS[arm][0], str(len(runs))]
         ours = {key: f"{mean.mean():,.0f}" + (len(mean) > 1) * f" ± {over_seeds(mean)}" for key, mean in means.items()}
         for key in ("episode_length", "ice_transferred"):
-            row += [published(arm, key).split(" (")[0], ours[key]]
+            row += [published(authors, arm, key).split(" (")[0], ours[key]]
         row.append(ours["ice_per_factory"])
         _, values = curves(runs, "full_length", steps)
-        row.append(f"{published(arm, 0.1)} / {published(arm, 0.95)}")
+        row.append(f"{published(authors, arm, 0.1)} / {published(authors, arm, 0.95)}")
         row.append(" / ".join(step_text(first(steps, values.mean(0), share)) for share in (0.1, 0.95)))
         rows.append(row)
     head = ["arm", "seeds", "episode length, authors", "ours", "ice per team, authors", "ours"]
     head += ["per starting factory, ours", "10% / 95% of matches full-length by step, authors", "ours"]
-    return table(head, rows)
+    return table(head, rows, authors)
 
 
-def markdown(data, last, parameters=None):
-    """All tables."""
+def markdown(data, last, parameters=None, authors=PUBLISHED):
+    """All tables; without what the authors report there are no goals either."""
     arms = [arm for arm in ARMS if (arm, "sampled") in data]
     steps = common(*(data[arm, "sampled"] for arm in arms))
     final, speed, greedy = [], [], []
@@ -242,13 +251,13 @@ def markdown(data, last, parameters=None):
         runs, label = data[arm, "sampled"], ARMS[arm][0]
         row = [label, str(len(runs))]
         for metric in ("episode_length", "ice_transferred"):
-            row += [published(arm, metric), spread(runs, last, metric)]
-        row += [spread(runs, last, "ice_per_factory"), published(arm, "factories_alive")]
+            row += [published(authors, arm, metric), spread(runs, last, metric)]
+        row += [spread(runs, last, "ice_per_factory"), published(authors, arm, "factories_alive")]
         row += [spread(runs, last, "factories_alive", 2), spread(runs, last, "factories_alive_share", 2)]
         final.append(row)
         row = [label, str(len(runs))]
         for share in (0.1, 0.95):
-            row += [published(arm, share), reached(runs, "full_length", share, first, steps)]
+            row += [published(authors, arm, share), reached(runs, "full_length", share, first, steps)]
         seconds = [run[last]["train_seconds"][0] for run in runs.values()]
         time = f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})"
         row.append(reached(runs, "episode_length", 500, crossing))
@@ -259,32 +268,38 @@ def markdown(data, last, parameters=None):
             cells += [spread(likeliest, last, "ice_per_factory"), spread(likeliest, last, "factories_alive_share", 2)]
             greedy.append([label, str(len(likeliest)), *cells])
     lines = [f"# Ablation: held-out matches after {last:,} environment steps of training\n"]
-    if "default" in arms:
+    if "default" in arms and authors:
         lines += ["## Goals, and what the default arm reached\n", goals(data, last, parameters) + "\n"]
     lines += [
-        "## The published table and ours\n",
+        "## The published table and ours\n" if authors else "## All arms\n",
         "Mean over seeds ± standard deviation of the seeds' means; sampled actions.\n",
-        summary(data, last) + "\n",
+        summary(data, last, authors) + "\n",
         "## Final policy, sampled actions\n",
-        "Ours: mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means). The "
-        "authors': mean (standard deviation over matches). Ice and factories are per team, the mean of the two teams "
+        "Ours: mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means). "
+        + "The authors': mean (standard deviation over matches). " * bool(authors)
+        + "Ice and factories are per team, the mean of the two teams "
         "of a match.\n",
         table(
             ["arm", "seeds", "episode length, authors", "ours", "ice transferred, authors", "ours"]
             + ["ice per starting factory, ours", "factories alive, authors", "ours", "share of factories alive, ours"],
             final,
+            authors,
         ),
         "\n## Speed of learning\n",
         "Environment steps: where the mean over seeds got there first (least to most of the seeds, where they differ). "
         "For full-length matches it is the first checkpoint with that share of those evaluated in every arm, "
         f"{', '.join(f'{step:,}' for step in steps)}. For the mean length and the ice it is linear between the "
         "checkpoints evaluated in that arm, which are more in the two main arms; a level that the first of them has "
-        "may have been reached earlier. The authors evaluated every 4,096 steps. Training seconds are the mean (least "
+        "may have been reached earlier. "
+        + "The authors evaluated every 4,096 steps. "
+        * bool(authors)
+        + "Training seconds are the mean (least "
         "to most) over seeds, one thread each, with other trainings and evaluations beside them.\n",
         table(
             ["arm", "seeds", "10% full-length by, authors", "ours", "95% full-length by, authors", "ours"]
             + ["mean length 500, ours", "10,000 ice per starting factory, ours", "training seconds, ours"],
             speed,
+            authors,
         ),
     ]
     if greedy:
@@ -294,26 +309,27 @@ def markdown(data, last, parameters=None):
     return "\n".join(lines) + "\n"
 
 
-def main(results: Path = RESULTS):
+def main(results: Path = RESULTS, published: bool = True):
     """Draw and tabulate.
 
     Args:
         results: folder of ablation.csv, where the figures and the tables go too.
+        published: if toggled, with what the authors report, and the goals.
     """
     if not (results / "ablation.csv").exists():
         sys.exit(f"plot.py: error: there is no {results / 'ablation.csv'}; benchmark/ablation.py makes it")
     data, last = load(results / "ablation.csv")
     if not data:
         sys.exit(f"plot.py: error: there are no matches in {results / 'ablation.csv'}")
-    parameters = None
+    parameters, authors = None, PUBLISHED if published else {}
     if (results / "runs.csv").exists():
         with open(results / "runs.csv", newline="") as file:
             parameters = max((int(row["parameters"]) for row in csv.DictReader(file)), default=None)
     for name, arms in FIGURES.items():
         arms = [arm for arm in arms if (arm, "sampled") in data]
         if arms and (name != "sweep.png" or len(arms) > 1):
-            draw(data, arms, last, results / name)
-    text = markdown(data, last, parameters)
+            draw(data, arms, last, results / name, authors)
+    text = markdown(data, last, parameters, authors)
     (results / "ablation.md").write_text(text)
     print(text)
 

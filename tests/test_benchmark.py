@@ -181,6 +181,13 @@ def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
     assert both[1:5] == ["466", "400", "3,066", "4,100"] and both[-2:] == ["102,400 / never", "never / never"]
     assert "by cluster" not in capfd.readouterr().out
 
+    plot.main(tmp_path, published=False)
+    text = capfd.readouterr().out
+    assert "authors" not in text and "goal" not in text.lower() and "ours" not in text.replace("Ours: ", "")
+    assert "| arm | seeds | episode length | ice per team | per starting factory |" in text
+    row = "2 | 1,000 ± 0 | 10,150 ± 71 | 2,538 ± 18 | 4,096 / 4,096"
+    assert f"| {name} | {row} |" in text
+
 
 def test_the_readme_shows_what_the_data_says():
     """Its table of arms is what plot.py makes of the matches that are kept."""
