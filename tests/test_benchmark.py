@@ -193,3 +193,23 @@ def test_the_readme_shows_what_the_data_says():
     """Its table of arms is what plot.py makes of the matches that are kept."""
     made = plot.summary(*plot.load(plot.RESULTS / "ablation.csv"))
     assert made in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "folder, row",
+    [("results", "6 robots (default) | 5"), ("robots_12", "12 robots | 3"), ("neurips_stage", "40 robots | 3")],
+)
+def test_the_readme_shows_how_the_difference_grows(folder, row):
+    """Its table of both main arms with more and more entities."""
+    data, last = plot.load(plot.RESULTS.parent / folder / "ablation.csv")
+    both = [data[arm, "sampled"] for arm in ablation.MAIN]
+    steps = plot.common(*(runs for (_, policy), runs in data.items() if policy == "sampled"))
+    to_500, full, ice = [], [], []
+    for runs in both:
+        where, length = plot.curves(runs, "episode_length")
+        to_500.append(plot.crossing(where, length.mean(0), 500))
+        full.append(plot.first(steps, plot.curves(runs, "full_length", steps)[1].mean(0), 0.95))
+        means = [run[last]["ice_transferred"].mean() for run in runs.values()]
+        ice.append(f"{np.mean(means):,.0f} ± {np.std(means, ddof=1):,.0f}")
+    cells = [*map(plot.step_text, to_500), f"{to_500[1] / to_500[0]:.1f}x", *map(plot.step_text, full), *ice]
+    assert " | ".join([row, *cells]) in (ROOT / "README.md").read_text()
