@@ -197,7 +197,12 @@ def test_the_readme_shows_what_the_data_says():
 
 @pytest.mark.parametrize(
     "folder, row",
-    [("results", "6 robots (default) | 5"), ("robots_12", "12 robots | 3"), ("neurips_stage", "40 robots | 3")],
+    [
+        ("results", "6 robots (default) | 5"),
+        ("robots_8", "8 robots | 3"),
+        ("robots_12", "12 robots | 3"),
+        ("neurips_stage", "40 robots | 3"),
+    ],
 )
 def test_the_readme_shows_how_the_difference_grows(folder, row):
     """Its table of both main arms with more and more entities."""
