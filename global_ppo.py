@@ -668,6 +668,8 @@ if __name__ == "__main__":
             agent = train(args, run_dir, device, checkpoint)
             if WORLD_SIZE > 1:
                 dist.destroy_process_group()
+                if RANK > 0:
+                    os._exit(0)  # nothing is left to do, and in the usual end threads of torch sometimes abort
         else:
             envs = make_envs(args, 1, num_workers=0)
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
