@@ -110,7 +110,7 @@ def crossing(steps, values, level):
 # ------------------------------------------------------------------------------------------------------
 
 
-def draw(data, arms, last, path, authors=PUBLISHED):
+def draw(data, arms, last, path, authors):
     """Three panels against environment steps, and below them against training time; diamonds for the authors'."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7.4), layout="constrained")
     for arm in arms:
@@ -242,7 +242,7 @@ def summary(data, last, authors=PUBLISHED):
     return table(head, rows, authors)
 
 
-def markdown(data, last, parameters=None, authors=PUBLISHED):
+def markdown(data, last, parameters, authors):
     """All tables; without what the authors report there are no goals either."""
     arms = [arm for arm in ARMS if (arm, "sampled") in data]
     steps = common(*(data[arm, "sampled"] for arm in arms))
@@ -268,6 +268,8 @@ def markdown(data, last, parameters=None, authors=PUBLISHED):
             cells += [spread(likeliest, last, "ice_per_factory"), spread(likeliest, last, "factories_alive_share", 2)]
             greedy.append([label, str(len(likeliest)), *cells])
     lines = [f"# Ablation: held-out matches after {last:,} environment steps of training\n"]
+    their_spread = "The authors': mean (standard deviation over matches). " if authors else ""
+    their_steps = "The authors evaluated every 4,096 steps. " if authors else ""
     if "default" in arms and authors:
         lines += ["## Goals, and what the default arm reached\n", goals(data, last, parameters) + "\n"]
     lines += [
@@ -276,9 +278,7 @@ def markdown(data, last, parameters=None, authors=PUBLISHED):
         summary(data, last, authors) + "\n",
         "## Final policy, sampled actions\n",
         "Ours: mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means). "
-        + "The authors': mean (standard deviation over matches). " * bool(authors)
-        + "Ice and factories are per team, the mean of the two teams "
-        "of a match.\n",
+        f"{their_spread}Ice and factories are per team, the mean of the two teams of a match.\n",
         table(
             ["arm", "seeds", "episode length, authors", "ours", "ice transferred, authors", "ours"]
             + ["ice per starting factory, ours", "factories alive, authors", "ours", "share of factories alive, ours"],
@@ -290,10 +290,7 @@ def markdown(data, last, parameters=None, authors=PUBLISHED):
         "For full-length matches it is the first checkpoint with that share of those evaluated in every arm, "
         f"{', '.join(f'{step:,}' for step in steps)}. For the mean length and the ice it is linear between the "
         "checkpoints evaluated in that arm, which are more in the two main arms; a level that the first of them has "
-        "may have been reached earlier. "
-        + "The authors evaluated every 4,096 steps. "
-        * bool(authors)
-        + "Training seconds are the mean (least "
+        f"may have been reached earlier. {their_steps}Training seconds are the mean (least "
         "to most) over seeds, one thread each, with other trainings and evaluations beside them.\n",
         table(
             ["arm", "seeds", "10% full-length by, authors", "ours", "95% full-length by, authors", "ours"]

@@ -215,6 +215,6 @@ def test_the_readme_shows_how_the_difference_grows(folder, row):
         to_500.append(plot.crossing(where, length.mean(0), 500))
         full.append(plot.first(steps, plot.curves(runs, "full_length", steps)[1].mean(0), 0.95))
         means = [run[last]["ice_transferred"].mean() for run in runs.values()]
-        ice.append(f"{np.mean(means):,.0f} ± {np.std(means, ddof=1):,.0f}")
+        ice.append(f"{np.mean(means):,.0f} ± {plot.over_seeds(means)}")
     cells = [*map(plot.step_text, to_500), f"{to_500[1] / to_500[0]:.1f}x", *map(plot.step_text, full), *ice]
     assert " | ".join([row, *cells]) in (ROOT / "README.md").read_text()

@@ -140,11 +140,7 @@ def test_two_processes_train_what_one_does(name, alone, tmp_path):
 
 
 def test_two_machines(alone, tmp_path):
-    """Two agents of torchrun, as on two machines, meet over the network.
-
-    When its ranks have ended, an agent waits for the other one, and races are known there (PyTorch's issue 69520). So
-    one that does not end half a minute after all ranks is killed. A rank of ours that hangs fails the test.
-    """
+    """Two agents of torchrun, as on two machines, meet over the network."""
     meet = (
         "--nnodes",
         2,
@@ -156,16 +152,8 @@ def test_two_machines(alone, tmp_path):
         f"127.0.0.1:{free_port()}",
     )
     agents = [start(*LAUNCH, *meet, "--rdzv-id", "test", *script("trajsep_ppo"), cwd=tmp_path) for _ in range(2)]
-    deadline, done = time.time() + 150, False
-    while any(agent.poll() is None for agent in agents) and time.time() < deadline:
-        if not done and list(tmp_path.glob("runs/*/evaluation.json")) and not any(map(ranks_of, agents)):
-            deadline, done = time.time() + 30, True
-        time.sleep(0.1)
-    for agent in agents:
-        if done and agent.poll() is None:
-            agent.kill()
-    codes, errors = finish(*agents, timeout=30)
-    assert {*codes} <= {0, -signal.SIGKILL}, errors
+    codes, errors = finish(*agents)
+    assert codes == [0, 0], errors
     assert_same(tmp_path, alone("trajsep_ppo"))
 
 

@@ -881,8 +881,10 @@ def test_a_killed_worker_is_an_error_not_a_hang(when, capfd):
         else:
             os.kill(workers[1].pid, signal.SIGSTOP)  # it will not answer
             threading.Timer(0.5, kill).start()
+        start = time.time()
         with pytest.raises(lux.LuxError, match="matches 1 to 1 .* died"):
             env.step(idle(obs))
+        assert time.time() - start < 10
         env.close()
     assert capfd.readouterr().err == ""
     assert not any(worker.is_alive() for worker in workers)
