@@ -34,7 +34,7 @@ LONGER = int(os.environ.get("FUZZ_EXAMPLES", 0))
 FLAG_EXAMPLES = LONGER or 400
 TRAINING_EXAMPLES = LONGER // 50 or 5
 DAMAGE_EXAMPLES = LONGER or 120
-CONTENT_EXAMPLES = LONGER // 5 or 80
+CONTENT_EXAMPLES = LONGER // 5 or 100
 OBSERVATION_EXAMPLES = LONGER // 5 or 60
 REQUIRED_MALFORMED = 300
 
@@ -66,12 +66,14 @@ def outcome(function):
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # a tensor where torch expects a dict
+            warnings.filterwarnings("ignore", "The field `.*` is annotated with")  # a wrong type that does no harm
             function()
     except Accepted:
         return True
     except SystemExit as end:
         lines = said.getvalue().strip().splitlines()
-        assert end.code == 2 and len(lines) == 1 and "error: " in lines[0], (end.code, said.getvalue())
+        box = "full helptext" in said.getvalue()  # that of tyro
+        assert end.code == 2 and (box or len(lines) == 1 and "error: " in lines[0]), (end.code, said.getvalue())
         return False
     return True
 
@@ -133,16 +135,16 @@ def test_flags(script, monkeypatch, tmp_path):
     @given(flags(script))
     def check(command):
         def start():
-            args = script.parse_args()
-            if (args.resume, args.evaluate) != (None, None):
-                args, _, _ = script.load_run(args)
-            script.check_args(args)
+            runpy.run_path(str(ROOT / f"{script.__name__}.py"), run_name="__main__")
 
         with mock.patch.object(sys, "argv", ["script.py", *command]):
-            COUNT["flags accepted" if outcome(start) else "flags refused"] += 1
+            accepted = outcome(start)
+        COUNT["flags accepted" if accepted else "flags refused"] += 1
+        assert accepted or not list(tmp_path.iterdir())
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
 
+    monkeypatch.setattr(lux, "LuxVecEnv", accept)
     check()
-    assert not list(tmp_path.iterdir())
 
 
 @st.composite
@@ -161,7 +163,7 @@ def small_trainings(draw):
         "seed": draw(st.sampled_from([0, 2**32 - 1])),
         "num_workers": 0,
     }
-    for name in ("safe_masks", "norm_adv", "clip_vloss", "anneal_lr", "anneal_ent"):
+    for name in ("safe_masks", "norm_adv", "anneal_lr", "anneal_ent"):
         options[name] = draw(st.booleans())
     for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "target_kl"):
         options[name] = draw(st.sampled_from([0.0, 1.0]))
@@ -272,7 +274,11 @@ def test_damaged_files(trained, tmp_path):
         files = {path: path.read_bytes() for path in tmp_path.iterdir()}
         loaded = []
         with mock.patch.object(sys, "argv", ["script.py"]):
-            if outcome(lambda: loaded.append(trajsep_ppo.load_checkpoint(newest))):
+            try:
+                loaded.append(trajsep_ppo.load_checkpoint(newest))
+            except trajsep_ppo.Refused as refusal:
+                assert "\n" not in str(refusal)
+            if loaded:
                 assert same(loaded[0][1], content)
                 COUNT["damage without effect"] += 1
             else:
@@ -327,6 +333,8 @@ def test_wrong_content(script, trained, monkeypatch, tmp_path):
         st.sampled_from(list(CHANGES)),
     )
     def check(path, change):
+        if path[0] == "args" and change in ("wrong size", "wrong type"):
+            return  # a tensor among the arguments is nothing that damage or another program would leave there
         content = copy.deepcopy(whole)
         inner = content
         for key in path[:-1]:

@@ -170,7 +170,7 @@ def slotwise_sample(seed):
     "script, clusters, options",
     [
         (trajsep_ppo, None, {}),
-        (trajsep_ppo, 3, {"clip_vloss": True}),
+        (trajsep_ppo, 3, {}),
         (trajsep_ppo, None, {"critic": "global", "advantage": "global"}),
         (global_ppo, None, {}),
     ],
