@@ -1,13 +1,25 @@
 """The Lux AI Season 2 game (luxai-s2) as a vector environment with one reward per entity.
 
-This is the only file that knows Lux. It has three parts, each usable without the next:
+**The game.** Two teams share a map with ice, ore and rubble. Factories drink a unit of water a step and are lost
+without it; they refine ice to water and ore to metal, and build robots from metal and power. Robots, light or heavy,
+dig ice and ore and bring them home; what they do costs power, which comes from the sun and from factories. A match
+ends after 1000 steps, or when a team has lost its last factory. All that is played here is played by the caller, for
+both teams, but for bidding and the placement of factories (`early_phase_action`).
 
-    early_phase_action   bidding and factory placement from an official observation
-    LuxEncoder           official observation -> arrays and masks, actions -> official orders
-    LuxVecEnv            N matches of two players each, stepped together (Gymnasium's vector conventions)
+    import numpy as np
+    from lux_wrapper import LuxVecEnv
 
-Axis letters: N matches, P = 2 players, E entity slots, A actions, C channels, F features, H and W the
-board (x and y of the engine, in this order).
+    env = LuxVecEnv(num_envs=4, num_workers=0)  # four matches, played in this process
+    obs, _ = env.reset(seed=1)
+    for _ in range(200):
+        allowed = obs["action_mask"]
+        actions = np.where(allowed, np.random.random(allowed.shape), -1).argmax(-1)
+        obs, rewards, terminated, truncated, infos = env.step(actions)
+        if "episode" in infos:
+            print("a match ended after", *infos["episode"]["l"][infos["_episode"]], "steps")
+
+Axis letters: N matches, P = 2 players, B = N * P teams, E entity slots, A actions, C channels, F features, H and W
+the board (x and y of the engine, in this order).
 
 **Observation**, a dict of arrays; every player sees the match from its own side:
 
@@ -27,51 +39,57 @@ match ends all that was in it: the next observation is that of another one.
 **Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS; those of empty slots are ignored. A robot
 that delivers hands all of its ice or ore, of which it has more, to the factory that it stands on or beside.
 
-**Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of these terms:
+**Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of the terms in REWARDS, each times its
+weight. Both ends of a match are terminations (the game is over, nothing is cut short), so nothing is ever truncated.
+`step` then returns the first observation of the next match (Gymnasium's SAME_STEP autoreset) and the finished
+match's metrics in `infos["episode"]`.
 
-    term             paid to   for                                                   weight (REWARDS)
-    ice_dug          robot     a unit of ice taken from the ground into the cargo    0.004
-    ore_dug          robot     a unit of ore taken from the ground into the cargo    0.0004
-    ice_delivered    robot     a unit of ice that reached a factory of the team      0.004
-    ore_delivered    robot     a unit of ore that reached a factory of the team      0.0008
-    robot_lost       robot     being destroyed (times 0.1 for a light robot)         -0.05
-    water_made       factory   a unit of water refined from ice (4 ice)              0.004
-    metal_made       factory   a unit of metal refined from ore (5 ore)              0.004
-    lichen_grown     factory   a unit of lichen more (less: minus) on its own strain 0.0001
-    survived         factory   a step that ends with the factory alive               0.001
-    factory_lost     factory   running out of water                                  -0.2
+**To change it.** All places in arrays go by name (CHANNEL, COLUMN, TERM), so the order of names is free, but for the
+first five of ROBOT_ACTIONS.
 
-A match ends after 1000 steps or when a player has lost its last factory; both are terminations (the game
-is over, nothing is cut short), so nothing is ever truncated. `step` then returns the first observation of
-the next match (Gymnasium's SAME_STEP autoreset) and the finished match's metrics in `infos["episode"]`.
+    the weight of a reward  LuxVecEnv(..., reward_weights={"ice_dug": 0.01})
+    a reward term           a line in REWARDS, and a line in LuxMatch._achievements that pays it
+    a board channel         its name in BOARD_CHANNELS, and where it is drawn in LuxEncoder: _draw_map if it stays the
+                            same for a whole match, _draw_step if it changes
+    a feature               its name in FEATURES, and where it is written: LuxEncoder._encode_factories for factories,
+                            _encode_robots for robots; or `reset`, into `ground`, if it is one of the map's cells
+    an action of robots     its name in ROBOT_ACTIONS, when it is possible and what it costs in
+                            LuxEncoder._encode_robots, and its order in _queues
+
+**Without the vector environment** this file needs nothing but NumPy: a bot of the official runner can take it along,
+for `LuxEncoder` (official observation -> arrays and masks, actions -> official orders) and `early_phase_action`.
 """
 
 import atexit
 import contextlib
 import functools
 import gc
-import multiprocessing
 import os
 import signal
 import sys
-from collections import Counter
-from multiprocessing import connection
+from collections import Counter, namedtuple
+from itertools import chain
 
-import gymnasium as gym
 import numpy as np
 
-os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
+try:
+    import gymnasium as gym
+except ModuleNotFoundError:
+    gym = None  # only LuxVecEnv needs it
 
 PLAYERS = ("player_0", "player_1")
 NOBODY, FACTORY, LIGHT, HEAVY = range(4)
 
-# The engine's directions: 0 here, 1 up (y - 1), 2 right (x + 1), 3 down (y + 1), 4 left (x - 1).
+# The engine's directions, as steps in x and y: none, up, right, down, left. The actions that move are numbered like
+# them, so these five stay the first ones of ROBOT_ACTIONS, in this order.
 DX, DY = np.array([0, 0, 1, 0, -1]), np.array([0, -1, 0, 1, 0])
+STAY, UP, RIGHT, DOWN, LEFT = range(5)
+MOVES = slice(UP, LEFT + 1)
 ROBOT_ACTIONS = ("stay", "move_up", "move_right", "move_down", "move_left", "dig", "deliver", "pick_up_power")
-STAY, DIG, DELIVER, PICK_UP = 0, 5, 6, 7
+DIG, DELIVER, PICK_UP = map(ROBOT_ACTIONS.index, ("dig", "deliver", "pick_up_power"))
 FACTORY_ACTIONS = ("nothing", "build_light", "build_heavy", "water_lichen")
-NOTHING, BUILD_LIGHT, BUILD_HEAVY, WATER = range(4)
-NUM_ACTIONS = len(ROBOT_ACTIONS)
+NOTHING, BUILD_LIGHT, BUILD_HEAVY, WATER = range(len(FACTORY_ACTIONS))
+NUM_ACTIONS = max(len(ROBOT_ACTIONS), len(FACTORY_ACTIONS))
 
 BOARD_CHANNELS = (
     "inside",  # 100 on the board, so that padding beyond its edge can be told from empty ground
@@ -102,52 +120,571 @@ FEATURES = (
     *("own_factories", "opponent_factories"),  # alive, in fives
     *("is_day", "time_in_cycle", "time"),  # 0 to 1
 )
-COLUMN = {name: column for column, name in enumerate(FEATURES)}
-GROUND = FEATURES[COLUMN["ice_dx"] : COLUMN["on_ore"] + 1]  # what LuxEncoder looks up by cell, in one piece
-
+# What is paid, the weights; a robot's terms are paid to it, a factory's to that factory.
 REWARDS = {
-    "ice_dug": 0.004,
-    "ore_dug": 0.0004,
-    "ice_delivered": 0.004,
-    "ore_delivered": 0.0008,
-    "robot_lost": -0.05,
-    "water_made": 0.004,
-    "metal_made": 0.004,
-    "lichen_grown": 0.0001,
-    "survived": 0.001,
-    "factory_lost": -0.2,
+    "ice_dug": 0.004,  # robot: a unit of ice taken from the ground into the cargo
+    "ore_dug": 0.0004,  # robot: a unit of ore taken from the ground into the cargo
+    "ice_delivered": 0.004,  # robot: a unit of ice that reached a factory of the team
+    "ore_delivered": 0.0008,  # robot: a unit of ore that reached a factory of the team
+    "robot_lost": -0.05,  # robot: being destroyed (times 0.1 for a light robot)
+    "water_made": 0.004,  # factory: a unit of water refined from ice (4 ice)
+    "metal_made": 0.004,  # factory: a unit of metal refined from ore (5 ore)
+    "lichen_grown": 0.0001,  # factory: a unit of lichen more (less: minus) on its own strain
+    "survived": 0.001,  # factory: a step that ends with the factory alive
+    "factory_lost": -0.2,  # factory: running out of water
 }
+# Their places in the arrays, by name.
+CHANNEL = {name: place for place, name in enumerate(BOARD_CHANNELS)}
+COLUMN = {name: place for place, name in enumerate(FEATURES)}
+TERM = {name: place for place, name in enumerate(REWARDS)}
+
+
+def columns(*names):
+    """The columns of several features, to index the last axis of a features array with."""
+    return [COLUMN[name] for name in names]
+
 
 # Game constants (luxai_s2.config.EnvConfig, the same in every match). Index 0 light, 1 heavy.
 GAME_LENGTH, CYCLE, DAY = 1000, 50, 30
 METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
 CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
-HOLDS = np.stack([BATTERY, CARGO, CARGO], 1)  # of power, ice and ore
 MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
 MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)  # [kind, rubble]
 WORST_MOVE = MOVE_COST_ONTO[:, 100]
-ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER = 4, 5, 10
+ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER, LICHEN_TO_SPREAD = 4, 5, 10, 20
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 
-# Map seeds below this are held out for evaluation, those of training matches are above it.
-HELD_OUT_SEEDS = 1_000_000
+# ------------------------------------------------------------------------------------------------------
+# Official observations to arrays, actions to official orders
+# ------------------------------------------------------------------------------------------------------
 
-# Seconds that a worker may take for one step of one match, or to start, before it counts as hung.
-WORKER_TIMEOUT, START_TIMEOUT = 8, 60
+# What LuxEncoder reads of an observation. `factories` and `robots` hold a dict for each player, unit_id -> Factory or
+# Robot, rows of integers; `under_way` is the action that its order under way carries out (STAY where there is none).
+Snapshot = namedtuple("Snapshot", "time rubble lichen lichen_strains factories robots")
+Factory = namedtuple("Factory", "x y power ice ore water metal strain")
+Robot = namedtuple("Robot", "heavy x y power ice ore under_way")
+# Many of them, each field an array: in LuxEncoder.factories [B, max_factories] by slot, in LuxEncoder.robots [R].
+Robots = namedtuple("Robots", ("team", "slot", *Robot._fields))
+
+FACTORY_ORDERS = {BUILD_LIGHT: 0, BUILD_HEAVY: 1, WATER: 2}  # the engine's numbers
+ORDERS_UNDER_WAY = {"order_up": UP, "order_right": RIGHT, "order_down": DOWN, "order_left": LEFT, "order_dig": DIG}
+ROBOT_CHANNELS = np.array(  # [own or opponent, heavy]
+    [[CHANNEL[f"{side}_light"], CHANNEL[f"{side}_heavy"]] for side in ("own", "opponent")]
+)
+
+
+def read_observation(obs):
+    """The Snapshot of an official observation of a step after placement."""
+    factories, robots = ({}, {}), ({}, {})
+    for player, name in enumerate(PLAYERS):
+        for unit_id, factory in obs["factories"][name].items():
+            cargo = factory["cargo"]
+            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
+            factories[player][unit_id] = Factory(*factory["pos"].tolist(), *stock, factory["strain_id"])
+        for unit_id, unit in obs["units"][name].items():
+            cargo, queue, under_way = unit["cargo"], unit["action_queue"], STAY
+            if len(queue):
+                order, direction = queue[0][:2]
+                under_way = DIG if order == 3 else int(direction) if order == 0 else STAY  # others end within a step
+            stock = unit["power"], cargo["ice"], cargo["ore"]
+            robots[player][unit_id] = Robot(unit["unit_type"] == "HEAVY", *unit["pos"].tolist(), *stock, under_way)
+    board = obs["board"]
+    return Snapshot(obs["real_env_steps"], board["rubble"], board["lichen"], board["lichen_strains"], factories, robots)
+
+
+class LuxEncoder:
+    """Both players' views of a match: slots, features and masks in, official orders out.
+
+    It reads nothing but official observations (lists made arrays), so that it serves in the official runner too.
+    Call `reset` with the first observation after placement, then `encode` with that and every later observation
+    in turn, and `orders` after any of them.
+
+    Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
+    give their snapshots to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent.
+
+    Args:
+        map_size: side of the board in cells.
+        max_factories, max_robots: slots per team.
+        group_by: "entity", a trajectory for each; or "cluster", a trajectory for each factory with the
+            robots it built (when it dies they join the nearest factory).
+        safe_masks: also mask orders that are legal and plainly ruinous:
+            1. stepping onto a cell where an own robot stands (both would be destroyed),
+            2. stepping onto the centre of an own factory (robots appear there),
+            3. building while an own robot stands there, and building a light robot from the metal that the
+               factory's first heavy one needs, or into the last slots while other factories have yet to build theirs,
+            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
+               ice and ore with full cargo,
+            5. digging, or stepping away from home, with less power left than the way back to the nearest own
+               factory, were there no rubble on it, and an order there cost (a robot without power stands where it
+               is until the sun shines),
+            6. picking up less power than ten times what the order itself costs,
+            7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
+            And where two own robots are told to step onto one cell, the first goes and the others wait.
+        num_matches: how many matches.
+    """
+
+    def __init__(self, map_size=48, max_factories=5, max_robots=6, group_by="entity", safe_masks=True, num_matches=1):
+        self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
+        self.num_entities = max_factories + max_robots
+        self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
+        self.side = map_size + 2  # of maps with a border of 1 cell
+        self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
+
+        N, B, E, S, side = num_matches, 2 * num_matches, self.num_entities, map_size, self.side
+        self.teams, self.opponent = np.arange(B)[:, None], np.arange(B) ^ 1
+        self.new = np.zeros(N, bool)  # matches of which no observation has been seen
+        self.ice, self.ore = np.zeros((2, N, S, S), bool)
+        self.rubble = np.zeros((N, side, side), np.int64)
+        self.strains = np.zeros((N, S, S), np.int16)  # those of the step before, until they are read
+        self.player_of_strain = np.zeros((N, 2 * max_factories + 1), np.int8)  # the last serves strain -1, no lichen
+        self.lichen_drawn = np.zeros(N, bool)
+        self.lichen_counted = [None] * N  # the lichen that these are right for:
+        self.water_costs = np.zeros((N, 2 * max_factories + 1), np.int64)
+        # The features that depend on nothing but the cell and the factories alive; the others are 0.
+        self.ground = np.zeros((B, S, S, len(FEATURES)), np.float32)
+        self.factories_drawn = np.zeros((B, max_factories), bool)  # those that the next five show:
+        self.factory_map = np.zeros((B, side, side), np.int64)  # slot + 1, with a border of 1 cell
+        self.centre_map, self.closed = np.zeros((2, B, side, side), bool)  # closed: where a team may not go
+        self.nearest = np.zeros((B, S, S), np.int64)  # slot of the team's nearest factory
+        self.steps_home = np.zeros((5, B, S, S), np.int64)  # from a cell and its neighbours to that factory's edge
+        self.robots_drawn = []  # where on the boards, as indices
+        self.factory_slot, self.robot_slot = ([{} for _ in range(B)] for _ in range(2))  # unit_id -> slot
+        self.home = np.zeros((B, E), np.int64)  # slot of the factory an entity belongs to
+        self.blocked_builds = np.zeros(B, np.int64)  # factory steps in which only the slots forbade to build
+        self.right_of_way = np.zeros(B, np.int64)  # moves held back because an own robot had the same goal
+
+    def arrays(self):
+        """A dict of zeroed arrays [B, ...] with the keys, shapes and types of the table at the top."""
+        B, E, S = len(self.teams), self.num_entities, self.map_size
+        return {
+            "board": np.zeros((B, S, S, len(BOARD_CHANNELS)), np.uint8),
+            "features": np.zeros((B, E, len(FEATURES)), np.float32),
+            "position": np.zeros((B, E, 2), np.int64),
+            "kind": np.zeros((B, E), np.int64),
+            "group": np.zeros((B, E), np.int64),
+            "action_mask": np.zeros((B, E, NUM_ACTIONS), bool),
+        }
+
+    def reset(self, obs, match=0):
+        """Forget the last match; `obs` is the first observation after placement, before any robot."""
+        teams = slice(2 * match, 2 * match + 2)
+        self.ice[match], self.ore[match] = ice, ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
+        self.ground[teams, ..., columns("ice_dx", "ice_dy", "ice_distance")] = _way_to_nearest(ice)
+        self.ground[teams, ..., columns("ore_dx", "ore_dy", "ore_distance")] = _way_to_nearest(ore)
+        self.ground[teams, ..., COLUMN["on_ice"]], self.ground[teams, ..., COLUMN["on_ore"]] = ice, ore
+        self.strains[match] = obs["board"]["lichen_strains"]
+        self.player_of_strain[match] = -1
+        self.new[match], self.lichen_counted[match] = True, None
+        self.home[teams] = np.arange(self.num_entities)
+        self.blocked_builds[teams] = self.right_of_way[teams] = 0
+        for player, name in enumerate(PLAYERS):
+            team = 2 * match + player
+            self.factory_slot[team] = {unit_id: slot for slot, unit_id in enumerate(obs["factories"][name])}
+            self.robot_slot[team] = {}
+            for factory in obs["factories"][name].values():
+                self.player_of_strain[match, factory["strain_id"]] = player
+
+    def encode(self, obs, out):
+        """Write the match as both players see it into `out`.
+
+        Args:
+            obs: official observation of a step after placement.
+            out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
+                is written again).
+        """
+        self.encode_rows([read_observation(obs)], out)
+
+    def encode_rows(self, matches, out):
+        """As `encode`, of a list with what `read_observation` or `read_engine` returns for each match."""
+        seen = Snapshot(*zip(*matches))
+        self.time = np.array(seen.time)
+        self.lichen = np.stack(seen.lichen).astype(np.uint8)  # small types make the operations below faster
+        self.strains_before, self.strains = self.strains, np.stack(seen.lichen_strains).astype(np.int16)
+        self._read_factories([rows for players in seen.factories for rows in players])
+        self._read_robots([rows for players in seen.robots for rows in players])
+
+        for match in np.flatnonzero(self.new).tolist():
+            self._draw_map(match, out)
+        changed = (self.factories_drawn != self.alive).any(1)
+        for match in np.flatnonzero(self.new | changed[::2] | changed[1::2]).tolist():
+            self._draw_factories(match, out)
+        self.new[:] = False
+        self._draw_step(np.stack(seen.rubble), out)
+
+        for key in ("features", "position", "kind", "action_mask"):
+            out[key][:] = 0
+        self._encode_factories(out)
+        self._encode_robots(out)
+        self._encode_match(out)
+        out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
+
+    def orders(self, actions):
+        """Official orders for the observation encoded last.
+
+        A robot that goes on doing what it did gets no order, since every new one costs power. Moves and
+        digs are ordered for as many steps as the robot can pay and still afford another order after, so
+        that going on is free and changing its mind is always possible.
+
+        Args:
+            actions: int array [B, E].
+
+        Returns:
+            list of B dicts unit_id -> official action; of one match, for player_0 and player_1.
+        """
+        orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
+        busy = self.alive & (actions[:, : self.max_factories] != NOTHING)
+        for team, slot in np.argwhere(busy).tolist():
+            orders[team][factory_ids[team][slot]] = FACTORY_ORDERS[int(actions[team, slot])]
+        action = actions[self.robots.team, self.robots.slot]
+        if self.safe_masks:
+            action = self._give_way(action)
+        queues, team = self._queues(action), self.robots.team.tolist()
+        unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
+        for row in np.flatnonzero(action != self.robots.under_way).tolist():
+            orders[team[row]][unit_ids[row]] = queues[row : row + (action[row] != STAY)]
+        return orders
+
+    # -- Reading -----------------------------------------------------------------------------------------
+
+    def _read_factories(self, teams):
+        """Read the rows of all teams into `alive` and `factories`, arrays by slot, 0 where none is alive."""
+        table = []
+        for team, rows in enumerate(teams):
+            table += [(team, self.factory_slot[team][unit_id], *row) for unit_id, row in rows.items()]
+        table = np.fromiter(chain.from_iterable(table), np.int64).reshape(-1, 2 + len(Factory._fields))
+        team, slot = table[:, :2].T
+        self.alive = np.zeros((len(teams), self.max_factories), bool)
+        self.alive[team, slot] = True
+        by_slot = np.zeros((len(Factory._fields), *self.alive.shape), np.int64)
+        by_slot[:, team, slot] = table[:, 2:].T
+        self.factories = Factory(*by_slot)
+
+    def _read_robots(self, teams):
+        """Read the rows of all teams into `robots`, team by team and in the observations' order; slots for new ones.
+
+        Slots stay with their robots. A new robot gets the first slot that was empty in the last observation, so one
+        whose robot has died since stays empty for now; and it belongs to the factory in whose centre it appears.
+        """
+        table = []
+        for team, rows in enumerate(teams):
+            slots = self.robot_slot[team]
+            if rows.keys() != slots.keys():
+                empty = iter(sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values())))
+                born = {unit_id: next(empty) for unit_id in rows if unit_id not in slots}
+                for unit_id, slot in born.items():
+                    self.home[team, slot] = self._nearest_factory(team, rows[unit_id].x, rows[unit_id].y)
+                slots = slots | born
+                self.robot_slot[team] = slots = {unit_id: slots[unit_id] for unit_id in rows}
+            table += [(team, slots[unit_id], *row) for unit_id, row in rows.items()]
+        table = np.fromiter(chain.from_iterable(table), np.int64).reshape(-1, len(Robots._fields))
+        self.robots = Robots(*table.T)
+        self.robot_map = np.zeros((len(teams), self.side, self.side), bool)
+        self.robot_map[self.robots.team, self.robots.x + 1, self.robots.y + 1] = True
+
+    def _nearest_factory(self, team, x, y):
+        """Slot of the factory of a team that is nearest to a cell."""
+        distance = np.abs(self.factories.x[team] - x) + np.abs(self.factories.y[team] - y)
+        return np.where(self.alive[team], distance, 10**6).argmin()
+
+    # -- Drawing -----------------------------------------------------------------------------------------
+
+    def _draw_map(self, match, out):
+        """The channels that stay the same for a whole match."""
+        board = out["board"][2 * match : 2 * match + 2]
+        board[:] = 0
+        board[..., CHANNEL["inside"]] = 100
+        board[..., CHANNEL["ice"]] = self.ice[match] * 100
+        board[..., CHANNEL["ore"]] = self.ore[match] * 100
+
+    def _draw_factories(self, match, out):
+        """Draw a match's factories alive and the ways to them; robots of one that is gone join the nearest."""
+        teams, robots = slice(2 * match, 2 * match + 2), self.robots
+        alive, own, closed = self.alive[teams], self.factory_map[teams], self.closed[teams]
+        own[:], self.centre_map[teams] = 0, False
+        for player, slot in np.argwhere(alive).tolist():
+            team = 2 * match + player
+            x, y = self.factories.x[team, slot], self.factories.y[team, slot]
+            own[player, x : x + 3, y : y + 3] = slot + 1
+            self.centre_map[team, x + 1, y + 1] = True
+        closed[:] = own[::-1] > 0  # the opponent's factories, and the border
+        closed[:, [0, -1]] = closed[:, :, [0, -1]] = True
+        drawn, board = own[:, 1:-1, 1:-1] > 0, out["board"][teams]
+        board[..., CHANNEL["own_factory"]] = drawn * 100
+        board[..., CHANNEL["opponent_factory"]] = drawn[::-1] * 100
+        self.factories_drawn[teams] = alive
+        homeless = (robots.team // 2 == match) & ~self.alive[robots.team, self.home[robots.team, robots.slot]]
+        for row in np.flatnonzero(homeless):
+            team = robots.team[row]
+            self.home[team, robots.slot[row]] = self._nearest_factory(team, robots.x[row], robots.y[row])
+
+        cells = np.stack(np.meshgrid(np.arange(self.map_size), np.arange(self.map_size), indexing="ij"), -1)
+        centres = np.stack([self.factories.x[teams], self.factories.y[teams]], -1)
+        to_factory = centres[:, :, None, None] - cells
+        distance = np.where(alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
+        self.nearest[teams] = nearest = distance.argmin(1)
+        way = np.take_along_axis(to_factory, nearest[:, None, ..., None], 1)
+        self.ground[teams, ..., columns("home_dx", "home_dy")] = np.clip(way[:, 0] / 8, -1, 1)
+        self.ground[teams, ..., COLUMN["home_distance"]] = np.clip(distance.min(1) / 8, 0, 1)
+        gap = np.abs(way - np.stack([DX, DY], -1)[:, None, None]) - 1
+        self.steps_home[:, teams] = np.maximum(gap, 0).sum(-1).swapaxes(0, 1)
+
+    def _draw_step(self, rubble, out):
+        """The channels that change at every step: rubble, lichen and robots."""
+        maps, robots = out["board"], self.robots
+        self.rubble[:, 1:-1, 1:-1] = rubble
+        maps[..., CHANNEL["rubble"]] = rubble.astype(np.uint8).repeat(2, 0)
+        growing = self.lichen.any((1, 2))
+        for match in np.flatnonzero(growing | self.lichen_drawn).tolist():
+            owner = self.player_of_strain[match].take(self.strains[match])
+            for player in range(2):
+                team, lichen = 2 * match + player, self.lichen[match] * (owner == player)
+                maps[team, ..., CHANNEL["own_lichen"]] = lichen
+                maps[team ^ 1, ..., CHANNEL["opponent_lichen"]] = lichen
+        self.lichen_drawn = growing
+        for drawn in self.robots_drawn:
+            maps[drawn] = 0
+        own, opponent = ROBOT_CHANNELS[:, robots.heavy]
+        self.robots_drawn = [(robots.team, robots.x, robots.y, own), (robots.team ^ 1, robots.x, robots.y, opponent)]
+        for drawn in self.robots_drawn:
+            maps[drawn] = 100
+
+    # -- Features and masks ------------------------------------------------------------------------------
+
+    def _encode_factories(self, out):
+        """Features and masks of the factories; arrays [B, max_factories]."""
+        factories, robots, alive = self.factories, self.robots, self.alive
+        B, width = alive.shape
+        features = out["features"][:, :width]
+        out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
+        out["position"][:, :width] = np.stack([factories.x, factories.y], -1)
+        features[:] = self.ground[self.teams, factories.x, factories.y]
+        features[..., COLUMN["is_factory"]] = 1
+        for name in ("power", "ice", "ore"):
+            features[..., COLUMN[name]] = np.minimum(getattr(factories, name) / 1000, 3)
+        for name in ("water", "metal"):
+            features[..., COLUMN[name]] = _log(getattr(factories, name))
+        features[..., COLUMN["home_water"]] = features[..., COLUMN["water"]]
+        features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
+        built = np.zeros((2, B, self.num_entities), np.int64)  # robots alive, by kind
+        np.add.at(built, (robots.heavy, robots.team, self.home[robots.team, robots.slot]), 1)
+        lights, heavies = built[..., :width]
+        features[..., COLUMN["group_lights"]] = lights / 10
+        features[..., COLUMN["group_heavies"]] = heavies / 5
+        taken = self.robot_map[self.teams, factories.x + 1, factories.y + 1]
+        features[..., COLUMN["centre_taken"]] = taken
+
+        can_light, can_heavy = (
+            alive & (factories.metal >= METAL_COST[heavy]) & (factories.power >= POWER_COST[heavy]) for heavy in (0, 1)
+        )
+        free = (self.max_robots - np.bincount(robots.team, minlength=B))[:, None]
+        before = alive.cumsum(1)  # factories up to this one, itself included
+        has_slot = before <= free  # enough slots even if every factory before it builds
+        self.blocked_builds += ((can_light | can_heavy) & ~has_slot).sum(1)
+        if self.safe_masks:
+            waiting = ((heavies == 0) & can_heavy).sum(1, keepdims=True)  # to build their first
+            can_light &= (heavies > 0) | (factories.metal >= METAL_COST.sum())
+            can_light &= before <= free - waiting
+            has_slot &= ~taken
+        reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0
+        cost = self._water_costs()[self.teams // 2, factories.strain]
+        mask = out["action_mask"][:, :width]
+        mask[..., NOTHING] = alive
+        mask[..., BUILD_LIGHT] = can_light & has_slot
+        mask[..., BUILD_HEAVY] = can_heavy & has_slot
+        mask[..., WATER] = alive & (factories.water > reserve) & (factories.water - cost >= reserve)
+
+    def _water_costs(self):
+        """By match and strain, upper bounds on the water that watering costs its factory: 1 for 10 cells to grow on.
+
+        Lichen grows on the 12 cells at the factory's edge, on cells of its strain, and on neighbours of those that
+        hold LICHEN_TO_SPREAD. All of them are counted, although rubble or lichen of others may be in the way of some.
+        And as the engine asks for what it counted in the step before, lichen that has withered since counts too: a
+        cell is of a strain if it is now or was then, and spreads with up to 2 less.
+        """
+        for match, maps in enumerate(zip(self.strains, self.strains_before, self.lichen >= LICHEN_TO_SPREAD - 2)):
+            seen = [cells.tobytes() for cells in maps]
+            if seen == self.lichen_counted[match]:  # mostly lichen grows or shrinks where it is, and the costs stay
+                continue
+            now, before, enough = maps
+            strains = np.flatnonzero(self.player_of_strain[match] >= 0).astype(np.int16)[:, None, None]
+            cells = (now == strains) | (before == strains)  # [strain, H, W]
+            spreading = cells & enough
+            cells[:, 1:] |= spreading[:, :-1]
+            cells[:, :-1] |= spreading[:, 1:]
+            cells[:, :, 1:] |= spreading[:, :, :-1]
+            cells[:, :, :-1] |= spreading[:, :, 1:]
+            number = 12 + np.array([np.count_nonzero(of_strain) for of_strain in cells])
+            self.water_costs[match, strains.ravel()] = -(-number // GROWTH_PER_WATER)
+            self.lichen_counted[match] = seen
+        return self.water_costs
+
+    def _encode_robots(self, out):
+        """Features and masks of the robots.
+
+        Arrays have robots last: [R], [A, R] by action, and [5, R] by direction, of the own cell and those beside.
+        """
+        robots = self.robots
+        team, slot, heavy, x, y = robots.team, robots.slot, robots.heavy, robots.x, robots.y
+        power, ice, ore, under_way = robots.power, robots.ice, robots.ore, robots.under_way
+        row, match, battery, cargo = np.arange(len(team)), team // 2, BATTERY[heavy], CARGO[heavy]
+        here = STAY  # the direction of a robot's own cell
+        cells = (x + 1) * self.side + y + 1 + self.beside
+        cells_of_team = cells + team * self.side**2
+        own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
+        rubble, nearest = self.rubble.take(cells + match * self.side**2), self.nearest[team, x, y]
+
+        features = self.ground[team, x, y]
+        features[:, COLUMN["is_light"]], features[:, COLUMN["is_heavy"]] = heavy == 0, heavy
+        for name, share in (("power", power / battery), ("ice", ice / cargo), ("ore", ore / cargo)):
+            features[:, COLUMN[name]] = share
+        for name in ("home_water", "home_power"):
+            features[:, COLUMN[name]] = out["features"][team, nearest, COLUMN[name]]
+        features[:, COLUMN["rubble_here"]] = rubble[here] / 100
+        for name, action in ORDERS_UNDER_WAY.items():
+            features[:, COLUMN[name]] = under_way == action
+
+        # What every action leaves of the power. An order that is under way goes on free; any other is paid for first.
+        order_cost = ORDER_COST[heavy]
+        left = power - order_cost * (np.arange(len(ROBOT_ACTIONS))[:, None] != under_way)
+        left[MOVES] -= MOVE_COST_ONTO[heavy, rubble[MOVES]]
+        left[DIG] -= DIG_COST[heavy]
+        can_do = left >= 0
+        can_do[MOVES] &= ~closed[MOVES]
+        can_do[DIG] &= (own_factory[here] == 0) & ~closed[here]
+        can_do[DELIVER] &= own_factory.any(0) & (ice + ore > 0)
+        gain = np.minimum(battery - left[PICK_UP], self.factories.power[team, nearest])
+        can_do[PICK_UP] &= (own_factory[here] > 0) & (gain > 0)
+        if self.safe_masks:
+            can_do[MOVES] &= ~(self.robot_map | self.centre_map).take(cells_of_team[MOVES])
+            on_ice, on_ore, lichen = self.ice[match, x, y], self.ore[match, x, y], self.lichen[match, x, y] > 0
+            own_lichen = (self.player_of_strain[match, self.strains[match, x, y]] == team % 2) & lichen
+            to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
+            to_clear = ((rubble[here] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
+            can_do[DIG] &= to_mine | to_clear
+            can_do[PICK_UP] &= gain >= 10 * order_cost
+            steps_home = self.steps_home[:, team, x, y]
+            way_home = steps_home * MOVE_COST[heavy] + (np.minimum(steps_home, 2) + 1) * order_cost
+            can_do[MOVES] &= (left[MOVES] >= way_home[MOVES]) | (steps_home[MOVES] < steps_home[here])
+            can_do[DIG] &= left[DIG] >= way_home[here]
+        can_do[STAY] |= ~can_do.any(0)
+
+        out["features"][team, slot] = features
+        out["position"][team, slot] = np.stack([x, y], -1)
+        out["kind"][team, slot] = np.where(heavy, HEAVY, LIGHT)
+        out["action_mask"][team, slot, : len(ROBOT_ACTIONS)] = can_do.T
+        self.deliver_direction = (own_factory > 0).argmax(0)
+        self.deliver_to = own_factory[self.deliver_direction, row] - 1  # slot of that factory
+
+    def _encode_match(self, out):
+        """The features that are the same for everybody; and none where there is nobody."""
+        alive, time = self.alive.sum(1), self.time.repeat(2)
+        for name, value in (
+            ("own_factories", alive / 5),
+            ("opponent_factories", alive[self.opponent] / 5),
+            ("is_day", time % CYCLE < DAY),
+            ("time_in_cycle", time % CYCLE / CYCLE),
+            ("time", time / GAME_LENGTH),
+        ):
+            out["features"][..., COLUMN[name]] = value[:, None]
+        out["features"][out["kind"] == NOBODY] = 0
+
+    # -- Orders ------------------------------------------------------------------------------------------
+
+    def _give_way(self, action):
+        """Actions of the robots [R] in which those who would step onto one cell together, but for the first, stay.
+
+        Every move's goal is made a number, which no other cell of any team has. Nearly always all of them differ.
+        Else the robots are gone through in the order of `robots`, that of their birth, and the first one gets the cell.
+        """
+        robots = self.robots
+        moves = np.flatnonzero((action >= UP) & (action <= LEFT))
+        cells = (robots.team[moves] * self.side + robots.x[moves]) * self.side + robots.y[moves]
+        goals, taken = (cells + self.beside[action[moves], 0]).tolist(), set()
+        if len(set(goals)) < len(goals):
+            action = action.copy()
+            for row, goal in zip(moves.tolist(), goals):
+                if goal in taken:
+                    action[row] = STAY
+                    self.right_of_way[robots.team[row]] += 1
+                taken.add(goal)
+        return action
+
+    def _queues(self, action):
+        """Official orders [R, 6] that make robots do their actions [R]; those of robots that stay mean nothing.
+
+        An order is: type (0 move, 1 transfer, 2 pick up, 3 dig, 4 self-destruct, 5 recharge), direction, resource
+        (0 ice, 1 ore, 2 water, 3 metal, 4 power), amount, repeat, how many times.
+        """
+        robots, order_cost = self.robots, ORDER_COST[self.robots.heavy]
+        spare = robots.power - 2 * order_cost  # for this order and one after it
+        moves, digs = (np.maximum(spare // cost[robots.heavy], 1) for cost in (WORST_MOVE, DIG_COST))
+        most, more_ore = np.maximum(robots.ice, robots.ore), robots.ore > robots.ice
+        to_full = BATTERY[robots.heavy] - robots.power + order_cost
+        queues = np.zeros((len(action), 6), np.int64)
+        for chosen, order in (
+            (action <= LEFT, (0, action, 0, 0, 0, moves)),
+            (action == DIG, (3, 0, 0, 0, 0, digs)),
+            (action == DELIVER, (1, self.deliver_direction, more_ore, most, 0, 1)),
+            (action == PICK_UP, (2, 0, 4, to_full, 0, 1)),
+        ):
+            for column, value in enumerate(order):
+                queues[chosen, column] = value if np.ndim(value) == 0 else value[chosen]
+        return queues
+
+
+def _way_to_nearest(cells):
+    """Signed way from every cell to the nearest marked one by walking distance.
+
+    Args:
+        cells: [H, W], non-zero where marked.
+
+    Returns:
+        [H, W, 3] float32: dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) on a board
+        without marked cells.
+    """
+    way = np.zeros((*cells.shape, 3), np.float32)
+    marked = np.argwhere(cells)
+    if len(marked) == 0:
+        way[..., 2] = 1
+        return way
+    here = np.stack(np.meshgrid(*map(np.arange, cells.shape), indexing="ij"), -1).reshape(-1, 2)
+    deltas = marked[None] - here[:, None]
+    nearest = np.abs(deltas).sum(-1).argmin(1)
+    way[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
+    way[..., 2] = np.abs(way[..., :2]).sum(-1)
+    return np.clip(way / 8, -1, 1)
+
+
+def _log(amount):
+    return np.log1p(amount) / 5
+
 
 # ------------------------------------------------------------------------------------------------------
 # Bidding and factory placement
 # ------------------------------------------------------------------------------------------------------
 
 
-def gaussian_filter(board, sigma):
-    """Sum of `board` [H, W] weighted by exp(-distance^2 / (2 sigma^2)) around every cell, [H, W] float."""
-    kernels = []
-    for size in board.shape:
-        cells = np.arange(size)
-        kernels.append(np.exp(-((cells[:, None] - cells) ** 2) / (2 * sigma**2)))
-    return kernels[0] @ board @ kernels[1]
+def early_phase_action(obs, player):
+    """The order of `player` while factories are placed: a bid of 0, then its factories one by one.
+
+    Args:
+        obs: official observation with `real_env_steps` below 0.
+        player: "player_0" or "player_1".
+
+    Returns:
+        An official action; {} where it is the other player's turn.
+    """
+    turn = obs["real_env_steps"] + 2 * obs["board"]["factories_per_team"] + 1
+    if turn == 0:
+        return {"bid": 0, "faction": "AlphaStrike" if player == "player_0" else "MotherMars"}
+    team = obs["teams"][player]
+    if team["place_first"] != (turn % 2 == 1) or team["factories_to_place"] == 0:
+        return {}
+    score = placement_score(obs)
+    spawn = np.array(np.unravel_index(np.argmax(score), score.shape))
+    share = team["factories_to_place"]  # water and metal are shared out evenly
+    return {"spawn": spawn, "water": team["water"] // share, "metal": team["metal"] // share}
 
 
 def placement_score(obs):
@@ -180,653 +717,24 @@ def placement_score(obs):
     return np.where(board["valid_spawns_mask"], score, -np.inf)
 
 
-def early_phase_action(obs, player):
-    """The order of `player` while factories are placed: a bid of 0, then its factories one by one.
-
-    Args:
-        obs: official observation with `real_env_steps` below 0.
-        player: "player_0" or "player_1".
-
-    Returns:
-        An official action; {} where it is the other player's turn.
-    """
-    turn = obs["real_env_steps"] + 2 * obs["board"]["factories_per_team"] + 1
-    if turn == 0:
-        return {"bid": 0, "faction": "AlphaStrike" if player == "player_0" else "MotherMars"}
-    team = obs["teams"][player]
-    if team["place_first"] != (turn % 2 == 1) or team["factories_to_place"] == 0:
-        return {}
-    score = placement_score(obs)
-    spawn = np.array(np.unravel_index(np.argmax(score), score.shape))
-    share = team["factories_to_place"]  # water and metal are shared out evenly
-    return {"spawn": spawn, "water": team["water"] // share, "metal": team["metal"] // share}
+def gaussian_filter(board, sigma):
+    """Sum of `board` [H, W] weighted by exp(-distance^2 / (2 sigma^2)) around every cell, [H, W] float."""
+    kernels = []
+    for size in board.shape:
+        cells = np.arange(size)
+        kernels.append(np.exp(-((cells[:, None] - cells) ** 2) / (2 * sigma**2)))
+    return kernels[0] @ board @ kernels[1]
 
 
 # ------------------------------------------------------------------------------------------------------
-# Official observations to arrays, actions to official orders
+# A match of the engine
 # ------------------------------------------------------------------------------------------------------
 
-
-def _way_to_nearest(cells):
-    """Signed way from every cell to the nearest marked one by walking distance.
-
-    Args:
-        cells: [H, W], non-zero where marked.
-
-    Returns:
-        [H, W, 3] float32: dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) on a board
-        without marked cells.
-    """
-    way = np.zeros((*cells.shape, 3), np.float32)
-    marked = np.argwhere(cells)
-    if len(marked) == 0:
-        way[..., 2] = 1
-        return way
-    here = np.stack(np.meshgrid(*map(np.arange, cells.shape), indexing="ij"), -1).reshape(-1, 2)
-    deltas = marked[None] - here[:, None]
-    nearest = np.abs(deltas).sum(-1).argmin(1)
-    way[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
-    way[..., 2] = np.abs(way[..., :2]).sum(-1)
-    return np.clip(way / 8, -1, 1)
-
-
-# Maps of truth values as integers, a bit for each cell: one operation on such a number costs less than a
-# tenth of one on an array. A column of zeros follows each row, where shifts past the edge end up.
-
-
-def as_bits(maps):
-    """A list of integers from a sequence of square bool arrays."""
-    size = len(maps[0])
-    cells = np.zeros((len(maps), size, size + 1), bool)
-    for row, cells_of_map in zip(cells, maps):
-        row[:, :-1] = cells_of_map
-    packed = np.packbits(cells.reshape(len(maps), -1), 1, "little")
-    return [int.from_bytes(row.tobytes(), "little") for row in packed]
-
-
-def neighbours(bits, size):
-    """The cells beside those of `bits`; beyond the board's edge too, so let the map of what can be follow."""
-    return bits << 1 | bits >> 1 | bits << size + 1 | bits >> size + 1
-
-
-def cells_of(bits, size):
-    """Set of the (x, y) in `bits`."""
-    cells = np.frombuffer(bits.to_bytes(size * (size + 1) // 8 + 1, "little"), np.uint8)
-    x, y = np.divmod(np.flatnonzero(np.unpackbits(cells, bitorder="little")), size + 1)
-    return frozenset(zip(x.tolist(), y.tolist()))
-
-
-def _log(amount):
-    return np.log1p(amount) / 5
-
-
-def read_observation(obs):
-    """What LuxEncoder needs of an official observation.
-
-    Returns:
-        time, rubble, lichen, lichen_strains, and per team two dicts of rows of integers, unit_id ->
-        (x, y, power, ice, ore, water, metal, strain) of the factories and unit_id ->
-        (heavy, x, y, power, ice, ore, action of the order under way) of the robots.
-    """
-    factories, robots = [{}, {}], [{}, {}]
-    for team, player in enumerate(PLAYERS):
-        for unit_id, factory in obs["factories"][player].items():
-            cargo = factory["cargo"]
-            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
-            factories[team][unit_id] = *factory["pos"].tolist(), *stock, factory["strain_id"]
-        for unit_id, unit in obs["units"][player].items():
-            cargo, queue, under_way = unit["cargo"], unit["action_queue"], STAY
-            if len(queue):
-                under_way = DIG if queue[0][0] == 3 else int(queue[0][1])  # only digs and moves outlast a step
-            stock = unit["power"], cargo["ice"], cargo["ore"]
-            robots[team][unit_id] = unit["unit_type"] == "HEAVY", *unit["pos"].tolist(), *stock, under_way
-    board = obs["board"]
-    return obs["real_env_steps"], board["rubble"], board["lichen"], board["lichen_strains"], factories, robots
-
-
-class LuxEncoder:
-    """Both players' views of a match: slots, features and masks in, official orders out.
-
-    It reads nothing but official observations (lists made arrays), so that it serves in the official runner too.
-    Call `reset` with the first observation after placement, then `encode` with that and every later observation
-    in turn, and `orders` after any of them.
-
-    Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
-    give their rows to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent;
-    below, T stands for their number.
-
-    Args:
-        map_size: side of the board in cells.
-        max_factories, max_robots: slots per team.
-        group_by: "entity", a trajectory for each; or "cluster", a trajectory for each factory with the
-            robots it built (when it dies they join the nearest factory).
-        safe_masks: also mask orders that are legal and plainly ruinous:
-            1. stepping onto a cell where an own robot stands (both would be destroyed),
-            2. stepping onto the centre of an own factory (robots appear there),
-            3. building while an own robot stands there, and building a light robot from the metal that the
-               factory's first heavy one needs, or into the last slots while other factories have yet to build theirs,
-            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
-               ice and ore with full cargo,
-            5. digging, or stepping away from home, with less power left than the way back to the nearest own
-               factory, were there no rubble on it, and an order there cost (a robot without power stands where it
-               is until the sun shines),
-            6. picking up less power than ten times what the order itself costs,
-            7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
-            And where two own robots are told to step onto one cell, the first goes and the others wait.
-        num_matches: how many matches.
-    """
-
-    def __init__(self, map_size=48, max_factories=5, max_robots=20, group_by="entity", safe_masks=True, num_matches=1):
-        self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
-        self.num_entities = max_factories + max_robots
-        self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
-        (self.all_cells,) = as_bits(np.ones((1, map_size, map_size), bool))
-        self.side = map_size + 2  # of maps with a border of 1 cell
-        self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
-
-        M, T, E, side = num_matches, 2 * num_matches, self.num_entities, self.side
-        self.teams, self.opponent = np.arange(T)[:, None], np.arange(T) ^ 1
-        self.ice, self.ore = np.zeros((2, M, map_size, map_size), bool)
-        # For each team and cell the features that depend on nothing but the cell and the factories alive.
-        self.ground = np.zeros((T, map_size, map_size, len(GROUND)), np.float32)
-        self.rubble = np.zeros((M, side, side), np.int64)
-        self.strains = np.zeros((M, map_size, map_size), np.int16)  # those of the step before, until they are read
-        self.player_of_strain = np.zeros((M, 2 * max_factories + 1), np.int8)  # the last serves strain -1, no lichen
-        self.lichen_seen = np.zeros(M, bool)  # so the board's channels are not empty
-        self.lichen_counted = [None] * M  # the lichen that these are right for:
-        self.water_costs = np.zeros((M, 2 * max_factories + 1), np.int64)
-        self.new = np.zeros(M, bool)  # matches of which no observation has been seen
-        self.drawn = np.zeros((T, max_factories), bool)  # the factories that these show:
-        self.factory_map = np.zeros((T, side, side), np.int64)  # slot + 1, with a border of 1 cell
-        self.centre_map, self.closed = np.zeros((2, T, side, side), bool)  # closed: where a team may not go
-        self.nearest = np.zeros((T, map_size, map_size), np.int64)  # slot of the team's nearest factory
-        self.steps_home = np.zeros((5, T, map_size, map_size), np.int64)  # from a cell and its neighbours to its edge
-        self.factory_slot, self.robot_slot = ([{} for _ in range(T)] for _ in range(2))  # unit_id -> slot
-        self.home = np.zeros((T, E), np.int64)  # slot of the factory an entity belongs to
-        self.blocked_builds = np.zeros(T, np.int64)  # factory steps in which only the slots forbade to build
-        self.right_of_way = np.zeros(T, np.int64)  # moves held back because an own robot had the same goal
-
-    def arrays(self):
-        """A dict of zeroed arrays [T, ...] with the keys, shapes and types of the table at the top."""
-        T, E, S = len(self.teams), self.num_entities, self.map_size
-        return {
-            "board": np.zeros((T, S, S, len(BOARD_CHANNELS)), np.uint8),
-            "features": np.zeros((T, E, len(FEATURES)), np.float32),
-            "position": np.zeros((T, E, 2), np.int64),
-            "kind": np.zeros((T, E), np.int64),
-            "group": np.zeros((T, E), np.int64),
-            "action_mask": np.zeros((T, E, NUM_ACTIONS), bool),
-        }
-
-    def reset(self, obs, match=0):
-        """Forget the last match; `obs` is the first observation after placement, before any robot."""
-        teams = slice(2 * match, 2 * match + 2)
-        self.ice[match], self.ore[match] = ice, ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
-        self.ground[teams, ..., :3], self.ground[teams, ..., 3:6] = _way_to_nearest(ice), _way_to_nearest(ore)
-        self.ground[teams, ..., -2], self.ground[teams, ..., -1] = ice, ore
-        self.strains[match] = obs["board"]["lichen_strains"]
-        self.player_of_strain[match] = -1
-        self.lichen_seen[match], self.lichen_counted[match], self.new[match] = True, None, True
-        self.home[teams] = np.arange(self.num_entities)
-        self.blocked_builds[teams] = self.right_of_way[teams] = 0
-        for player, name in enumerate(PLAYERS):
-            team = 2 * match + player
-            self.factory_slot[team] = {unit_id: slot for slot, unit_id in enumerate(obs["factories"][name])}
-            self.robot_slot[team] = {}
-            for factory in obs["factories"][name].values():
-                self.player_of_strain[match, factory["strain_id"]] = player
-
-    def encode(self, obs, out):
-        """Write the match as both players see it into `out`.
-
-        Args:
-            obs: official observation of a step after placement.
-            out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
-                is written again).
-        """
-        self.encode_rows([read_observation(obs)], out)
-
-    def encode_rows(self, matches, out):
-        """As `encode`, of a list of what `read_observation` returns, or `read_engine`, which is the same."""
-        times, rubble, lichen, strains, factories, robots = zip(*matches)
-        self.time = np.array(times)
-        self.lichen = np.stack(lichen).astype(np.uint8)  # small types make the operations below faster
-        self.strains_before, self.strains = self.strains, np.stack(strains).astype(np.int16)
-        self._read_factories([team for match in factories for team in match])
-        self._read_robots([team for match in robots for team in match])
-        changed = (self.drawn != self.alive).any(1)
-        for match in np.flatnonzero(self.new | changed[::2] | changed[1::2]).tolist():
-            self._draw_factories(match, out)
-        self._draw_board(np.stack(rubble), out)
-        for key in ("features", "position", "kind", "action_mask"):
-            out[key][:] = 0
-        self._encode_factories(out)
-        if len(self.robots):
-            self._encode_robots(out)
-        # The last five columns are the same for everybody.
-        alive, time = self.alive.sum(1) / 5, self.time.repeat(2)
-        clock = time % CYCLE
-        match = np.stack([alive, alive[self.opponent], clock < DAY, clock / CYCLE, time / GAME_LENGTH], -1)
-        out["features"][..., COLUMN["own_factories"] :] = match[:, None]
-        out["features"][out["kind"] == NOBODY] = 0
-        out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
-
-    def _read_factories(self, factories):
-        """Cells, stocks and strains of the factories by slot."""
-        self.alive = np.zeros((len(self.teams), self.max_factories), bool)
-        table = np.zeros((len(self.teams), self.max_factories, 8), np.int64)
-        for team, rows in enumerate(factories):
-            slots = [self.factory_slot[team][unit_id] for unit_id in rows]
-            self.alive[team, slots] = True
-            table[team, slots] = np.array(list(rows.values())).reshape(-1, 8)  # a team that has lost may have none
-        self.factory_pos, self.stock = table[..., :2], table[..., 2:7]  # power, ice, ore, water, metal
-        self.strain_of = table[..., 7]
-
-    def _read_robots(self, robots):
-        """Table of the robots [R, 9]: team, slot, heavy, x, y, power, ice, ore, action of the order under way."""
-        table = []
-        for team, rows in enumerate(robots):
-            slots = self.robot_slot[team]
-            if rows.keys() != slots.keys():
-                # A slot seen occupied in the last observation stays empty in this one.
-                free = iter(sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values())))
-                self.robot_slot[team] = slots = {
-                    unit_id: slots[unit_id] if unit_id in slots else self._birth(team, row[1:3], next(free))
-                    for unit_id, row in rows.items()
-                }
-            table += [(team, slots[unit_id], *row) for unit_id, row in rows.items()]
-        self.robots = np.array(table, np.int64).reshape(-1, 9)
-
-    def _birth(self, team, pos, slot):
-        """Give `slot` to a new robot, which belongs to the factory in whose centre it appears."""
-        distance = np.abs(self.factory_pos[team] - pos).sum(-1)
-        self.home[team, slot] = np.where(self.alive[team], distance, 10**6).argmin()
-        return slot
-
-    def _draw_factories(self, match, out):
-        """Draw a match's factories alive and the ways to them; robots of one that is gone join the nearest."""
-        size, teams = self.map_size, slice(2 * match, 2 * match + 2)
-        alive, board, own = self.alive[teams], out["board"][teams], self.factory_map[teams]
-        own[:], self.centre_map[teams] = 0, False
-        for player, slot in np.argwhere(alive):
-            x, y = self.factory_pos[2 * match + player, slot]
-            own[player, x : x + 3, y : y + 3] = slot + 1
-            self.centre_map[2 * match + player, x + 1, y + 1] = True
-        closed = self.closed[teams]
-        closed[:] = own[::-1] > 0  # the opponent's factories, and the border
-        closed[:, [0, -1]] = closed[:, :, [0, -1]] = True
-        for team, slot, _, x, y, *_ in self.robots[self.robots[:, 0] // 2 == match]:
-            if not self.alive[team, self.home[team, slot]]:
-                self._birth(team, (x, y), slot)
-        drawn = own[:, 1:-1, 1:-1] > 0
-        board[..., BOARD_CHANNELS.index("own_factory")] = drawn * 100
-        board[..., BOARD_CHANNELS.index("opponent_factory")] = drawn[::-1] * 100
-        if self.new[match]:
-            board[..., BOARD_CHANNELS.index("inside")] = 100
-            board[..., BOARD_CHANNELS.index("ice")] = self.ice[match] * 100
-            board[..., BOARD_CHANNELS.index("ore")] = self.ore[match] * 100
-        self.drawn[teams], self.new[match] = alive, False
-
-        cells = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"), -1)
-        to_factory = self.factory_pos[teams, :, None, None] - cells
-        distance = np.where(alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
-        self.nearest[teams] = nearest = distance.argmin(1)
-        way = np.take_along_axis(to_factory, nearest[:, None, ..., None], 1)
-        home = GROUND.index("home_dx")
-        self.ground[teams, ..., home : home + 2] = np.clip(way[:, 0] / 8, -1, 1)
-        self.ground[teams, ..., home + 2] = np.clip(distance.min(1) / 8, 0, 1)
-        gap = np.abs(way - np.stack([DX, DY], -1)[:, None, None]) - 1
-        self.steps_home[:, teams] = np.maximum(gap, 0).sum(-1).swapaxes(0, 1)
-
-    def _draw_board(self, rubble, out):
-        """The channels that change at every step: rubble, lichen and robots."""
-        maps = out["board"]
-        self.rubble[:, 1:-1, 1:-1] = rubble
-        maps[..., BOARD_CHANNELS.index("rubble")] = rubble.astype(np.uint8).repeat(2, 0)
-        seen = self.lichen.any((1, 2))
-        for match in np.flatnonzero(seen | self.lichen_seen).tolist():
-            owner = self.player_of_strain[match].take(self.strains[match])
-            for player in range(2):
-                team, lichen = 2 * match + player, self.lichen[match] * (owner == player)
-                maps[team, ..., BOARD_CHANNELS.index("own_lichen")] = lichen
-                maps[team ^ 1, ..., BOARD_CHANNELS.index("opponent_lichen")] = lichen
-        self.lichen_seen = seen
-        team, _, heavy, x, y = self.robots.T[:5]
-        own, opponent = BOARD_CHANNELS.index("own_light"), BOARD_CHANNELS.index("opponent_light")
-        maps[..., own:] = 0
-        maps[team, x, y, own + heavy] = 100
-        maps[team ^ 1, x, y, opponent + heavy] = 100
-
-    def _encode_factories(self, out):
-        """Features and masks of the factories."""
-        alive, pos, width, teams = self.alive, self.factory_pos, self.max_factories, self.teams
-        x, y = pos[..., 0], pos[..., 1]
-        features = out["features"][:, :width]
-        out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
-        out["position"][:, :width] = pos
-        features[..., COLUMN["is_factory"]] = 1
-        features[..., COLUMN["power"] : COLUMN["ore"] + 1] = np.minimum(self.stock[..., :3] / 1000, 3)
-        features[..., COLUMN["water"] : COLUMN["metal"] + 1] = _log(self.stock[..., 3:])
-        features[..., COLUMN["ice_dx"] : COLUMN["ore_distance"] + 1] = self.ground[teams, x, y, :6]
-        features[..., COLUMN["home_water"]] = features[..., COLUMN["water"]]
-        features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
-        team, slot, heavy, robot_x, robot_y = self.robots.T[:5]
-        group = (team * self.num_entities + self.home[team, slot]) * 2 + heavy
-        built = np.bincount(group, minlength=len(teams) * self.num_entities * 2)
-        built = built.reshape(len(teams), -1, 2)[:, :width]
-        features[..., COLUMN["group_lights"] : COLUMN["group_heavies"] + 1] = built / (10, 5)
-        self.robot_map = np.zeros((len(teams), self.side, self.side), bool)
-        self.robot_map[team, robot_x + 1, robot_y + 1] = True
-        taken = self.robot_map[teams, x + 1, y + 1]
-        features[..., COLUMN["centre_taken"]] = taken
-
-        mask, has_heavy = out["action_mask"][:, :width], built[..., 1] > 0
-        can_build = (self.stock[..., 4:] >= METAL_COST) & (self.stock[..., :1] >= POWER_COST)
-        free = self.max_robots - np.bincount(team, minlength=len(teams))
-        has_slot = alive.cumsum(1) <= free[:, None]  # enough slots even if every factory before it builds
-        self.blocked_builds += (can_build.any(-1) & alive & ~has_slot).sum(1)
-        may_build = alive & has_slot
-        if self.safe_masks:
-            may_build &= ~taken
-            can_build[..., 0] &= has_heavy | (self.stock[..., 4] >= METAL_COST.sum())
-            waiting = (~has_heavy & alive & can_build[..., 1]).sum(1)
-            can_build[..., 0] &= alive.cumsum(1) <= (free - waiting)[:, None]
-        mask[..., NOTHING] = alive
-        mask[..., BUILD_LIGHT : BUILD_HEAVY + 1] = can_build & may_build[..., None]
-        reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0
-        water, cost = self.stock[..., 3], self._water_costs()[teams // 2, self.strain_of]
-        mask[..., WATER] = alive & (water > reserve) & (water - cost >= reserve)
-
-    def _water_costs(self):
-        """By match and strain, upper bounds on the water that watering costs its factory.
-
-        Lichen grows on the 12 cells at the factory's edge, on cells of its strain and on neighbours of
-        those that hold 20. The engine counts them one step late, so what has just withered counts too.
-        """
-        for match, maps in enumerate(zip(self.strains, self.strains_before, self.lichen >= 18)):
-            seen = [cells.tobytes() for cells in maps]
-            if seen != self.lichen_counted[match]:  # mostly lichen grows or shrinks where it is, and the costs stay
-                self.lichen_counted[match], cells = seen, np.full(self.water_costs.shape[1], 12)
-                strains = np.flatnonzero(self.player_of_strain[match] >= 0).tolist()
-                own = [(maps[0] == strain) | (maps[1] == strain) for strain in strains]
-                spreading, *own = as_bits([maps[2], *own])
-                for strain, bits in zip(strains, own):
-                    spread = neighbours(bits & spreading, self.map_size) & self.all_cells
-                    cells[strain] += (bits | spread).bit_count()
-                self.water_costs[match] = -(-cells // GROWTH_PER_WATER)
-        return self.water_costs
-
-    def _encode_robots(self, out):
-        """Features and masks of the robots; arrays of the masks have robots last: [R], [A, R], and [5, R] for
-        a robot's own cell and the four beside it."""
-        team, slot, heavy, x, y, power, ice, ore, under_way = self.robots.T
-        row, match, battery, cargo = np.arange(len(team)), team // 2, BATTERY[heavy], CARGO[heavy]
-        cells = (x + 1) * self.side + y + 1 + self.beside
-        cells_of_team = cells + team * self.side**2
-        own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
-        rubble, nearest = self.rubble.take(cells + match * self.side**2), self.nearest[team, x, y]
-
-        features = np.zeros((len(team), len(FEATURES)), np.float32)
-        features[row, COLUMN["is_light"] + heavy] = 1
-        features[:, COLUMN["power"] : COLUMN["ore"] + 1] = self.robots[:, 5:8] / HOLDS[heavy]
-        features[:, COLUMN["ice_dx"] : COLUMN["on_ore"] + 1] = self.ground[team, x, y]
-        home = slice(COLUMN["home_water"], COLUMN["home_power"] + 1)
-        features[:, home] = out["features"][team, nearest, home]
-        features[:, COLUMN["rubble_here"]] = rubble[0] / 100
-        going = under_way > STAY
-        features[row[going], COLUMN["order_up"] - 1 + under_way[going]] = 1
-
-        # An order that is under way goes on free; any other has to be paid for first.
-        order_cost = ORDER_COST[heavy]
-        left = power - order_cost * (np.arange(NUM_ACTIONS)[:, None] != under_way)
-        left[1:5] -= MOVE_COST_ONTO[heavy, rubble[1:]]
-        left[DIG] -= DIG_COST[heavy]
-        can_do = left >= 0
-        can_do[1:5] &= ~closed[1:]
-        can_do[DIG] &= (own_factory[0] == 0) & ~closed[0]
-        can_do[DELIVER] &= own_factory.any(0) & (ice + ore > 0)
-        gain = np.minimum(battery - left[PICK_UP], self.stock[team, nearest, 0])
-        can_do[PICK_UP] &= (own_factory[0] > 0) & (gain > 0)
-        if self.safe_masks:
-            can_do[1:5] &= ~(self.robot_map | self.centre_map).take(cells_of_team[1:])
-            on_ice, on_ore, lichen = self.ice[match, x, y], self.ore[match, x, y], self.lichen[match, x, y] > 0
-            own_lichen = (self.player_of_strain[match, self.strains[match, x, y]] == team % 2) & lichen
-            to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
-            to_clear = ((rubble[0] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
-            can_do[DIG] &= to_mine | to_clear
-            can_do[PICK_UP] &= gain >= 10 * order_cost
-            steps_home = self.steps_home[:, team, x, y]
-            way_home = steps_home * MOVE_COST[heavy] + (np.minimum(steps_home, 2) + 1) * order_cost
-            can_do[1:5] &= (left[1:5] >= way_home[1:]) | (steps_home[1:] < steps_home[0])
-            can_do[DIG] &= left[DIG] >= way_home[0]
-        can_do[STAY] |= ~can_do.any(0)
-
-        out["features"][team, slot] = features
-        out["position"][team, slot] = self.robots[:, 3:5]
-        out["kind"][team, slot] = LIGHT + heavy
-        out["action_mask"][team, slot] = can_do.T
-        self.deliver_direction = (own_factory > 0).argmax(0)
-        self.deliver_to = own_factory[self.deliver_direction, row] - 1  # slot of that factory
-
-    def orders(self, actions):
-        """Official orders for the observation encoded last.
-
-        A robot that goes on doing what it did gets no order, since every new one costs power. Moves and
-        digs are ordered for as many steps as the robot can pay and still afford another order after, so
-        that going on is free and changing its mind is always possible.
-
-        Args:
-            actions: int array [T, E].
-
-        Returns:
-            list of T dicts unit_id -> official action; of one match, for player_0 and player_1.
-        """
-        orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
-        busy = self.alive & (actions[:, : self.max_factories] != NOTHING)
-        for team, slot in np.argwhere(busy).tolist():
-            orders[team][factory_ids[team][slot]] = int(actions[team, slot]) - 1  # 0 light, 1 heavy, 2 water
-        action = actions[self.robots[:, 0], self.robots[:, 1]]
-        if self.safe_masks:
-            action = self._give_way(action)
-        unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
-        for row in np.flatnonzero(action != self.robots[:, 8]).tolist():
-            orders[self.robots[row, 0]][unit_ids[row]] = self._queue(row, int(action[row]))
-        return orders
-
-    def _queue(self, row, action):
-        """The queue with the order that makes the robot in this row of the table do `action`."""
-        _, _, heavy, _, _, power, ice, ore, _ = self.robots[row].tolist()
-        if action == STAY:
-            return np.zeros((0, 6), np.int64)  # no order
-        if action == DELIVER:
-            order = 1, self.deliver_direction[row], ore > ice, max(ice, ore), 0, 1
-        elif action == PICK_UP:
-            order = 2, 0, 4, BATTERY[heavy] - power + ORDER_COST[heavy], 0, 1
-        else:
-            cost = DIG_COST[heavy] if action == DIG else WORST_MOVE[heavy]
-            affordable = max((power - 2 * ORDER_COST[heavy]) // cost, 1)
-            order = 3 if action == DIG else 0, 0 if action == DIG else action, 0, 0, 0, affordable
-        return np.array([order], np.int64)  # type, direction, resource, amount, repeat, n
-
-    def _give_way(self, action):
-        """Where own robots are told to step onto one cell, let the first go and the others wait."""
-        team, _, _, x, y = self.robots.T[:5]
-        moves = np.flatnonzero((STAY < action) & (action < DIG))
-        cells = ((team * self.side + x) * self.side + y)[moves] + self.beside[action[moves], 0]
-        goals, taken = cells.tolist(), set()
-        if len(set(goals)) < len(goals):
-            action = action.copy()
-            for row, goal in zip(moves.tolist(), goals):
-                if goal in taken:
-                    action[row] = STAY
-                    self.right_of_way[team[row]] += 1
-                taken.add(goal)
-        return action
-
-
-# ------------------------------------------------------------------------------------------------------
-# Matches, and many of them
-# ------------------------------------------------------------------------------------------------------
-
-OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
-TERMS, WEIGHTS = tuple(REWARDS), np.array(list(REWARDS.values()))
-ICE_DUG, ORE_DUG, ICE_DELIVERED, ORE_DELIVERED, ROBOT_LOST = range(5)
-WATER_MADE, METAL_MADE, LICHEN_GROWN, SURVIVED, FACTORY_LOST = range(5, 10)
 TEAM_METRICS = (
     *("r", "ice_transferred", "ice_per_factory", "factories_alive", "factories_alive_share", "factories_placed"),
     *("water", "ore", "metal", "lichen", "lights_built", "heavies_built", "robots_lost"),
     *("own_collisions", "right_of_way", "blocked_builds"),
 )
-
-
-class LuxError(RuntimeError):
-    """The engine raised an exception or a worker process died; the message names the match and its seed."""
-
-
-@functools.cache
-def _engine_class():
-    """The engine's class, some small parts of which are done faster here and never differently.
-
-    The rules stay the engine's own: what is replaced are positions (Cell), the search for a factory's lichen
-    (LichenFactory), the question which lichen is whose (Strains), and the observations, which nobody reads
-    here (Engine.step). It is made in a function because luxai_s2 is slow to import, and only processes that
-    play need it.
-    """
-    from luxai_s2 import LuxAI_S2
-    from luxai_s2.factory import Factory
-    from luxai_s2.map.position import Position
-
-    class Cell(Position):
-        """A position as two Python ints, which are added, compared and printed faster than an array."""
-
-        __slots__ = ("x", "y")
-
-        @property
-        def pos(self):
-            return np.array([self.x, self.y])
-
-        @pos.setter
-        def pos(self, pos):
-            self.x, self.y = map(int, pos)
-
-        def __add__(self, other):
-            dx, dy = (other.pos if isinstance(other, Position) else other).tolist()
-            return Cell((self.x + dx, self.y + dy))
-
-    class LichenFactory(Factory):
-        """A factory that finds the cells of its lichen with a few operations on whole boards.
-
-        The cells found do not depend on the order of the search, and it reads nothing but these four: where
-        lichen may grow, where enough grows to spread, where factories stand, and whose lichen is where.
-        """
-
-        found = None  # cells to grow on and connected cells of the last search
-
-        def cache_water_info(self, board, env_cfg):
-            """As the original: a search from the 12 cells at the factory's edge, but a whole ring at a time."""
-            if board.ground is None:  # asked at another time
-                board.searched = self.found = None
-                return super().cache_water_info(board, env_cfg)
-            if board.ground == ():  # nothing that matters has changed since the last search
-                return
-            free, lichen, spreading, occupied, strains = board.ground
-            size, own = board.width, strains[self.num_id]
-            area = (7 | 7 << size + 1 | 7 << 2 * size + 2) << (self.pos.x - 1) * (size + 1) + self.pos.y - 1
-            ring = found = neighbours(area, size) & ~area & free
-            while ring:  # on to free ground from where enough grows, and from cell to cell of the own strain
-                ring = neighbours(ring & spreading, size) & ~lichen | neighbours(ring & own, size) & own
-                ring &= free & ~found
-                found |= ring
-            # Nothing new grows beside lichen of another strain or beside another factory.
-            beside_others = neighbours(lichen & ~own | occupied & ~area, size)
-            found = found & (~beside_others | own), found & own
-            if found != self.found:  # mostly they are the same for many steps
-                self.grow_lichen_positions, self.connected_lichen_positions = (cells_of(x, size) for x in found)
-                self.found = found
-
-    class Strains(list):
-        """A team's strains. The engine asks np.isin at every step which lichen is theirs; a table answers faster."""
-
-        def __array_function__(self, function, types, args, kwargs):
-            if function is not np.isin or args[1] is not self:
-                return function(*(list(arg) if arg is self else arg for arg in args), **kwargs)
-            table = np.zeros(max(args[0].max(), *self, 0) + 2, bool)  # its last entry serves strain -1, no lichen
-            table[list(self)] = True
-            return table.take(args[0])
-
-    class Engine(LuxAI_S2):
-        """The engine with these robots and factories; `births` lists the robots built."""
-
-        births = ()
-
-        def step(self, actions):
-            """As the original, but with None for the observations, unless factories are still being placed."""
-            if self.state.real_env_steps >= 0:
-                self.state.get_obs = lambda: None  # hides the method
-            try:
-                return super().step(actions)
-            finally:
-                self.state.__dict__.pop("get_obs", None)
-
-        def reset(self, *args, **kwargs):
-            result = super().reset(*args, **kwargs)
-            self.births, self.state.board.ground, self.state.board.searched = [], None, None
-            return result
-
-        def add_unit(self, *args, **kwargs):
-            unit = super().add_unit(*args, **kwargs)
-            unit.pos = Cell(unit.pos.pos)
-            self.births.append(unit)
-            return unit
-
-        def add_factory(self, team, pos):
-            team.factory_strains = Strains(team.factory_strains)
-            factory = super().add_factory(team, pos)
-            if factory is not None:
-                factory.__class__, factory.pos = LichenFactory, Cell(factory.pos.pos)
-            return factory
-
-        def _handle_recharge_actions(self, actions_by_type):
-            """Right after this the engine lets every factory look for its lichen, and then come the waterings."""
-            super()._handle_recharge_actions(actions_by_type)
-            board, strains = self.state.board, self.state.board.lichen_strains.astype(np.int16)
-            occupied = board.factory_occupancy_map != -1
-            free = (board.rubble == 0) & ~occupied & (board.ice == 0) & (board.ore == 0)
-            spreading = board.lichen >= self.env_cfg.MIN_LICHEN_TO_SPREAD
-            searched, board.ground = [cells.tobytes() for cells in (free, spreading, occupied, strains)], ()
-            if searched != board.searched:
-                ids = [factory.num_id for player in PLAYERS for factory in self.state.factories[player].values()]
-                bits = as_bits([free, strains != -1, spreading, occupied, *(strains == num_id for num_id in ids)])
-                board.searched, board.ground = searched, (*bits[:4], dict(zip(ids, bits[4:])))
-
-        def _handle_factory_water_actions(self, actions_by_type):
-            self.state.board.ground = None
-            super()._handle_factory_water_actions(actions_by_type)
-
-    return Engine
-
-
-def read_engine(state):
-    """What `read_observation(state.get_obs())` returns, without making that observation."""
-    factories, robots = [{}, {}], [{}, {}]
-    for team, player in enumerate(PLAYERS):
-        for unit_id, factory in state.factories[player].items():
-            pos, cargo = factory.pos, factory.cargo
-            stock = factory.power, cargo.ice, cargo.ore, cargo.water, cargo.metal
-            factories[team][unit_id] = pos.x, pos.y, *stock, factory.num_id
-        for unit_id, unit in state.units[player].items():
-            pos, cargo, under_way = unit.pos, unit.cargo, STAY
-            if unit.action_queue:
-                order = unit.action_queue[0]
-                under_way = DIG if order.act_type == "dig" else int(order.state_dict()[1])
-            robots[team][unit_id] = unit.is_heavy(), pos.x, pos.y, unit.power, cargo.ice, cargo.ore, under_way
-    board = state.board
-    return state.real_env_steps, board.rubble, board.lichen, board.lichen_strains, factories, robots
-
-
-def _cargo(entities):
-    """Ice and ore of engine objects, [len(entities), 2]."""
-    return np.array([(entity.cargo.ice, entity.cargo.ore) for entity in entities], np.int64).reshape(-1, 2)
 
 
 class LuxMatch:
@@ -836,11 +744,14 @@ class LuxMatch:
         next_seed: function without arguments that returns the seed of the next match's map.
         encoder, index: a LuxEncoder, and the number of this match in it.
         min_factories: fewest factories per team.
+        engine_options: more settings for the engine.
+        reward_weights: a weight for each term in REWARDS.
     """
 
-    def __init__(self, next_seed, encoder, index=0, min_factories=2, engine_options=None):
+    def __init__(self, next_seed, encoder, index=0, min_factories=2, engine_options=None, reward_weights=REWARDS):
         self.next_seed, self.seed = next_seed, None
         self.encoder, self.index, self.teams = encoder, index, slice(2 * index, 2 * index + 2)
+        self.weights = np.array([reward_weights[term] for term in TERM])
         self.engine = _engine_class()(
             map_size=self.encoder.map_size,
             MIN_FACTORIES=min_factories,
@@ -857,7 +768,7 @@ class LuxMatch:
             actions = {player: early_phase_action(obs, player) for player in PLAYERS}
             obs = self.engine.step(actions)[0]["player_0"]
         self.placed = np.array([len(obs["factories"][player]) for player in PLAYERS])
-        self.totals = np.zeros((2, len(TERMS)))
+        self.totals = np.zeros((2, len(TERM)))
         self.built, self.lost = np.zeros((2, 2)), np.zeros(2)
         self.own_collisions, self.factory_steps, self.returns = np.zeros(2), np.zeros(2), np.zeros(2)
         self.lichen = np.zeros(obs["global_id"] + 1)
@@ -878,7 +789,7 @@ class LuxMatch:
         before = self._snapshot()
         _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         amounts = self._achievements(before)
-        np.matmul(amounts, WEIGHTS, out=rewards, casting="same_kind")
+        np.matmul(amounts, self.weights, out=rewards, casting="same_kind")
         self.totals += amounts.sum(1)
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
@@ -893,31 +804,42 @@ class LuxMatch:
         return robots, factories
 
     def _achievements(self, before):
-        """Amount of each reward term for each entity in the step just played, float [P, E, len(TERMS)]."""
+        """Amount of each reward term for each entity in the step just played, float [P, E, len(TERM)]."""
         robots, factories = before
         state, encoder, board, teams = self.engine.state, self.encoder, self.engine.state.board, self.teams
-        amounts = np.zeros((2, encoder.num_entities, len(TERMS)))
-        arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore brought to each factory
+        amounts = np.zeros((2, encoder.num_entities, len(TERM)))
+        arrived = np.zeros((2, 2, encoder.num_entities), np.int64)  # ice and ore that each factory was brought
+
+        def pay(term, who, amount):
+            amounts[(*who, TERM[term])] = amount
+
         if robots:
-            rows = slice(*np.searchsorted(encoder.robots[:, 0], (teams.start, teams.stop)))
-            table = encoder.robots[rows]
-            team, slot, heavy = table[:, 0] - teams.start, table[:, 1], table[:, 2]
-            got = _cargo(robots) - table[:, 6:8]
-            brought = np.maximum(-got, 0)
+            rows = slice(*np.searchsorted(encoder.robots.team, (teams.start, teams.stop)))
+            team, slot, heavy, *cargo = (
+                getattr(encoder.robots, name)[rows] for name in ("team", "slot", "heavy", "ice", "ore")
+            )
+            who = team - teams.start, slot
             # Digging is all that fills a cargo, delivering to an own factory all that empties it.
-            amounts[team, slot, ICE_DUG : ORE_DUG + 1] = np.maximum(got, 0)
-            amounts[team, slot, ICE_DELIVERED : ORE_DELIVERED + 1] = brought
-            np.add.at(arrived, (team, encoder.deliver_to[rows]), brought)
+            got = _cargo(robots) - cargo
+            dug, brought = np.maximum(got, 0), np.maximum(-got, 0)
+            np.add.at(arrived, (slice(None), who[0], encoder.deliver_to[rows]), brought)
             lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
-            amounts[team, slot, ROBOT_LOST] = lost * np.where(heavy, 1.0, 0.1)
-        team, slot = np.nonzero(encoder.alive[teams])
-        refined = arrived[team, slot] + encoder.stock[teams][team, slot, 1:3] - _cargo(factories)
-        amounts[team, slot, WATER_MADE : METAL_MADE + 1] = refined // (ICE_PER_WATER, ORE_PER_METAL)
+            pay("ice_dug", who, dug[0])
+            pay("ore_dug", who, dug[1])
+            pay("ice_delivered", who, brought[0])
+            pay("ore_delivered", who, brought[1])
+            pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
+        who = np.nonzero(encoder.alive[teams])
+        ice, ore, strain = (getattr(encoder.factories, name)[teams][who] for name in ("ice", "ore", "strain"))
+        refined = arrived[:, who[0], who[1]] + (ice, ore) - _cargo(factories)
         lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
-        amounts[team, slot, LICHEN_GROWN] = (lichen - self.lichen)[encoder.strain_of[teams][team, slot]]
+        survived = np.array([f.unit_id in state.factories[PLAYERS[f.team_id]] for f in factories], bool)
+        pay("water_made", who, refined[0] // ICE_PER_WATER)
+        pay("metal_made", who, refined[1] // ORE_PER_METAL)
+        pay("lichen_grown", who, (lichen - self.lichen)[strain])
+        pay("survived", who, survived)
+        pay("factory_lost", who, ~survived)
         self.lichen = lichen
-        survived = [factory.unit_id in state.factories[PLAYERS[factory.team_id]] for factory in factories]
-        amounts[team, slot, np.where(survived, SURVIVED, FACTORY_LOST)] = 1
         self._count_robots(robots)
         return amounts
 
@@ -935,7 +857,7 @@ class LuxMatch:
 
     def _metrics(self, state):
         """Metrics of the match that has just ended; everything is per team, the length is per match."""
-        total = dict(zip(TERMS, self.totals.T))
+        total = dict(zip(TERM, self.totals.T))
         owner = self.encoder.player_of_strain[self.index, state.board.lichen_strains]
         return {
             "l": state.real_env_steps,
@@ -958,6 +880,340 @@ class LuxMatch:
         }
 
 
+@functools.cache
+def _engine_class():
+    """The engine's class, with a list `births` of the robots built.
+
+    Where luxai_s2_fast is installed, it does some slow parts of the engine faster; what is played is the same. Both are
+    slow to import, and only processes that play need them.
+    """
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
+    try:
+        from luxai_s2_fast import LuxAI_S2
+    except ModuleNotFoundError:
+        from luxai_s2 import LuxAI_S2
+
+    class Engine(LuxAI_S2):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.births = []
+
+        def add_unit(self, *args, **kwargs):
+            unit = super().add_unit(*args, **kwargs)
+            self.births.append(unit)
+            return unit
+
+    return Engine
+
+
+def read_engine(state):
+    """What `read_observation(state.get_obs())` returns, without making that observation."""
+    factories, robots = ({}, {}), ({}, {})
+    for player, name in enumerate(PLAYERS):
+        for unit_id, factory in state.factories[name].items():
+            pos, power, cargo = factory.pos, factory.power, factory.cargo
+            row = Factory(pos.x, pos.y, power, cargo.ice, cargo.ore, cargo.water, cargo.metal, factory.num_id)
+            factories[player][unit_id] = row
+        for unit_id, unit in state.units[name].items():
+            pos, cargo, under_way = unit.pos, unit.cargo, STAY
+            if unit.action_queue:
+                order = unit.action_queue[0]
+                under_way = DIG if order.act_type == "dig" else order.move_dir if order.act_type == "move" else STAY
+            row = Robot(unit.is_heavy(), pos.x, pos.y, unit.power, cargo.ice, cargo.ore, under_way)
+            robots[player][unit_id] = row
+    board = state.board
+    return Snapshot(state.real_env_steps, board.rubble, board.lichen, board.lichen_strains, factories, robots)
+
+
+def _cargo(entities):
+    """Ice and ore of engine objects, [2, len(entities)]."""
+    return np.array([(entity.cargo.ice, entity.cargo.ore) for entity in entities], np.int64).reshape(-1, 2).T
+
+
+# ------------------------------------------------------------------------------------------------------
+# Many matches
+# ------------------------------------------------------------------------------------------------------
+
+OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
+
+# Map seeds below this are held out for evaluation, those of training matches are above it.
+HELD_OUT_SEEDS = 1_000_000
+
+# Seconds that a worker may take for one step of one match, or to start, before it counts as hung; and how many
+# matches' observations it makes in a second at the very least, since it says nothing while it makes them all.
+WORKER_TIMEOUT, START_TIMEOUT, ENCODED_PER_SECOND = 8, 60, 100
+
+
+class LuxError(RuntimeError):
+    """The engine raised an exception or a worker process died; the message names the match and its seed."""
+
+
+def usable_cores():
+    """How many cores this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class LuxVecEnv(gym.vector.VectorEnv if gym else object):
+    """N matches of Lux AI Season 2, two players each, both played by the caller.
+
+    It follows Gymnasium's vector conventions, except that rewards are per entity: [N, P, E] float32.
+    Terminations and truncations are per match, [N] bool. See the top of the file for the observations.
+
+    Args:
+        num_envs: N.
+        num_workers: processes that share the matches; 0 plays them in this process, None takes one process
+            for each of the usable_cores(). The number changes nothing in what is played.
+        map_size, min_factories, max_factories: the stage; 48, 2 and 5 are season 2, 64, 4 and 10 NeurIPS.
+        max_robots: robot slots per team.
+        group_by, safe_masks: see LuxEncoder.
+        reward_weights: dict of weights that differ from those in REWARDS, by term.
+        held_out: play the maps kept for evaluation: match i starts with map `seed + i`.
+        first_match: what the first match is counted as, for the seeds: where several processes each play a part
+            of the matches, together they play what one would.
+        render_mode: None or "rgb_array" (with num_workers 0).
+        engine_options: more settings for the engine, such as {"validate_action_space": True}.
+
+    Raises:
+        ValueError: if there is no such reward term.
+        LuxError: from all methods that play, if the engine fails, a worker process dies, or one takes more than
+            WORKER_TIMEOUT seconds for a step of one match.
+    """
+
+    metadata = {"autoreset_mode": gym and gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
+
+    def __init__(
+        self,
+        num_envs,
+        num_workers=None,
+        map_size=48,
+        min_factories=2,
+        max_factories=5,
+        max_robots=6,
+        group_by="entity",
+        safe_masks=True,
+        held_out=False,
+        first_match=0,
+        render_mode=None,
+        engine_options=None,
+        reward_weights=None,
+    ):
+        if gym is None:
+            raise ModuleNotFoundError("LuxVecEnv needs Gymnasium: pip install gymnasium")
+        import multiprocessing
+
+        self.num_envs, self.render_mode = num_envs, render_mode
+        reward_weights = REWARDS | (reward_weights or {})
+        if unknown := ", ".join(sorted(reward_weights.keys() - REWARDS.keys())):
+            raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
+        encoder_options = {
+            "map_size": map_size,
+            "max_factories": max_factories,
+            "max_robots": max_robots,
+            "group_by": group_by,
+            "safe_masks": safe_masks,
+        }
+        blank = LuxEncoder(**encoder_options).arrays()
+        entities = blank["kind"].shape
+        high = {"board": 100, "features": np.inf, "position": map_size - 1, "kind": HEAVY, "group": entities[1] - 1}
+        self.single_observation_space = gym.spaces.Dict(
+            {
+                key: gym.spaces.MultiBinary(array.shape)
+                if array.dtype == bool
+                else gym.spaces.Box(-high[key] if key == "features" else 0, high[key], array.shape, array.dtype)
+                for key, array in blank.items()
+            }
+        )
+        num_actions = np.full(entities, len(ROBOT_ACTIONS))
+        num_actions[:, :max_factories] = len(FACTORY_ACTIONS)
+        self.single_action_space = gym.spaces.MultiDiscrete(num_actions)
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+
+        # One block of memory per array, shared with the workers: nothing is pickled at a step.
+        shapes = {key: ((num_envs, *array.shape), array.dtype) for key, array in blank.items()}
+        shapes |= {
+            "actions": ((num_envs, *entities), np.dtype(np.int64)),
+            "rewards": ((num_envs, *entities), np.dtype(np.float32)),
+            "terminated": ((num_envs,), np.dtype(bool)),
+            "map_seed": ((num_envs,), np.dtype(np.int64)),
+            "heartbeat": ((num_envs,), np.dtype(np.int64)),  # counts up when a match was stepped or begun
+        }
+        # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        memory = {
+            key: (context.RawArray("b", int(np.prod(shape)) * dtype.itemsize), shape, dtype)
+            for key, (shape, dtype) in shapes.items()
+        }
+        self.arrays = {key: _view(*array) for key, array in memory.items()}
+        self.workers, self.pipes, self.matches = [], [], None
+        options = {
+            "min_factories": min_factories,
+            "held_out": held_out,
+            "num_envs": num_envs,
+            "first_match": first_match,
+            "engine_options": engine_options,
+            "reward_weights": reward_weights,
+            **encoder_options,
+        }
+        num_workers = min(num_envs, usable_cores() if num_workers is None else num_workers)
+        if num_workers == 0:
+            self.matches = _Matches(0, self.arrays, options)
+        else:
+            atexit.register(self.close_extras)  # workers heed no signal
+        bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
+        self.shares = list(zip(bounds[:-1], bounds[1:]))
+        for first, end in self.shares:
+            here, there = context.Pipe()
+            part = {key: (*array, slice(first, end)) for key, array in memory.items()}
+            inherited = [*self.pipes, here] if context.get_start_method() == "fork" else []
+            worker = context.Process(target=_work, args=(there, inherited, first, part, options), daemon=True)
+            worker.start()
+            there.close()
+            self.workers.append(worker)
+            self.pipes.append(here)
+
+    def reset(self, *, seed=None, options=None):
+        """Start a new match everywhere. Match i plays the same maps for the same seed whatever N is.
+
+        Returns:
+            Observations and an empty infos dict. The arrays are written again by the next `step`: copy
+            what has to last.
+        """
+        seed = int(np.random.SeedSequence().entropy % 2**31) if seed is None else seed
+        self._call("reset", seed)
+        return self._observations(), {}
+
+    def step(self, actions):
+        """Play one step of every match.
+
+        Args:
+            actions: [N, P, E] ints.
+
+        Returns:
+            observations, rewards [N, P, E], terminations [N], truncations [N], infos. The first two are
+            written again by the next step. Where matches ended, `infos["episode"]` holds "l" [N] and the
+            TEAM_METRICS [N, P], and `infos["_episode"]` [N] says which of them ended.
+
+        Raises:
+            ValueError: if there is no such action for an entity; nothing is played then.
+        """
+        live, number = self.arrays["kind"] > NOBODY, self.single_action_space.nvec
+        actions = np.broadcast_to(actions, live.shape)
+        if (wrong := live & ((actions < 0) | (actions >= number))).any():
+            where = tuple(np.argwhere(wrong)[0].tolist())
+            name = "match {}, player_{}, slot {}".format(*where)
+            raise ValueError(f"{name}: there is no action {actions[where]}, only 0 to {number[where[1:]] - 1}")
+        self.arrays["actions"][:] = np.where(live, actions, 0)
+        finished = self._call("step", None)
+        infos = {}
+        if finished:
+            indices = [index for index, _ in finished]
+            infos["_episode"] = np.zeros(self.num_envs, bool)
+            infos["_episode"][indices] = True
+            infos["episode"] = {"l": np.zeros(self.num_envs, np.int64)}
+            infos["episode"] |= {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
+            for index, metrics in finished:
+                for key, value in metrics.items():
+                    infos["episode"][key][index] = value
+        terminated = self.arrays["terminated"].copy()
+        return self._observations(), self.arrays["rewards"], terminated, np.zeros_like(terminated), infos
+
+    def state(self):
+        """All that the matches are made of: a list with a dict for each match, to be given to `load_state`.
+
+        Returns:
+            list of N dicts: "seed" that of `reset`; "played" matches in this place so far, with the one under way;
+            "actions" int8 [t, P, E] given since that one began. Lists of several processes (see `first_match`) can
+            be joined, and shared out again over any number of processes.
+        """
+        return self._call("state", None)
+
+    def load_state(self, state):
+        """Play the matches up to where they were at `state()`; what follows is bit for bit what followed there.
+
+        Args:
+            state: the list, from an environment with the same options; the number of workers may differ.
+
+        Returns:
+            Observations as of then, and an empty infos dict, as `reset` does.
+
+        Raises:
+            ValueError: if it cannot be the state of such an environment.
+        """
+        number = self.single_action_space.nvec
+
+        def fits(match):
+            given, seed, played = match["actions"], match["seed"], match["played"]
+            return (
+                (given.dtype == np.int8 and given.shape[1:] == number.shape and len(given) < GAME_LENGTH)
+                and ((0 <= given) & (given < number)).all()
+                and (np.size(seed) == np.size(played) == 1 and seed >= 0 and played >= 1)
+            )
+
+        if len(state) != self.num_envs or not all(map(fits, state)):
+            raise ValueError("the state of the matches is that of another environment")
+        self._call("load_state", state)
+        return self._observations(), {}
+
+    def render(self):
+        """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
+        if self.render_mode != "rgb_array" or self.matches is None:
+            raise ValueError('rendering needs LuxVecEnv(..., num_workers=0, render_mode="rgb_array")')
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
+        return tuple(match.engine.render() for match in self.matches.matches)
+
+    def _observations(self):
+        return {key: self.arrays[key] for key in OBSERVATION_KEYS}
+
+    def _call(self, command, argument):
+        """Let every worker obey; the lists that they return, joined in the order of the matches."""
+        if self.matches is not None:
+            return getattr(self.matches, command)(argument)
+        from multiprocessing import connection
+
+        results = []
+        try:
+            for pipe in self.pipes:
+                pipe.send((command, argument))
+            for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
+                beats, waited = self.arrays["heartbeat"][first:end], 0
+                before = beats.sum()
+                # Wakes up when the worker answers and also when it dies. Short waits, as time passes in Ctrl-Z too.
+                while not connection.wait([pipe, worker.sentinel], 1):
+                    waited = waited + 1 if beats.sum() == before else 0
+                    before = beats.sum()
+                    patience = WORKER_TIMEOUT if before else START_TIMEOUT
+                    if waited >= patience + (end - first) // ENCODED_PER_SECOND:
+                        worker.kill()  # it would not end otherwise
+                        raise TimeoutError
+                if not pipe.poll():
+                    raise EOFError
+                done, result = pipe.recv()
+                if not done:
+                    raise LuxError(result)
+                results += result
+        except (EOFError, ConnectionError, TimeoutError) as error:
+            seeds = ", ".join(map(str, self.arrays["map_seed"][first:end][:3]))
+            seeds += f" and {end - first - 3} more" if end - first > 3 else ""
+            what = f"did nothing for {waited} s" if isinstance(error, TimeoutError) else "died"
+            raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) {what}") from None
+        return results
+
+    def close_extras(self, **kwargs):
+        """End the worker processes."""
+        atexit.unregister(self.close_extras)
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            pipe.close()
+        for worker in self.workers:
+            worker.join(timeout=5)
+            if worker.is_alive():
+                worker.kill()
+                worker.join()
+        self.workers, self.pipes = [], []
+
+
 class _Matches:
     """Matches `first` to `first + len(out)`, stepped one after the other in this process."""
 
@@ -965,7 +1221,7 @@ class _Matches:
         self.first, self.arrays = first, arrays
         self.held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
         self.number = options.pop("first_match") + first  # what the first match here is counted as, for the seeds
-        of_match = {key: options.pop(key) for key in ("min_factories", "engine_options")}
+        of_match = {key: options.pop(key) for key in ("min_factories", "engine_options", "reward_weights")}
         num_matches = len(arrays["terminated"])
         # With its seed, the actions given since a match began are all of its state.
         self.given = np.zeros((num_matches, GAME_LENGTH, *arrays["actions"].shape[1:]), np.int8)
@@ -1003,7 +1259,13 @@ class _Matches:
         ]
 
     def load_state(self, states):
-        """Play all matches up to where they were. Each begins when the steps left are as many as it has actions."""
+        """Play all matches up to where they were.
+
+        The encoder takes one observation of every match at a time, and what it remembers (slots, the lichen of the step
+        before, counters) is right only if each came once. So all matches must arrive at the same time, and those that
+        are younger wait at their start instead: the steps left are counted down, and a match begins when they are as
+        many as it has actions. What the encoder has made of it while it waited is forgotten then.
+        """
         states = states[self.first : self.first + len(self.matches)]
         self._seed(int(states[0]["seed"]))
         seeds = [[match.next_seed() for _ in range(state["played"])][-1] for match, state in zip(self.matches, states)]
@@ -1011,17 +1273,17 @@ class _Matches:
             given[: len(state["actions"])] = state["actions"]
         ages = np.array([len(state["actions"]) for state in states])
         rewards = np.zeros_like(self.arrays["rewards"][0])
-        for left in range(ages.max(), -1, -1):
+        self._each(lambda index, match: match.reset(seeds[index]))
+        for left in range(ages.max(), 0, -1):
+            actions = self.given[np.arange(len(ages)), np.maximum(ages - left, 0)]
+            orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
 
             def play(index, match):
-                if ages[index] > left:
+                if ages[index] >= left:
                     match.step(orders[match.teams], rewards)
-                elif left in (ages[index], ages.max()):  # the encoder needs those that have not begun yet too
-                    match.reset(seeds[index])
+                elif ages[index] == left - 1:  # it begins with the next step
+                    self.encoder.reset(match.engine.state.get_obs(), index)
 
-            if left < ages.max():
-                actions = self.given[np.arange(len(ages)), np.maximum(ages - left - 1, 0)]
-                orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
             self._each(play)
         return []
 
@@ -1080,236 +1342,3 @@ def _work(pipe, inherited, first, arrays, options):
 
 def _view(memory, shape, dtype, part=slice(None)):
     return np.frombuffer(memory, dtype).reshape(shape)[part]
-
-
-class LuxVecEnv(gym.vector.VectorEnv):
-    """N matches of Lux AI Season 2, two players each, both played by the caller.
-
-    It follows Gymnasium's vector conventions, except that rewards are per entity: [N, P, E] float32.
-    Terminations and truncations are per match, [N] bool. See the top of the file for the observations.
-
-    Args:
-        num_envs: N.
-        num_workers: processes that share the matches; 0 plays them in this process, None takes one process
-            per core. The number changes nothing in what is played.
-        map_size, min_factories, max_factories: the stage; 48, 2 and 5 are season 2, 64, 4 and 10 NeurIPS.
-        max_robots: robot slots per team.
-        group_by, safe_masks: see LuxEncoder.
-        held_out: play the maps kept for evaluation: match i starts with map `seed + i`.
-        first_match: what the first match is counted as, for the seeds: where several processes each play a part
-            of the matches, together they play what one would.
-        render_mode: None or "rgb_array" (with num_workers 0).
-        engine_options: more settings for the engine, such as {"validate_action_space": True}.
-
-    Raises:
-        LuxError: from all methods that play, if the engine fails, a worker process dies, or one takes more than
-            WORKER_TIMEOUT seconds for a step of one match.
-    """
-
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
-
-    def __init__(
-        self,
-        num_envs,
-        num_workers=None,
-        map_size=48,
-        min_factories=2,
-        max_factories=5,
-        max_robots=20,
-        group_by="entity",
-        safe_masks=True,
-        held_out=False,
-        first_match=0,
-        render_mode=None,
-        engine_options=None,
-    ):
-        self.num_envs, self.render_mode = num_envs, render_mode
-        encoder_options = {
-            "map_size": map_size,
-            "max_factories": max_factories,
-            "max_robots": max_robots,
-            "group_by": group_by,
-            "safe_masks": safe_masks,
-        }
-        blank = LuxEncoder(**encoder_options).arrays()
-        entities = blank["kind"].shape
-        high = {"board": 100, "features": np.inf, "position": map_size - 1, "kind": HEAVY, "group": entities[1] - 1}
-        self.single_observation_space = gym.spaces.Dict(
-            {
-                key: gym.spaces.MultiBinary(array.shape)
-                if array.dtype == bool
-                else gym.spaces.Box(-high[key] if key == "features" else 0, high[key], array.shape, array.dtype)
-                for key, array in blank.items()
-            }
-        )
-        self.single_action_space = gym.spaces.MultiDiscrete(np.full(entities, NUM_ACTIONS))
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-
-        # One block of memory per array, shared with the workers: nothing is pickled at a step.
-        shapes = {key: ((num_envs, *array.shape), array.dtype) for key, array in blank.items()}
-        shapes |= {
-            "actions": ((num_envs, *entities), np.dtype(np.int64)),
-            "rewards": ((num_envs, *entities), np.dtype(np.float32)),
-            "terminated": ((num_envs,), np.dtype(bool)),
-            "map_seed": ((num_envs,), np.dtype(np.int64)),
-            "heartbeat": ((num_envs,), np.dtype(np.int64)),  # counts up when a match was stepped or begun
-        }
-        # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        memory = {
-            key: (context.RawArray("b", int(np.prod(shape)) * dtype.itemsize), shape, dtype)
-            for key, (shape, dtype) in shapes.items()
-        }
-        self.arrays = {key: _view(*array) for key, array in memory.items()}
-        self.workers, self.pipes, self.matches = [], [], None
-        options = {
-            "min_factories": min_factories,
-            "held_out": held_out,
-            "num_envs": num_envs,
-            "first_match": first_match,
-            "engine_options": engine_options,
-            **encoder_options,
-        }
-        num_workers = min(num_envs, (os.cpu_count() or 1) if num_workers is None else num_workers)
-        if num_workers == 0:
-            self.matches = _Matches(0, self.arrays, options)
-        else:
-            atexit.register(self.close_extras)  # workers heed no signal
-        bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
-        self.shares = list(zip(bounds[:-1], bounds[1:]))
-        for first, end in self.shares:
-            here, there = context.Pipe()
-            part = {key: (*array, slice(first, end)) for key, array in memory.items()}
-            inherited = [*self.pipes, here] if context.get_start_method() == "fork" else []
-            worker = context.Process(target=_work, args=(there, inherited, first, part, options), daemon=True)
-            worker.start()
-            there.close()
-            self.workers.append(worker)
-            self.pipes.append(here)
-
-    def reset(self, *, seed=None, options=None):
-        """Start a new match everywhere. Match i plays the same maps for the same seed whatever N is.
-
-        Returns:
-            Observations and an empty infos dict. The arrays are written again by the next `step`: copy
-            what has to last.
-        """
-        seed = int(np.random.SeedSequence().entropy % 2**31) if seed is None else seed
-        self._call("reset", seed)
-        return self._observations(), {}
-
-    def step(self, actions):
-        """Play one step of every match.
-
-        Args:
-            actions: [N, P, E] ints.
-
-        Returns:
-            observations, rewards [N, P, E], terminations [N], truncations [N], infos. The first two are
-            written again by the next step. Where matches ended, `infos["episode"]` holds "l" [N] and the
-            TEAM_METRICS [N, P], and `infos["_episode"]` [N] says which of them ended.
-        """
-        self.arrays["actions"][:] = actions
-        finished = self._call("step", None)
-        infos = {}
-        if finished:
-            indices = [index for index, _ in finished]
-            infos["_episode"] = np.zeros(self.num_envs, bool)
-            infos["_episode"][indices] = True
-            infos["episode"] = {"l": np.zeros(self.num_envs, np.int64)}
-            infos["episode"] |= {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
-            for index, metrics in finished:
-                for key, value in metrics.items():
-                    infos["episode"][key][index] = value
-        terminated = self.arrays["terminated"].copy()
-        return self._observations(), self.arrays["rewards"], terminated, np.zeros_like(terminated), infos
-
-    def state(self):
-        """All that the matches are made of: a list with a dict for each match, to be given to `load_state`.
-
-        Returns:
-            list of N dicts: "seed" that of `reset`; "played" matches in this place so far, with the one under way;
-            "actions" int8 [t, P, E] given since that one began. Lists of several processes (see `first_match`) can
-            be joined, and shared out again over any number of processes.
-        """
-        return self._call("state", None)
-
-    def load_state(self, state):
-        """Play the matches up to where they were at `state()`; what follows is bit for bit what followed there.
-
-        Args:
-            state: the list, from an environment with the same options; the number of workers may differ.
-
-        Returns:
-            Observations as of then, and an empty infos dict, as `reset` does.
-
-        Raises:
-            ValueError: if it cannot be the state of such an environment.
-        """
-        shape = self.arrays["actions"].shape[1:]
-        fitting = [
-            given.dtype == np.int8
-            and (given.shape[1:] == shape and len(given) < GAME_LENGTH)
-            and ((0 <= given) & (given < NUM_ACTIONS)).all()
-            and (np.size(seed) == np.size(played) == 1 and seed >= 0 and played >= 1)
-            for given, seed, played in ((match["actions"], match["seed"], match["played"]) for match in state)
-        ]
-        if len(fitting) != self.num_envs or not all(fitting):
-            raise ValueError("the state of the matches is that of another environment")
-        self._call("load_state", state)
-        return self._observations(), {}
-
-    def render(self):
-        """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
-        if self.render_mode != "rgb_array" or self.matches is None:
-            raise ValueError('rendering needs LuxVecEnv(..., num_workers=0, render_mode="rgb_array")')
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
-        return tuple(match.engine.render() for match in self.matches.matches)
-
-    def _observations(self):
-        return {key: self.arrays[key] for key in OBSERVATION_KEYS}
-
-    def _call(self, command, argument):
-        """Let every worker obey; the lists that they return, joined in the order of the matches."""
-        if self.matches is not None:
-            return getattr(self.matches, command)(argument)
-        results = []
-        try:
-            for pipe, (first, end) in zip(self.pipes, self.shares):
-                pipe.send((command, argument))
-            for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
-                beats, waited = self.arrays["heartbeat"][first:end], 0
-                before = beats.sum()
-                # Wakes up when the worker answers and also when it dies. Short waits, as time passes in Ctrl-Z too.
-                while not connection.wait([pipe, worker.sentinel], 1):
-                    waited = waited + 1 if beats.sum() == before else 0
-                    before = beats.sum()
-                    if waited >= (WORKER_TIMEOUT if before else START_TIMEOUT):
-                        worker.kill()  # it would not end otherwise
-                        raise TimeoutError
-                if not pipe.poll():
-                    raise EOFError
-                done, result = pipe.recv()
-                if not done:
-                    raise LuxError(result)
-                results += result
-        except (EOFError, ConnectionError, TimeoutError) as error:
-            seeds = ", ".join(map(str, self.arrays["map_seed"][first:end]))
-            what = f"did nothing for {waited} s" if isinstance(error, TimeoutError) else "died"
-            raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) {what}") from None
-        return results
-
-    def close_extras(self, **kwargs):
-        """End the worker processes."""
-        atexit.unregister(self.close_extras)
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-            pipe.close()
-        for worker in self.workers:
-            worker.join(timeout=5)
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-        self.workers, self.pipes = [], []
