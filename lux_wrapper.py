@@ -333,7 +333,9 @@ class LuxEncoder:
             list of B dicts unit_id -> official action; of one match, for player_0 and player_1.
         """
         orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
-        busy = self.alive & (actions[:, : self.max_factories] != NOTHING)
+        of_factories = actions[:, : self.max_factories]
+        # The engine refuses what is masked out and cannot be done. It would build robots for which there is no slot.
+        busy = self.alive & (of_factories != NOTHING) & (self.may_build | (of_factories == WATER))
         for team, slot in np.argwhere(busy).tolist():
             orders[team][factory_ids[team][slot]] = FACTORY_ORDERS[int(actions[team, slot])]
         action = actions[self.robots.team, self.robots.slot]
@@ -480,6 +482,7 @@ class LuxEncoder:
         free = (self.max_robots - np.bincount(robots.team, minlength=B))[:, None]
         before = alive.cumsum(1)  # factories up to this one, itself included
         has_slot = before <= free  # enough slots even if every factory before it builds
+        self.may_build = has_slot.copy()
         self.blocked_builds += ((can_light | can_heavy) & ~has_slot).sum(1)
         if self.safe_masks:
             waiting = ((heavies == 0) & can_heavy).sum(1, keepdims=True)  # to build their first
@@ -620,7 +623,7 @@ class LuxEncoder:
         spare = robots.power - 2 * order_cost  # for this order and one after it
         moves, digs = (np.maximum(spare // cost[robots.heavy], 1) for cost in (WORST_MOVE, DIG_COST))
         most, more_ore = np.maximum(robots.ice, robots.ore), robots.ore > robots.ice
-        to_full = BATTERY[robots.heavy] - robots.power + order_cost
+        to_full = np.minimum(BATTERY[robots.heavy] - robots.power + order_cost, BATTERY[robots.heavy])
         queues = np.zeros((len(action), 6), np.int64)
         for chosen, order in (
             (action <= LEFT, (0, action, 0, 0, 0, moves)),
@@ -1173,7 +1176,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
 
         results = []
         try:
-            for pipe in self.pipes:
+            for pipe, (first, end) in zip(self.pipes, self.shares):
                 pipe.send((command, argument))
             for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
                 beats, waited = self.arrays["heartbeat"][first:end], 0

@@ -228,7 +228,7 @@ def report_training(result):
 
 def recorded_matches(seed, num_envs=4, steps=200):
     """Map seeds, actions and orders (lists over steps) of scripted matches; None if one of them ended."""
-    env = lux.LuxVecEnv(num_envs, num_workers=0)
+    env = lux.LuxVecEnv(num_envs, num_workers=0, max_robots=20)
     obs, _ = env.reset(seed=seed)
     matches = env.matches.matches
     seeds, actions, orders = [match.seed for match in matches], [], [[] for _ in matches]
@@ -273,7 +273,7 @@ def wrapper(repeats=5):
     recordings = ((seed, recorded_matches(seed)) for seed in range(1, 100))
     seed, (seeds, actions, orders) = next(recording for recording in recordings if recording[1])
     steps = len(actions) * len(seeds)
-    env = lux.LuxVecEnv(len(seeds), num_workers=0)
+    env = lux.LuxVecEnv(len(seeds), num_workers=0, max_robots=20)
     speeds = defaultdict(list)
     for _ in range(repeats):
         env.reset(seed=seed)

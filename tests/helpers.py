@@ -86,9 +86,9 @@ def scripted(obs, resources=("ice", "ice")):
     return actions
 
 
-def in_process(num_envs, **options):
+def in_process(num_envs, max_robots=20, **options):
     """A vector environment in this process and its LuxMatch objects, whose engines tests may look into."""
-    env = lux.LuxVecEnv(num_envs, num_workers=0, **options)
+    env = lux.LuxVecEnv(num_envs, num_workers=0, max_robots=max_robots, **options)
     return env, env.matches.matches
 
 

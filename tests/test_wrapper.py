@@ -5,12 +5,12 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from helpers import after_every_step, entities, hash_of, in_process, masked_random, scripted
-from luxai_s2 import LuxAI_S2
+from luxai_s2.actions import move_deltas
+from luxai_s2.config import EnvConfig
 from luxai_s2.unit import UnitType
-from test_masks import riches
 
 import lux_wrapper as lux
-
-CHANNEL = {name: channel for channel, name in enumerate(lux.BOARD_CHANNELS)}
 
 
 @contextlib.contextmanager
@@ -88,6 +86,62 @@ def test_spaces_describe_what_comes_back():
     env.close()
 
 
+def test_the_action_space():
+    """It says how many actions each slot has; no action drawn from it is a malformed order, which would end a match."""
+    env, _ = in_process(2, max_robots=6, engine_options={"validate_action_space": True})
+    number = env.single_action_space.nvec
+    assert number.shape == (2, 11) and (number[:, :5] == 4).all() and (number[:, 5:] == 8).all()
+    env.action_space.seed(0)
+    env.reset(seed=1)
+    for _ in range(70):
+        actions = env.action_space.sample()
+        assert (actions >= 0).all() and (actions < number).all()
+        _, _, terminated, *_ = env.step(actions)
+        assert not terminated.any()
+    env.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_actions_that_there_are_not(num_workers):
+    """One sentence says which, and nothing has been played; those of empty slots are ignored, whatever they are."""
+    env = lux.LuxVecEnv(2, num_workers=num_workers, held_out=True)
+    obs, _ = env.reset(seed=1)
+    slot = int(np.flatnonzero(obs["kind"][1, 1] == lux.FACTORY)[-1])
+    for action in (4, 7, -1, 10**6):
+        actions = idle(obs)
+        actions[1, 1, slot] = action
+        with pytest.raises(
+            ValueError, match=f"^match 1, player_1, slot {slot}: there is no action {action}, only 0 to 3$"
+        ):
+            env.step(actions)
+    with pytest.raises(ValueError):
+        env.step(idle(obs)[:, :, :-1])
+    assert all(len(match["actions"]) == 0 for match in env.state())
+
+    actions, empty = idle(obs), obs["kind"] == lux.NOBODY
+    actions[..., 0] = lux.BUILD_LIGHT
+    actions[empty] = np.resize([-(10**9), 7, 8, 300, -1], empty.sum())
+    obs, *_ = env.step(actions)
+    built = obs["kind"] == lux.LIGHT
+    assert (built.sum(-1) == 1).all()
+    actions = idle(obs)
+    for action in (8, -1):
+        actions[0, 0, built[0, 0]] = action
+        with pytest.raises(ValueError, match=f"^match 0, player_0, slot 5: there is no action {action}, only 0 to 7$"):
+            env.step(actions)
+    state = env.state()
+    assert not np.concatenate([match["actions"] for match in state])[:, empty[0]].any()
+    seen = {key: array.copy() for key, array in obs.items()}
+    obs, _ = env.load_state(state)
+    assert all((obs[key] == array).all() for key, array in seen.items())
+    for place, action in ((0, 4), (5, 8), (5, -1)):
+        wrong = copy.deepcopy(state)
+        wrong[1]["actions"][0, 0, place] = action
+        with pytest.raises(ValueError, match="of another environment"):
+            env.load_state(wrong)
+    env.close()
+
+
 def test_features_are_small_and_finite():
     """Inputs of a network: finite, of order 1, and exactly 0 in empty slots."""
     env, _ = in_process(2)
@@ -110,20 +164,22 @@ def test_both_players_see_their_own_side():
     mine, theirs = np.moveaxis(obs["board"][0], -1, 1)
     for what in ("factory", "lichen", "light", "heavy"):
         for a, b in (("own", "opponent"), ("opponent", "own")):
-            assert (mine[CHANNEL[f"{a}_{what}"]] == theirs[CHANNEL[f"{b}_{what}"]]).all()
+            assert (mine[lux.CHANNEL[f"{a}_{what}"]] == theirs[lux.CHANNEL[f"{b}_{what}"]]).all()
     board, state = match.engine.state.board, match.engine.state
     for view in (mine, theirs):
-        assert (view[CHANNEL["ice"]] == 100 * board.ice).all() and (view[CHANNEL["ore"]] == 100 * board.ore).all()
-        assert (view[CHANNEL["rubble"]] == board.rubble).all()
-        assert (view[CHANNEL["own_lichen"]] + view[CHANNEL["opponent_lichen"]] == board.lichen).all()
+        assert (view[lux.CHANNEL["ice"]] == 100 * board.ice).all() and (
+            view[lux.CHANNEL["ore"]] == 100 * board.ore
+        ).all()
+        assert (view[lux.CHANNEL["rubble"]] == board.rubble).all()
+        assert (view[lux.CHANNEL["own_lichen"]] + view[lux.CHANNEL["opponent_lichen"]] == board.lichen).all()
     for team, player in enumerate(lux.PLAYERS):
         owned = [factory.num_id for factory in state.factories[player].values()]
         area = np.isin(board.factory_occupancy_map, owned)
-        assert (obs["board"][0, team, ..., CHANNEL["own_factory"]] == 100 * area).all()
+        assert (obs["board"][0, team, ..., lux.CHANNEL["own_factory"]] == 100 * area).all()
         robots = np.zeros_like(board.rubble)
         for unit in state.units[player].values():
             robots[unit.pos.x, unit.pos.y] = 100
-        own = obs["board"][0, team][..., [CHANNEL["own_light"], CHANNEL["own_heavy"]]].sum(-1)
+        own = obs["board"][0, team][..., [lux.CHANNEL["own_light"], lux.CHANNEL["own_heavy"]]].sum(-1)
         assert robots.any() and (own == robots).all()
     assert board.lichen.any()
     env.close()
@@ -154,6 +210,23 @@ def test_compass():
                     checked += 1
     assert checked > 500
     env.close()
+
+
+def test_the_games_numbers():
+    """The constants are those of the engine's own configuration."""
+    rules = EnvConfig()
+    kinds = [rules.ROBOTS["LIGHT"], rules.ROBOTS["HEAVY"]]
+    assert (lux.GAME_LENGTH, lux.CYCLE, lux.DAY) == (rules.max_episode_length, rules.CYCLE_LENGTH, rules.DAY_LENGTH)
+    assert (lux.ICE_PER_WATER, lux.ORE_PER_METAL) == (rules.ICE_WATER_RATIO, rules.ORE_METAL_RATIO)
+    assert lux.GROWTH_PER_WATER == rules.LICHEN_WATERING_COST_FACTOR
+    assert lux.LICHEN_TO_SPREAD == rules.MIN_LICHEN_TO_SPREAD
+    for ours, theirs in (
+        *(("METAL_COST", "METAL_COST"), ("POWER_COST", "POWER_COST"), ("CARGO", "CARGO_SPACE")),
+        *(("BATTERY", "BATTERY_CAPACITY"), ("MOVE_COST", "MOVE_COST"), ("RUBBLE_COST", "RUBBLE_MOVEMENT_COST")),
+        *(("DIG_COST", "DIG_COST"), ("ORDER_COST", "ACTION_QUEUE_POWER_COST")),
+    ):
+        assert getattr(lux, ours).tolist() == [getattr(kind, theirs) for kind in kinds], ours
+    assert [(lux.DX[way], lux.DY[way]) for way in range(5)] == list(map(tuple, move_deltas))
 
 
 def test_render():
@@ -338,7 +411,7 @@ class Watch:
     def watch_reset(self):
         if self.engine.state.stats:  # a match has just ended
             self.check()
-            self.ended = dict(zip(lux.TERMS, self.match.totals.sum(0)))
+            self.ended = dict(zip(lux.TERM, self.match.totals.sum(0)))
         self.dug, self.lichen, self.lichen_of = {"LIGHT": np.zeros(2), "HEAVY": np.zeros(2)}, np.zeros(2), {}
         self.reset()
 
@@ -347,7 +420,7 @@ class Watch:
         for unit in before[0]:
             team, slots = unit.team_id, self.match.encoder.robot_slot[self.match.teams]
             slot = slots[team][unit.unit_id]
-            self.dug[unit.unit_type.name][team] += amounts[team, slot, lux.ICE_DUG]
+            self.dug[unit.unit_type.name][team] += amounts[team, slot, lux.TERM["ice_dug"]]
         for factory in before[1]:
             now = int(board.lichen[board.lichen_strains == factory.num_id].sum())
             self.lichen[factory.team_id] += now - self.lichen_of.get(factory, 0)
@@ -366,7 +439,7 @@ class Watch:
         return metrics
 
     def check(self):
-        total = dict(zip(lux.TERMS, self.match.totals.T))
+        total = dict(zip(lux.TERM, self.match.totals.T))
         for team, player in enumerate(lux.PLAYERS):
             stats = self.engine.state.stats[player]
             generation = stats["generation"]
@@ -529,7 +602,8 @@ def test_dropping_pays_nothing(mine):
         assert rewards[0, slot] == 0
         factories = env.matches.out["kind"] == lux.FACTORY
         np.testing.assert_allclose(rewards, np.where(factories, lux.REWARDS["survived"], 0), rtol=1e-5)
-    assert match.totals[:, [lux.ICE_DELIVERED, lux.ORE_DELIVERED, lux.WATER_MADE]].sum() == 0
+    for term in ("ice_delivered", "ore_delivered", "water_made"):
+        assert match.totals[:, lux.TERM[term]].sum() == 0
 
 
 def test_a_lost_robot_is_charged_to_itself():
@@ -638,7 +712,7 @@ def test_encoder_needs_only_the_observation(group_by):
 
     match.engine.step = recorded_step
     obs, _ = env.reset(seed=14)
-    alone = lux.LuxEncoder(group_by=group_by)
+    alone = lux.LuxEncoder(max_robots=20, group_by=group_by)
     out = alone.arrays()
     first = from_json(observations[-1])
     alone.reset(first)
@@ -654,48 +728,67 @@ def test_encoder_needs_only_the_observation(group_by):
     env.close()
 
 
-# ------------------------------------------------------------------------------------------------------
-# The engine, parts of which the wrapper does faster
-# ------------------------------------------------------------------------------------------------------
+BOT = """
+import json, sys
+for name in ("gymnasium", "multiprocessing", "luxai_s2", "luxai_s2_fast", "pettingzoo", "torch"):
+    sys.modules[name] = None  # importing it fails
+import numpy as np
+import lux_wrapper as lux
+
+def arrays(x):
+    if isinstance(x, dict):
+        return {key: arrays(value) for key, value in x.items()}
+    return np.array(x) if isinstance(x, list) else x
+
+game = json.load(open("game.json"), object_hook=None)
+placing, observations, actions = arrays(game["placing"]), game["observations"], game["actions"]
+encoder = lux.LuxEncoder(max_robots=20)
+out, sent = encoder.arrays(), []
+encoder.reset(arrays(observations[0]))
+for number, (obs, chosen) in enumerate(zip(observations, actions)):
+    encoder.encode(arrays(obs), out)
+    np.savez(f"{number}.npz", **out)
+    sent.append(encoder.orders(np.array(chosen)))
+placed = [lux.early_phase_action(placing, player) for player in lux.PLAYERS]
+json.dump([placed, sent], open("orders.json", "w"), default=lambda x: x.tolist())
+try:
+    lux.LuxVecEnv(1)
+except ModuleNotFoundError as error:
+    print(error)
+"""
 
 
-@pytest.mark.parametrize("map_size, validate", [(48, False), (32, True)])
-def test_the_engine_plays_as_the_original(map_size, validate):
-    """The original engine gets the same orders, and is in the same state after every step, lichen included."""
-    options = {"validate_action_space": validate, "collect_stats": True}
-    env, (match,) = in_process(1, map_size=map_size, max_robots=30, safe_masks=False, engine_options=options)
-    original = LuxAI_S2(map_size=map_size, MIN_FACTORIES=2, MAX_FACTORIES=5, verbose=0, **options)
-    after_every_step(match, riches(np.random.default_rng(0)))
-    change, reset, step = riches(np.random.default_rng(0)), match.engine.reset, match.engine.step
-    seen = Counter()
+def test_a_bot_needs_numpy_alone(tmp_path):
+    """The file beside a bot, no Gymnasium, multiprocessing or engine: observations in, orders out, as in training."""
+    env, (match,) = in_process(1)
+    game, seen, sent, step = {"actions": []}, [], [], match.engine.step
+    placed = [lux.early_phase_action(match.engine.reset(seed=14)[0]["player_0"], player) for player in lux.PLAYERS]
+    game["placing"] = match.engine.state.get_obs()
 
-    def look(engine):
-        robots, factories = entities(engine.state)
-        lichen = [[sorted(f.grow_lichen_positions), sorted(f.connected_lichen_positions)] for f in factories]
-        seen.update(robots=len(robots), connected=sum(len(c) for _, c in lichen))
-        assert to_json(lux.read_engine(engine.state)) == to_json(lux.read_observation(engine.state.get_obs()))
-        return to_json([engine.state.get_obs(), engine.state.stats, lichen])
-
-    def reset_both(seed):
-        original.reset(seed=seed)
-        return reset(seed=seed)
-
-    def step_both(actions):
-        _, rewards, *ends, _ = original.step(copy.deepcopy(actions))
-        if original.state.real_env_steps >= 0:
-            change(original.state)
+    def recorded_step(actions):
+        sent.append([actions[player] for player in lux.PLAYERS])
         result = step(actions)
-        assert list(result[1:4]) == [rewards, *ends] and look(match.engine) == look(original)
+        if match.engine.state.real_env_steps >= 0:
+            game.setdefault("observations", []).append(json.loads(to_json(match.engine.state.get_obs())))
         return result
 
-    match.engine.reset, match.engine.step = reset_both, step_both
-    obs, _ = env.reset(seed=23)
-    weights = np.ones(lux.NUM_ACTIONS)
-    weights[lux.WATER] = 4
-    for _ in play(env, obs, random_policy(23, weights), 120):
-        pass
-    assert seen["robots"] > 2000 and seen["connected"] > 2000, seen
+    match.engine.step = recorded_step
+    obs, _ = env.reset(seed=14)
+    sent.clear()
+    for before, actions, _ in play(env, obs, random_policy(14), 40):
+        seen.append(before)
+        game["actions"].append(actions[0])
     env.close()
+    (tmp_path / "game.json").write_text(to_json(game))
+    shutil.copy(lux.__file__, tmp_path)
+    bot = subprocess.run([sys.executable, "-c", BOT], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert bot.returncode == 0 and bot.stdout == "LuxVecEnv needs Gymnasium: pip install gymnasium\n", bot.stderr
+    for number, before in enumerate(seen):
+        with np.load(tmp_path / f"{number}.npz") as out:
+            assert out.keys() == before.keys()
+            assert all((out[key] == array[0]).all() and out[key].dtype == array.dtype for key, array in before.items())
+    assert (seen[-1]["kind"] >= lux.LIGHT).sum() > 3
+    assert json.loads((tmp_path / "orders.json").read_text()) == json.loads(to_json([placed, sent]))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -765,7 +858,7 @@ def test_neurips_stage():
 
 def rollout_hash(num_workers, steps=160, seed=17):
     """Hash of everything that 3 matches return under random actions; long enough that matches end."""
-    env = lux.LuxVecEnv(3, num_workers=num_workers)
+    env = lux.LuxVecEnv(3, num_workers=num_workers, max_robots=20)
     digest, ends = [], 0
     with contextlib.closing(env), time_limit(120):
         obs, _ = env.reset(seed=seed)
@@ -945,3 +1038,50 @@ def test_an_engine_exception_names_match_and_seed(monkeypatch, num_workers):
     assert "match 2" in message and "502" in message and "IndexError" in message and "boom" in message
     assert "\n" not in message
     assert not any(worker.is_alive() for worker in workers)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Workers: how many, and how long they may take
+# ------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_workers_as_cores_that_may_be_used(monkeypatch):
+    """Those of the machine may be more, and are what counts only where the system does not tell."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {pid, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert lux.usable_cores() == 3
+    for num_envs, workers in ((4, 3), (2, 2)):
+        env = lux.LuxVecEnv(num_envs)
+        assert len(env.workers) == workers
+        env.close()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert lux.usable_cores() == 2
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert lux.usable_cores() == 1
+
+
+def test_observations_of_many_matches_take_their_time(monkeypatch):
+    """A worker says nothing while it makes the observations of all its matches: the more, the longer it may take."""
+    encode = lux.LuxEncoder.encode_rows
+    monkeypatch.setattr(lux, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(lux, "ENCODED_PER_SECOND", 1)
+    monkeypatch.setattr(lux.LuxEncoder, "encode_rows", lambda *arguments: time.sleep(3) or encode(*arguments))
+    env = lux.LuxVecEnv(4, num_workers=1)
+    before = time.time()
+    with contextlib.closing(env), time_limit(60):
+        env.reset(seed=1)
+        env.step(idle(env.arrays))
+    assert time.time() - before > 6
+
+
+def test_a_few_seeds_are_named(monkeypatch):
+    """Of the matches of a worker that hangs, and how many more there are."""
+    monkeypatch.setattr(lux, "WORKER_TIMEOUT", 1)
+    env = lux.LuxVecEnv(6, num_workers=1, held_out=True)
+    with contextlib.closing(env), time_limit(60):
+        obs, _ = env.reset(seed=700)
+        os.kill(env.workers[0].pid, signal.SIGSTOP)
+        with pytest.raises(
+            lux.LuxError, match=r"matches 0 to 5 \(map seeds 700, 701, 702 and 3 more\) did nothing for 1 s"
+        ):
+            env.step(idle(obs))
