@@ -1,5 +1,9 @@
-"""The ablation: the order of its queue, that it goes on where it was stopped, and the numbers of its tables."""
+"""The ablation: the order of its queue, that it goes on where it was stopped, and the numbers of its tables.
 
+And the planted bugs: that each can be planted, and that what is said of them is so.
+"""
+
+import ast
 import csv
 import signal
 import subprocess
@@ -14,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import ablation  # noqa: E402
+import mutants  # noqa: E402
 import plot  # noqa: E402
 
 import trajsep_ppo  # noqa: E402
@@ -218,3 +223,94 @@ def test_the_readme_shows_how_the_difference_grows(folder, row):
         ice.append(f"{np.mean(means):,.0f} ± {plot.over_seeds(means)}")
     cells = [*map(plot.step_text, to_500), f"{to_500[1] / to_500[0]:.1f}x", *map(plot.step_text, full), *ice]
     assert " | ".join([row, *cells]) in (ROOT / "README.md").read_text()
+
+
+def test_every_bug_can_be_planted():
+    """Its old text is in its file exactly once, the new one is Python, and its name is its own."""
+    tree = mutants.read_tree()
+    assert len({(file, what) for file, _, _, what in mutants.MUTANTS}) == len(mutants.MUTANTS)
+    for file, old, new, what in mutants.MUTANTS:
+        assert file in mutants.TESTS, file
+        assert old != new and ast.parse(mutants.planted(tree, file, old, new)[Path(file)]), what
+
+
+PROGRAM = """
+def count(numbers):
+    total = 0
+    while numbers:
+        numbers = numbers[1:]
+        total += 1
+    return total
+"""
+TEST = """
+from program import count
+
+def test_nothing():
+    assert count([]) == 0
+
+def test_two():
+    assert count([5, 6]) == 2
+"""
+
+
+@pytest.fixture
+def planting(monkeypatch, tmp_path):
+    """Function (bugs, tests) that plants them in a small program of its own, and function () -> rows of the table."""
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "program.py").write_text(PROGRAM)
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "TESTS", {"program.py": ("test_program.py",)})
+
+    def plant(bugs, test=TEST, **options):
+        (tmp_path / "tests" / "test_program.py").write_text(test)
+        monkeypatch.setattr(mutants, "MUTANTS", [("program.py", *bug) for bug in bugs])
+        mutants.main(("program.py",), tmp_path / "out" / "table.csv", **options)
+
+    return plant, lambda: rows_of(tmp_path / "out" / "table.csv")
+
+
+def test_planted_bugs(planting, capfd):
+    plant, rows = planting
+    bugs = [
+        ("total = 0", "total = 1", "counts from 1"),
+        ("+= 1", "+= 2", "counts double"),
+        ("numbers[1:]", "numbers[1:] + [3]", "never ends"),
+        ("def count(", "def counts(", "has another name"),
+    ]
+    plant(bugs, limit=8)
+    name = "tests/test_program.py"
+    found = [
+        ("yes", f"{name}::test_nothing"),
+        ("yes", f"{name}::test_two"),
+        ("hangs", f"{name}::test_two"),
+        ("yes", name),
+    ]
+    table = rows()
+    assert [row["what"] for row in table] == [what for _, _, what in bugs]
+    assert [(row["caught"], row["test"]) for row in table] == found
+    assert 8 < float(table[2]["seconds"]) < 60 and len({row["code"] for row in table}) == 4
+    assert "program.py: 4 of 4 caught, 1 of them because a test hangs" in capfd.readouterr().out
+
+    # Only what is new is run, until the tests change.
+    with pytest.raises(SystemExit, match="1 of 5 bugs not caught"):
+        plant([("total += 1", "total += 1 if total < 9 else 2", "counts far"), *bugs], limit=8)
+    output = capfd.readouterr().out
+    assert "1 of 1 program.py: counts far: NOT CAUGHT" in output and "4 of 5 caught" in output
+    assert "    not caught: counts far" in output and rows()[1:] == table
+    with pytest.raises(SystemExit, match="2 of 2 bugs not caught"):
+        plant(bugs[:2], TEST.split("def")[0] + "def test_none():\n    pass\n")
+    assert [row["caught"] for row in rows()] == ["no", "no"]
+
+
+def test_bugs_that_cannot_be_planted(planting):
+    plant, _ = planting
+    bug = ("+= 1", "+= 2", "counts double")
+    with pytest.raises(SystemExit, match="without a bug, a test of program.py fails: tests/test_program.py::test_two"):
+        plant([bug], TEST.replace("== 2", "== 3"))
+    with pytest.raises(SystemExit, match="3 times in program.py, but must be there once: 'total'"):
+        plant([bug, ("total", "sum", "another name")])
+    for options, said in (({"parallel": 0}, "--parallel must be"), ({"limit": 0}, "--limit above 0")):
+        with pytest.raises(SystemExit, match=said):
+            plant([bug], **options)
+    with pytest.raises(SystemExit, match="no bugs for plot.py; there are for program.py"):
+        mutants.main(("plot.py",))
