@@ -225,6 +225,8 @@ class LuxEncoder:
     """
 
     def __init__(self, map_size=48, max_factories=5, max_robots=6, group_by="entity", safe_masks=True, num_matches=1):
+        if group_by not in ("entity", "cluster"):
+            raise ValueError(f"group_by must be entity or cluster, got {group_by}")
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
@@ -734,7 +736,7 @@ def gaussian_filter(board, sigma):
 # ------------------------------------------------------------------------------------------------------
 
 TEAM_METRICS = (
-    *("r", "ice_transferred", "ice_per_factory", "factories_alive", "factories_alive_share", "factories_placed"),
+    *("r", "ice_transferred", "factories_alive", "ice_per_factory", "factories_alive_share", "factories_placed"),
     *("water", "ore", "metal", "lichen", "lights_built", "heavies_built", "robots_lost"),
     *("own_collisions", "right_of_way", "blocked_builds"),
 )
@@ -797,6 +799,11 @@ class LuxMatch:
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
         return self._metrics(state) if terminations["player_0"] else None
+
+    def render(self):
+        """A picture by the engine's own renderer, [400, 400, 3] uint8."""
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
+        return self.engine.render()
 
     def _snapshot(self):
         """Robots and factories before the step, as engine objects, in the order of the encoder's tables."""
@@ -866,8 +873,8 @@ class LuxMatch:
             "l": state.real_env_steps,
             "r": self.returns,
             "ice_transferred": total["ice_delivered"],
-            "ice_per_factory": total["ice_delivered"] / self.placed,
             "factories_alive": self.factory_steps / GAME_LENGTH,
+            "ice_per_factory": total["ice_delivered"] / self.placed,
             "factories_alive_share": self.factory_steps / GAME_LENGTH / self.placed,
             "factories_placed": self.placed,
             "water": total["water_made"],
@@ -947,13 +954,16 @@ HELD_OUT_SEEDS = 1_000_000
 WORKER_TIMEOUT, START_TIMEOUT, ENCODED_PER_SECOND = 8, 60, 100
 
 
-class LuxError(RuntimeError):
+class LuxError(Exception):
     """The engine raised an exception or a worker process died; the message names the match and its seed."""
 
 
-def usable_cores():
-    """How many cores this process may use, which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_workers():
+    """A worker for each core that this process may use, where torchrun started several for its share of them; none
+    for a single core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cores if cores > 1 else 0
 
 
 class LuxVecEnv(gym.vector.VectorEnv if gym else object):
@@ -964,8 +974,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
 
     Args:
         num_envs: N.
-        num_workers: processes that share the matches; 0 plays them in this process, None takes one process
-            for each of the usable_cores(). The number changes nothing in what is played.
+        num_workers: processes that share the matches; 0 plays them in this process, None takes the
+            default_workers(). The number changes nothing in what is played.
         map_size, min_factories, max_factories: the stage; 48, 2 and 5 are season 2, 64, 4 and 10 NeurIPS.
         max_robots: robot slots per team.
         group_by, safe_masks: see LuxEncoder.
@@ -974,6 +984,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         first_match: what the first match is counted as, for the seeds: where several processes each play a part
             of the matches, together they play what one would.
         render_mode: None or "rgb_array" (with num_workers 0).
+        video: path of a GIF into which every fourth step of the first match is drawn, written when that match ends.
         engine_options: more settings for the engine, such as {"validate_action_space": True}.
 
     Raises:
@@ -999,6 +1010,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         render_mode=None,
         engine_options=None,
         reward_weights=None,
+        video=None,
     ):
         if gym is None:
             raise ModuleNotFoundError("LuxVecEnv needs Gymnasium: pip install gymnasium")
@@ -1056,9 +1068,10 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             "first_match": first_match,
             "engine_options": engine_options,
             "reward_weights": reward_weights,
+            "video": video,
             **encoder_options,
         }
-        num_workers = min(num_envs, usable_cores() if num_workers is None else num_workers)
+        num_workers = min(num_envs, default_workers() if num_workers is None else num_workers)
         if num_workers == 0:
             self.matches = _Matches(0, self.arrays, options)
         else:
@@ -1162,8 +1175,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
         if self.render_mode != "rgb_array" or self.matches is None:
             raise ValueError('rendering needs LuxVecEnv(..., num_workers=0, render_mode="rgb_array")')
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
-        return tuple(match.engine.render() for match in self.matches.matches)
+        return tuple(match.render() for match in self.matches.matches)
 
     def _observations(self):
         return {key: self.arrays[key] for key in OBSERVATION_KEYS}
@@ -1225,6 +1237,8 @@ class _Matches:
         self.held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
         self.number = options.pop("first_match") + first  # what the first match here is counted as, for the seeds
         of_match = {key: options.pop(key) for key in ("min_factories", "engine_options", "reward_weights")}
+        video = options.pop("video")
+        self.video, self.frames = video if first == 0 else None, []
         num_matches = len(arrays["terminated"])
         # With its seed, the actions given since a match began are all of its state.
         self.given = np.zeros((num_matches, GAME_LENGTH, *arrays["actions"].shape[1:]), np.int8)
@@ -1295,14 +1309,26 @@ class _Matches:
         orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
 
         def play(index, match):
-            self.given[index, match.engine.state.real_env_steps] = actions[index]
+            time = match.engine.state.real_env_steps
+            self.given[index, time] = actions[index]
+            if index == 0 and self.video and time % 4 == 0:
+                self.frames.append(match.render())
             metrics = match.step(orders[match.teams], self.arrays["rewards"][index])
             self.arrays["terminated"][index] = metrics is not None
             if metrics is not None:
+                if index == 0 and self.video:
+                    self._write_video()
                 match.reset()
             return metrics
 
         return self._each(play)
+
+    def _write_video(self):
+        from PIL import Image
+
+        first, *others = [Image.fromarray(frame).quantize(64) for frame in self.frames]
+        first.save(self.video, "GIF", save_all=True, append_images=others, duration=50, loop=0)
+        self.video = None  # the matches that come after it are not drawn
 
     def _each(self, play):
         """Play, then encode; list of (match index, what `play` returned) for those where that was something."""

@@ -226,9 +226,7 @@ def test_an_environment_without_state(script, monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{"max_robots": 20}, {"group_by": "cluster", "safe_masks": False, "max_robots": 6}]
-)
+@pytest.mark.parametrize("options", [{"max_robots": 20}, {"group_by": "cluster", "safe_masks": False, "max_robots": 6}])
 def test_matches_go_on_bit_for_bit(options):
     """Matches of different ages, rebuilt by other numbers of workers: what follows is what followed in the first."""
     rng = np.random.default_rng(5)

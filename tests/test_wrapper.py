@@ -1046,18 +1046,25 @@ def test_an_engine_exception_names_match_and_seed(monkeypatch, num_workers):
 
 
 def test_as_many_workers_as_cores_that_may_be_used(monkeypatch):
-    """Those of the machine may be more, and are what counts only where the system does not tell."""
+    """Those of the machine may be more, and are what counts only where the system does not tell.
+
+    The processes of torchrun on one machine share them; where that leaves one core, it plays by itself.
+    """
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {pid, 3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    assert lux.usable_cores() == 3
+    assert lux.default_workers() == 3
     for num_envs, workers in ((4, 3), (2, 2)):
         env = lux.LuxVecEnv(num_envs)
         assert len(env.workers) == workers
         env.close()
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert lux.usable_cores() == 2
+    assert lux.default_workers() == 2
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert lux.usable_cores() == 1
+    assert lux.default_workers() == 0
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert lux.default_workers() == 2
 
 
 def test_observations_of_many_matches_take_their_time(monkeypatch):
