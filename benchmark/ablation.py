@@ -217,8 +217,15 @@ def commit():
 
 
 def saved(folder):
-    """Checkpoints of the training in this folder, global step -> path."""
-    return {int(path.stem.split("_")[1]): path for path in folder.glob("runs/*/checkpoint_*.pt")}
+    """Checkpoints kept of the training in this folder, global step -> path."""
+    return {int(path.stem.split("_")[1]): path for path in folder.glob("checkpoint_*.pt")}
+
+
+def keep(folder):
+    """Give the checkpoints that the training in this folder has a second name, as it removes all but its last two."""
+    for path in folder.glob("runs/*/checkpoint_*.pt"):
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # kept already, or removed at this moment
+            os.link(path, folder / path.name)
 
 
 class Work:
@@ -238,7 +245,7 @@ class Work:
             child.terminate()
 
     def command(self, arm, seed):
-        speed = "--num-workers 0 --eval-episodes 1 --save-every 4 --keep-checkpoints 1000"
+        speed = "--num-workers 0 --eval-episodes 0 --save-every 4"
         return f"{ARMS[arm]} --seed {seed} {speed} {self.flags}".strip()
 
     def do(self, job):
@@ -265,7 +272,10 @@ class Work:
         with open(folder / "log", "w") as log:
             child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
             with self.running(child):
-                code = child.wait()
+                while (code := child.poll()) is None:
+                    keep(folder)
+                    time.sleep(0.05)
+        keep(folder)
         if code:
             end = (folder / "log").read_text().replace("\r", "\n").strip().splitlines()[-5:]
             raise Failed(f"the training failed with exit code {code}:\n  " + "\n  ".join(end))

@@ -102,7 +102,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     assert [row["policy"] for row in rows] == ["sampled"] * 12 + ["greedy"] * 4 + ["sampled"] * 4
     assert [(row["match_seed"], row["player"]) for row in rows[:4]] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
     assert all(row[key] for row in rows for key in ablation.COLUMNS)
-    assert len(list(options["work"].glob("*/runs/*/checkpoint_*.pt"))) == 1
+    assert len(list(options["work"].glob("*/checkpoint_*.pt"))) == 1
 
     ablation.main(**options)
     assert "1 of 1 runs are complete" in capfd.readouterr().out
