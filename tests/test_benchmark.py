@@ -194,10 +194,10 @@ def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
     assert f"| {name} | {row} |" in text
 
 
-def test_the_readme_shows_what_the_data_says():
+def test_the_page_of_results_shows_what_the_data_says():
     """Its table of arms is what plot.py makes of the matches that are kept."""
     made = plot.summary(*plot.load(plot.RESULTS / "ablation.csv"))
-    assert made in (ROOT / "README.md").read_text()
+    assert made in (ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_the_readme_shows_what_the_data_says():
         ("neurips_stage", "40 robots | 3"),
     ],
 )
-def test_the_readme_shows_how_the_difference_grows(folder, row):
+def test_the_page_of_results_shows_how_the_difference_grows(folder, row):
     """Its table of both main arms with more and more entities."""
     data, last = plot.load(plot.RESULTS.parent / folder / "ablation.csv")
     both = [data[arm, "sampled"] for arm in ablation.MAIN]
@@ -222,7 +222,7 @@ def test_the_readme_shows_how_the_difference_grows(folder, row):
         means = [run[last]["ice_transferred"].mean() for run in runs.values()]
         ice.append(f"{np.mean(means):,.0f} ± {plot.over_seeds(means)}")
     cells = [*map(plot.step_text, to_500), f"{to_500[1] / to_500[0]:.1f}x", *map(plot.step_text, full), *ice]
-    assert " | ".join([row, *cells]) in (ROOT / "README.md").read_text()
+    assert " | ".join([row, *cells]) in (ROOT / "docs" / "results.md").read_text()
 
 
 def test_every_bug_can_be_planted():

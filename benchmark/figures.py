@@ -1,0 +1,201 @@
+"""Draw the pictures of the README and print the rows of its table of results.
+
+    python benchmark/figures.py                            # docs/result.png, docs/network.png
+    python benchmark/figures.py --checkpoint runs/<run>    # and docs/trajectories.png, from a match of this run
+
+The result is that of benchmark/confirmation: three seeds of both scripts, on maps that were never looked at while flags
+were chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Optional
+
+import matplotlib
+import numpy as np
+import tyro
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+
+import plot  # noqa: E402
+
+DOCS = ROOT / "docs"
+SAMPLES = 2000
+SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
+AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
+
+
+def resampled(runs, metric, steps, seed=0):
+    """Means [SAMPLES, T] of a metric at these steps: seeds drawn with replacement, and matches of each seed."""
+    values = np.array([[run[step][metric] for step in steps] for run in runs.values()], float)  # [seed, T, match]
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(len(values), size=(SAMPLES, len(values)))
+    matches = rng.integers(values.shape[2], size=(SAMPLES, len(values), values.shape[2]))
+    return np.stack([values[s[:, None], :, m].mean((0, 1)) for s, m in zip(seeds, matches)])
+
+
+def interval(samples):
+    """The 95% interval of bootstrap samples, infinity allowed."""
+    return np.quantile(samples, [0.025, 0.975], axis=0, method="nearest")
+
+
+def row(runs, last, steps):
+    """Final length, ice per team and per starting factory, and steps to 95% full-length, each with its interval."""
+    cells = []
+    for metric in ("episode_length", "ice_transferred", "ice_per_factory"):
+        mean = np.mean([run[last][metric].mean() for run in runs.values()])
+        low, high = interval(resampled(runs, metric, [last])[:, 0])
+        cells.append(f"{mean:,.0f} ({low:,.0f} to {high:,.0f})")
+    share = plot.curves(runs, "full_length", steps)[1].mean(0)
+    found = [plot.crossing(steps, sample, 0.95) for sample in resampled(runs, "full_length", steps)]
+    low, high = map(plot.step_text, interval(np.array(found)))
+    return [*cells, f"{plot.step_text(plot.crossing(steps, share, 0.95))} ({low} to {high})"]
+
+
+def results(data, last):
+    """The rows of the README's table."""
+    arms = {arm: data[arm, "sampled"] for arm in SCRIPTS}
+    steps = plot.common(*arms.values())
+    head = ["", "episode length", "ice per team", "ice per starting factory", "95% of matches full-length by step"]
+    rows = [[f"`{SCRIPTS[arm][0]}`", *row(runs, last, steps)] for arm, runs in arms.items()]
+    rows.append(["the authors, all separate", AUTHORS["length"], AUTHORS["ice"], "-", AUTHORS["full"]])
+    return plot.table(head, rows)
+
+
+def draw_result(data, last, path):
+    """Episode length and ice against environment steps."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.7), layout="constrained")
+    panels = {"episode_length": "episode length (steps)", "ice_transferred": "ice transferred (per team)"}
+    for axis, (metric, title) in zip(axes, panels.items()):
+        for arm, (script, colour) in SCRIPTS.items():
+            steps, values = plot.curves(data[arm, "sampled"], metric)
+            low, high = interval(resampled(data[arm, "sampled"], metric, steps))
+            axis.plot(steps / 1000, values.mean(0), color=colour, lw=2, label=f"{script}, {len(values)} seeds")
+            axis.fill_between(steps / 1000, low, high, color=colour, alpha=0.15, lw=0)
+        final = {"episode_length": 1000, "ice_transferred": 44472}[metric]
+        mark = {"marker": "D", "ms": 7, "mfc": "white", "mew": 1.8, "color": "0.3", "ls": "none", "clip_on": False}
+        axis.plot(last / 1000, final, **mark, zorder=4, label="the authors' final value")
+        axis.set_title(title, fontsize=11)
+        axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
+    axes[1].legend(loc="lower right", frameon=False, fontsize=9.5)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_network(path):
+    """The tensors of the hybrid network: what runs once for a board, and what once for an entity."""
+    figure, axis = plt.subplots(figsize=(10, 3.3), layout="constrained")
+    axis.set(xlim=(0, 100), ylim=(0, 34))
+    axis.axis("off")
+
+    def box(x, y, width, height, text, colour):
+        style = {"boxstyle": "round,pad=0.2,rounding_size=0.8", "fc": colour, "ec": "0.35", "lw": 1}
+        axis.add_patch(matplotlib.patches.FancyBboxPatch((x, y), width, height, **style))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.6, linespacing=1.5)
+
+    def arrow(start, end):
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.35", "shrinkA": 0, "shrinkB": 0})
+
+    shared, own = "#DCE9F5", "#FBE7D3"
+    box(1, 20, 13, 8, "board\n[B, H, W, C]", "white")
+    box(22, 20, 17, 8, "map  [B, 32, h, w]\ntiles of 8 x 8, residual block", shared)
+    box(47, 20, 17, 8, "whole  [B, 64]\nmean and max of the map", shared)
+    box(22, 5, 17, 8, "place  [M, 32]\n+ the map at its cell", own)
+    box(1, 5, 13, 8, "patch  [M, 96]\n5 x 5 cells around it", own)
+    box(47, 5, 17, 8, "hidden  [M, 128]\n+ features, action mask", own)
+    box(75, 15, 23, 6, "team_value  [B]", shared)
+    box(75, 8, 23, 5.2, "value  [M]  to  [B, E]", own)
+    box(75, 1, 23, 5.2, "logits  [M, A]  to  [B, E, A]", own)
+    arrow((14.5, 24), (21.5, 24))
+    arrow((39.5, 24), (46.5, 24))
+    arrow((30.5, 19.5), (30.5, 13.5))
+    axis.text(31.5, 16.2, "gather at the M live entities", fontsize=7.8, color="0.3")
+    arrow((7.5, 19.5), (7.5, 13.5))
+    arrow((14.5, 9), (21.5, 9))
+    arrow((39.5, 9), (46.5, 9))
+    arrow((55.5, 19.5), (55.5, 13.5))
+    arrow((64.5, 23), (74.5, 19))
+    arrow((64.5, 11), (74.5, 17))
+    arrow((64.5, 9.5), (74.5, 10.5))
+    arrow((64.5, 7.5), (74.5, 4))
+    axis.text(1, 31, "once for each board (monolithic)", fontsize=9.5, color="#2b5d8c", weight="bold")
+    axis.text(1, 1, "once for each live entity (distributed)", fontsize=9.5, color="#a8601a", weight="bold")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
+    """A match as the engine draws it, and beside it the trajectories of both teams: lives and rewards by slot."""
+    import torch
+
+    import lux_wrapper as lux
+    import trajsep_ppo
+
+    _, content, args = trajsep_ppo.load_checkpoint(checkpoint)
+    env = trajsep_ppo.make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
+    agent = trajsep_ppo.HybridNet(env.single_observation_space, int(env.single_action_space.nvec.max()))
+    agent.load_state_dict(content["model"])
+    generator, kinds, paid = torch.Generator().manual_seed(0), [], []
+    obs, _ = env.reset(seed=match)
+    for step in range(steps):
+        if step == moment:
+            (picture,) = env.render()
+        with torch.no_grad():
+            logits, _, _ = agent(trajsep_ppo.to_tensors(obs, "cpu"))
+        kinds.append(obs["kind"][0].copy())
+        action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
+        obs, rewards, *_ = env.step(action.view(obs["kind"].shape).numpy())
+        paid.append(rewards[0].copy())
+    kinds, paid = np.array(kinds), np.array(paid)  # [step, player, slot]
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1, 1.75), layout="constrained")
+    left.imshow(picture)
+    left.set(xticks=[], yticks=[], title=f"the board at step {moment}")
+    names = {lux.FACTORY: "factory", lux.LIGHT: "light robot", lux.HEAVY: "heavy robot"}
+    colours = {lux.FACTORY: "#009E73", lux.LIGHT: "#E69F00", lux.HEAVY: "#0072B2"}
+    slots = np.flatnonzero((kinds[:, 0] > 0).any(0))
+    for line, slot in enumerate(slots):
+        kind, reward = kinds[:, 0, slot], paid[:, 0, slot]
+        for start in np.flatnonzero((kind > 0) & (np.append(0, kind[:-1]) != kind)):
+            gone = np.flatnonzero(kind[start:] != kind[start])
+            end = start + (gone[0] if len(gone) else steps - start)
+            right.plot([start, end], [line, line], color=colours[kind[start]], lw=2, solid_capstyle="butt")
+            right.plot(start, line, "o", color=colours[kind[start]], ms=4)
+            if len(gone):
+                right.plot(end, line, "x", color=colours[kind[start]], ms=6, mew=2)
+        right.bar(np.arange(steps), 4 * np.maximum(reward, 0), bottom=line, width=1, color="0.25", zorder=3)
+    right.set(xlabel="step", yticks=[], xlim=(0, steps), title="one trajectory for each: birth, rewards, death")
+    right.spines[["top", "right", "left"]].set_visible(False)
+    handles = [matplotlib.lines.Line2D([], [], color=colours[kind], lw=2, label=name) for kind, name in names.items()]
+    handles.append(matplotlib.lines.Line2D([], [], color="0.25", marker="|", ms=9, mew=2, ls="none", label="reward"))
+    figure.legend(handles=handles, loc="outside lower right", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(checkpoint: Optional[Path] = None):
+    """Draw everything, and print the table.
+
+    Args:
+        checkpoint: a run, or one of its checkpoints, of which to draw a match.
+    """
+    DOCS.mkdir(exist_ok=True)
+    data, last = plot.load(ROOT / "benchmark" / "confirmation" / "ablation.csv")
+    draw_result(data, last, DOCS / "result.png")
+    draw_network(DOCS / "network.png")
+    if checkpoint:
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        draw_trajectories(checkpoint, DOCS / "trajectories.png")
+    print(results(data, last))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

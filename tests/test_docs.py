@@ -1,0 +1,117 @@
+"""The README and the pages in docs/ say what is: hunks, line numbers, commands, links, tables and worked examples."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+import global_ppo
+import trajsep_ppo
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import figures  # noqa: E402
+import plot  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+SCRIPTS = {"trajsep_ppo.py": trajsep_ppo, "global_ppo.py": global_ppo}
+
+
+def blocks(text, language):
+    """Contents of the fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_hunks():
+    """The README shows every changed line of the siblings, in order, but for those of the docstring and blank context."""
+    command = ["git", "diff", "--no-index", "--unified=0", "global_ppo.py", "trajsep_ppo.py"]
+    diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    changed, docstring_end = [], (ROOT / "trajsep_ppo.py").read_text().splitlines().index('"""', 1)
+    for hunk in diff.split("\n@@ ")[1:]:
+        place, *lines = hunk.splitlines()
+        if int(re.search(r"\+(\d+)", place)[1]) > docstring_end:
+            changed += lines
+    assert len(changed) > 30
+    assert "".join(blocks(README, "diff")).splitlines() == changed
+
+
+def test_reading_map():
+    """Each line of the map is where the thing that it names first begins."""
+    lines = (ROOT / "trajsep_ppo.py").read_text().splitlines()
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", README, re.MULTILINE)
+    assert len(rows) == 11
+    for number, what in rows:
+        name, line = re.search(r"\w+", what)[0], lines[int(number) - 1]
+        names = {"torchrun": "# --------------- Nothing below is about the method"}
+        starts = (f"def {name}(", f"class {name}:", f"        # {name.upper()}", names.get(name, "\0"))
+        assert line.startswith(starts), (number, what, line)
+
+
+def test_links():
+    for path, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)#]+)", text):
+            if "://" not in target:
+                assert (path.parent / target).exists(), (path.name, target)
+
+
+def commands():
+    """(page, command) of all lines of the shell blocks, without environment and comment."""
+    for path, text in PAGES.items():
+        for line in "".join(blocks(text, "bash")).splitlines():
+            for part in line.split("#")[0].split("&&"):
+                if part.strip():
+                    yield path.name, part.strip().replace(".venv/bin/", "")
+
+
+@pytest.mark.parametrize("page, command", sorted(set(commands())))
+def test_commands(page, command):
+    """Every command of the pages names a program that is there, and flags that it has."""
+    words = shlex.split(command.replace("runs/<run>", "runs/run").replace("<first machine>", "host"))
+    program, *rest = words
+    if program == "torchrun":
+        (start,) = [index for index, word in enumerate(rest) if word.endswith("_ppo.py")]
+        program, rest = "python", rest[start:]
+    if program == "pip":
+        assert (ROOT / rest[rest.index("-r") + 1]).is_file()
+    elif program == "python" and rest[0] in SCRIPTS:
+        tyro.cli(SCRIPTS[rest[0]].Args, args=[word for word in rest[1:] if word != "--help"])
+    elif program == "python" and rest[0] == "-m":
+        assert rest[1] == "pytest" and (ROOT / rest[-1]).exists()
+    elif program == "python":
+        source = (ROOT / rest[0]).read_text()
+        for flag in [word for word in rest[1:] if word.startswith("--")]:
+            assert re.search(rf"\b{flag[2:].replace('-', '[-_]')}\b", source), flag
+    elif program == "git":
+        assert rest[:2] == ["diff", "--no-index"] and all((ROOT / name).exists() for name in rest[2:])
+    else:
+        assert program in ("python3", "tensorboard"), command
+
+
+def numbers(first_cell):
+    """Cells of a row of a table of the README as numbers, NaN for "-"."""
+    (row,) = re.findall(rf"^\| {re.escape(first_cell)} \| (.*?) \|$", README, re.MULTILINE)
+    return [float("nan") if cell == "-" else float(cell) for cell in row.split(" | ")]
+
+
+def test_worked_examples():
+    """The global rewards are those that the baseline makes of the rows; the mean over the active cells is 0.77."""
+    tables = re.findall(r"^\| group (\d) \| (.*?) \|$", README, re.MULTILINE)
+    values = [[float("nan") if cell == "-" else float(cell) for cell in row.split(" | ")] for _, row in tables]
+    rewards, losses = torch.tensor(values[:4]).T, torch.tensor(values[4:]).T
+    summed = global_ppo.group_sum(rewards, {"kind": (~rewards.isnan()).long()})
+    torch.testing.assert_close(summed[:, 0], torch.tensor(numbers("**global**")))
+    mean = trajsep_ppo.masked_mean(losses, ~losses.isnan()).item()
+    assert f"**{mean:.2f}**" in README and losses.isnan().sum() == 3
+    assert f"6.94 / 12 = {losses.nan_to_num(0).mean().item():.2f}" in README
+
+
+def test_result():
+    """The README's result is what the matches of the confirmation say."""
+    assert figures.results(*plot.load(ROOT / "benchmark" / "confirmation" / "ablation.csv")) in README
