@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from helpers import after_every_step, entities, hash_of, in_process, masked_random, scripted
-from luxai_s2.actions import move_deltas
+from luxai_s2.actions import (
+    DigAction,
+    MoveAction,
+    PickupAction,
+    RechargeAction,
+    SelfDestructAction,
+    TransferAction,
+    move_deltas,
+)
 from luxai_s2.config import EnvConfig
 from luxai_s2.unit import UnitType
 
@@ -186,20 +195,20 @@ def test_both_players_see_their_own_side():
 
 
 def test_compass():
-    """The way to the nearest ice, ore and factory, recomputed for every robot the slow way."""
+    """The way to the nearest ice, ore and factory, recomputed for every entity the slow way."""
     env, (match,) = in_process(1)
     obs, _ = env.reset(seed=4)
-    checked = 0
+    checked = Counter()
     for before, _, _ in play(env, obs, random_policy(), 60):
         board = match.encoder
-        for team, slot in np.argwhere(before["kind"][0] >= lux.LIGHT):
+        for team, slot in np.argwhere(before["kind"][0] > lux.NOBODY):
             here = before["position"][0, team, slot]
             row = before["features"][0, team, slot]
-            factories = before["kind"][0, team] == lux.FACTORY
+            kind = before["kind"][0, team]
             for name, places in (
                 ("ice", np.argwhere(board.ice[0])),
                 ("ore", np.argwhere(board.ore[0])),
-                ("home", before["position"][0, team][factories]),
+                ("home", before["position"][0, team][kind == lux.FACTORY]),
             ):
                 distance = np.abs(places - here).sum(1)
                 dx, dy, length = (row[lux.COLUMN[f"{name}_{what}"]] * 8 for what in ("dx", "dy", "distance"))
@@ -207,8 +216,8 @@ def test_compass():
                 if distance.min() <= 8:  # beyond that they are cut
                     goal = here + np.round([dx, dy]).astype(int)
                     assert (places[distance == distance.min()] == goal).all(1).any()
-                    checked += 1
-    assert checked > 500
+                    checked[kind[slot] == lux.FACTORY] += 1
+    assert checked[False] > 500 and checked[True] > 500
     env.close()
 
 
@@ -725,6 +734,35 @@ def test_encoder_needs_only_the_observation(group_by):
             assert all(np.array_equal(order, sent[-1][player][unit_id]) for unit_id, order in orders.items())
         alone.encode(from_json(observations[-1]), out)
     assert (out["kind"] >= lux.LIGHT).sum() > 3
+    env.close()
+
+
+def test_orders_under_way(mine):
+    """Moves and digs are known as the actions that they carry out; of other orders none is one that goes on."""
+    _, match, _, unit, _ = mine
+    state, seen = match.engine.state, []
+    for queue in (
+        *([], [MoveAction(2, n=3), DigAction()], [DigAction(n=3), MoveAction(2)], [MoveAction(0, n=2)]),
+        *([TransferAction(1, 0, 5, n=3)], [PickupAction(4, 9, n=3)], [RechargeAction(99)], [SelfDestructAction()]),
+    ):
+        unit.action_queue = queue
+        snapshots = lux.read_observation(state.get_obs()), lux.read_engine(state)
+        seen += [snapshot.robots[0][unit.unit_id].under_way for snapshot in snapshots]
+    assert seen == [0, 0, lux.RIGHT, lux.RIGHT, lux.DIG, lux.DIG] + [lux.STAY] * 10
+
+
+def test_arrays_that_were_used_before():
+    """The first observation of a match leaves nothing of what was in the arrays."""
+    env, (match,) = in_process(1, max_robots=6)
+    env.reset(seed=26)
+    encoder = lux.LuxEncoder()
+    clean, used = encoder.arrays(), encoder.arrays()
+    for out in (clean, used):
+        encoder.reset(match.engine.state.get_obs())
+        for array in used.values():
+            array[:] = 1
+        encoder.encode(match.engine.state.get_obs(), out)
+    assert all((used[key] == array).all() for key, array in clean.items())
     env.close()
 
 
