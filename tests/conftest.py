@@ -1,4 +1,4 @@
-"""What all tests share: the repository on the import path, and one thread for each process."""
+"""What all tests share: the repository and its examples on the import path, and one thread for each process."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process and for the scripts that tests start
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = map(str, (ROOT, ROOT / "examples", ROOT / "examples" / "toy", ROOT / "examples" / "battle"))
 
 import torch  # noqa: E402  (after the environment variables that it reads)
 

@@ -1,87 +1,72 @@
 """Training on a toy game with the wrapper's interface: credit per entity, and nothing from empty slots."""
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from toy_env import COLOURS, LENGTH, SIZE, ToyVecEnv
 
 import global_ppo
 import trajsep_ppo
 
-CHOICES, PLAYERS, SIZE = 4, 2, 8
+PLAYERS = 2
 
 
-class ToyVecEnv:
-    """Everybody sees a cue of its own, 0 to 3, and gets 1 / slots where it chooses the action of that number.
+class HardToy(ToyVecEnv):
+    """The toy of examples/, made as hard for a script as the contract allows.
 
-    Entities appear and vanish at random; matches end after 10 steps. The arrays are written again at every
-    step, as the wrapper does.
+    The first worker of a team is of another kind. Empty slots are full of garbage, their rewards NaN. Arrays are
+    written again at every step, as the wrapper does, and matches do not end together.
 
     Args:
-        num_envs: N.
-        slots: E, of which the first is a factory, on average two thirds of them live.
-        padding: slots more in which nobody ever is, full of garbage.
+        num_envs, slots: N and, without padding, E.
+        padding: slots more in which nobody ever is.
         clusters: how many groups share the slots; as many as slots by default.
-        penalty: what a wrong choice costs, in shares of what a right one earns.
+        penalty: what a wrong button costs, in shares of what the right one earns.
         diary: a list that gets (kind, rewards, terminated) of every step.
     """
 
     def __init__(self, num_envs, slots=16, padding=0, clusters=None, penalty=0.0, diary=None):
-        self.num_envs, self.slots, self.penalty = num_envs, slots, penalty
-        self.diary = [] if diary is None else diary
-        shape = (num_envs, PLAYERS, slots + padding)
+        super().__init__(num_envs, slots + padding)
+        self.penalty, self.diary = penalty, [] if diary is None else diary
+        spaces = {key: (num_envs, *space.shape) for key, space in self.single_observation_space.items()}
         self.obs = {
-            "board": np.zeros((num_envs, PLAYERS, SIZE, SIZE, 2), np.uint8),
-            "features": np.full((*shape, CHOICES), np.nan, np.float32),
-            "position": np.full((*shape, 2), SIZE - 1),
-            "kind": np.zeros(shape, np.int64),
-            "group": np.broadcast_to(np.arange(shape[-1]) % (clusters or shape[-1]), shape).copy(),
-            "action_mask": np.ones((*shape, CHOICES), bool),
+            "board": np.zeros(spaces["board"], np.uint8),
+            "features": np.full(spaces["features"], np.nan, np.float32),
+            "position": np.full(spaces["position"], SIZE - 1),
+            "kind": np.zeros(spaces["kind"], np.int64),
+            "group": np.broadcast_to(np.arange(slots + padding) % (clusters or slots + padding), self.shape).copy(),
+            "action_mask": np.ones(spaces["action_mask"], bool),
         }
-        self.rewards = np.full(shape, np.nan, np.float32)
-        spaces = {key: gym.spaces.Box(-np.inf, np.inf, x.shape[1:]) for key, x in self.obs.items()}
-        self.single_observation_space = gym.spaces.Dict(spaces)
-        self.single_action_space = gym.spaces.MultiDiscrete(np.full(shape[1:], CHOICES))
+        self.rewards = np.full(self.shape, np.nan, np.float32)
+        self.shape = (num_envs, PLAYERS, slots)  # of those in which the toy is played
 
     def reset(self, *, seed=None, options=None):
-        self.rng = np.random.default_rng(seed)
-        self.time = np.zeros(self.num_envs, np.int64)
-        self.time += np.arange(self.num_envs) % 10  # matches do not end together
-        self.returns = np.zeros((self.num_envs, PLAYERS))
-        self.live = self.rng.random((self.num_envs, PLAYERS, self.slots)) < 0.67
-        return self._observe(), {}
-
-    def _observe(self):
-        self.cue = self.rng.integers(0, CHOICES, self.live.shape)
-        own = (slice(None), slice(None), slice(self.slots))
-        self.obs["kind"][own] = self.live * np.where(np.arange(self.slots) == 0, 1, 2)
-        self.obs["features"][own] = np.where(self.live[..., None], np.eye(CHOICES)[self.cue], np.nan)
-        self.obs["position"][own] = self.rng.integers(0, SIZE, (*self.live.shape, 2))
-        return self.obs
+        super().reset(seed=seed)
+        self.time = np.arange(self.num_envs) % LENGTH
+        return self.obs, {}
 
     def step(self, actions):
-        right = self.live & (actions[..., : self.slots] == self.cue)
-        self.rewards[..., : self.slots] = np.where(self.live, np.where(right, 1, -self.penalty) / self.slots, np.nan)
-        self.returns += right.sum(-1) / self.slots
-        self.time += 1
-        terminated = self.time >= 10
-        self.diary.append((self.obs["kind"].copy(), self.rewards.copy(), terminated.copy()))
-        infos = {}
-        if terminated.any():
-            infos = {"_episode": terminated, "episode": {"l": self.time.copy(), "r": self.returns.copy()}}
-        self.time[terminated], self.returns[terminated] = 0, 0
-        # One in eight vanishes, and one in four of the empty slots is filled a step later at the earliest.
-        chance = self.rng.random(self.live.shape)
-        self.live = np.where(self.live, chance > 0.125, chance < 0.25)
-        return self._observe(), self.rewards, terminated, np.zeros_like(terminated), infos
+        live, actions = self.live, actions[..., : self.shape[2]]
+        wrong, kind = live & (actions != self.colour), self.obs["kind"].copy()
+        _, rewards, *others = super().step(actions)
+        paid = np.where(live, rewards - self.penalty * wrong / self.shape[2], np.nan)
+        self.rewards[..., : self.shape[2]] = paid
+        self.diary.append((kind, self.rewards.copy(), others[0].copy()))
+        return self.obs, self.rewards, *others
 
-    def close(self):
-        pass
+    def _observe(self):
+        seen = super()._observe()
+        self.obs["board"][:] = seen["board"]
+        own = (slice(None), slice(None), slice(self.shape[2]))
+        self.obs["features"][own] = np.where(self.live[..., None], seen["features"], np.nan)
+        self.obs["position"][own] = seen["position"]
+        self.obs["kind"][own] = self.live * np.where(np.arange(self.shape[2]) == 0, 1, 2)
+        return self.obs
 
 
 def train_on_toy(monkeypatch, script, run_dir, toy=None, **options):
     """The agent that a script's own `train` makes of the toy game. All that matters is set here, not by defaults."""
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **_: ToyVecEnv(num_envs, **(toy or {})))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **_: HardToy(num_envs, **(toy or {})))
     settings = {
         **{"cuda": False, "num_envs": 4, "num_steps": 20, "num_minibatches": 4, "update_epochs": 4},
         **{"learning_rate": 2e-3, "anneal_lr": True, "gamma": 0.9, "gae_lambda": 0.95, "clip_coef": 0.2},
@@ -95,13 +80,13 @@ def train_on_toy(monkeypatch, script, run_dir, toy=None, **options):
 
 
 def accuracy(agent):
-    """Mean probability of the right choice over the live entities of fresh observations."""
-    env = ToyVecEnv(50)
+    """Mean probability of the right button over the live entities of fresh observations."""
+    env = HardToy(50)
     obs, _ = env.reset(seed=12345)
     tensors = {key: torch.as_tensor(x).flatten(0, 1) for key, x in obs.items()}
     with torch.no_grad():
-        probability = agent(tensors)[0].softmax(-1).view(50, PLAYERS, 16, CHOICES).numpy()
-    right = np.take_along_axis(probability, env.cue[..., None], -1)[..., 0]
+        probability = agent(tensors)[0].softmax(-1).view(50, PLAYERS, 16, COLOURS).numpy()
+    right = np.take_along_axis(probability, env.colour[..., None], -1)[..., 0]
     return right[env.live].mean()
 
 
