@@ -146,6 +146,21 @@ class Seedless(ToyVecEnv):
         return super().reset()
 
 
+class Restless(ToyVecEnv):
+    """Says at will, whatever the seed, that a match has ended, and goes on as if it had not."""
+
+    def reset(self, **options):
+        self.dice, self.since, self.sums = np.random.default_rng(), np.zeros(self.num_envs), np.zeros(self.shape[:2])
+        return super().reset(**options)
+
+    def step(self, actions):
+        obs, rewards, *_ = super().step(actions)
+        self.since, self.sums, over = self.since + 1, self.sums + rewards.sum(-1), self.dice.random(self.num_envs) < 0.2
+        infos = {"_episode": over, "episode": {"l": self.since.copy(), "r": self.sums.copy()}}
+        self.since[over], self.sums[over] = 0, 0
+        return obs, rewards, over, np.zeros_like(over), infos
+
+
 class Nosy(ToyVecEnv):
     """What is asked of nobody decides what comes next."""
 
@@ -163,70 +178,93 @@ def spaces(**changed):
     return built(change)
 
 
+def noise(obs, wanted):
+    """The board of an observation, or another one that no seed decides."""
+    return np.random.default_rng().integers(0, 100, obs["board"].shape, np.uint8) if wanted else obs["board"]
+
+
 def next_kind(env, obs):
     obs["kind"][:] = env.live * (1 + env.time[:, None, None] % 2)
 
 
-BROKEN = {
-    "num_envs must be the number": built(lambda env: setattr(env, "num_envs", env.num_envs + 1)),
-    "single_observation_space must be a Dict": built(lambda env: setattr(env, "single_observation_space", None)),
-    "single_action_space must be": built(lambda env: setattr(env, "single_action_space", gym.spaces.Discrete(COLOURS))),
-    "the space of board": spaces(board=gym.spaces.Box(0, 100, (2, SIZE, SIZE), np.uint8)),
-    "the space of features": spaces(features=gym.spaces.Box(0, 1, (2, 15, COLOURS), np.float32)),
-    "the space of position": spaces(position=gym.spaces.Box(0, 7, (2, 16, 3), np.int64)),
-    "the space of kind": spaces(kind=gym.spaces.Box(0, 1, (1, 16), np.int64)),
-    "the space of action_mask": spaces(action_mask=gym.spaces.MultiBinary((2, 16, COLOURS + 1))),
-    "an observation must be a dict": shown(lambda env, obs: obs.pop("group")),
-    "board must have the shape": shown(lambda env, obs: obs.update(board=obs["board"][0])),
-    "kind must be of type int64": shown(lambda env, obs: obs.update(kind=obs["kind"].astype(np.int32))),
-    "board must be of type uint8": shown(lambda env, obs: obs.update(board=obs["board"].astype(np.float32))),
-    "action_mask must be of type bool": shown(lambda env, obs: obs.update(action_mask=obs["action_mask"].astype(int))),
-    "kind must be 0 in an empty slot": put("kind", an_empty_one, -1),
-    "board must be in percent": put("board", lambda env, obs: (1, 0, 2, 3), 255),
-    "position of an entity": put("position", a_live_one, [0, SIZE]),
-    "group must be in 0 to E - 1": put("group", an_empty_one, 16),
-    "an entity must have an action": put("action_mask", a_live_one, False),
-    "features of an entity must be finite": put("features", a_live_one, np.nan),
-    "features must stay within the bounds": put("features", a_live_one, 2),
-    "kind must stay within the bounds": put("kind", a_live_one, 2),
-    "rewards must have the shape": stepped(lambda env, live, obs, rewards, *rest: (obs, rewards.sum(-1), *rest)),
-    "rewards must be floating": stepped(lambda env, live, obs, rewards, *rest: (obs, rewards.astype(int), *rest)),
-    "the reward of an entity must be": stepped(
-        lambda env, live, obs, rewards, *rest: (obs, np.where(live & (rewards == 0), np.nan, rewards), *rest)
+BROKEN = [
+    ("num_envs must be the number", built(lambda env: setattr(env, "num_envs", env.num_envs + 1))),
+    ("single_observation_space must be a Dict", built(lambda env: setattr(env, "single_observation_space", None))),
+    (
+        "single_action_space must be",
+        built(lambda env: setattr(env, "single_action_space", gym.spaces.Discrete(COLOURS))),
     ),
-    "a slot that was empty before": stepped(
-        lambda env, live, obs, rewards, *rest: (obs, np.where(env.live & ~live, np.float32(1), rewards), *rest)
+    ("the space of board", spaces(board=gym.spaces.Box(0, 100, (2, SIZE, SIZE), np.uint8))),
+    ("the space of features", spaces(features=gym.spaces.Box(0, 1, (2, 15, COLOURS), np.float32))),
+    ("the space of position", spaces(position=gym.spaces.Box(0, 7, (2, 16, 3), np.int64))),
+    ("the space of kind", spaces(kind=gym.spaces.Box(0, 1, (1, 16), np.int64))),
+    ("the space of action_mask", spaces(action_mask=gym.spaces.MultiBinary((2, 16, COLOURS + 1)))),
+    ("an observation must be a dict", shown(lambda env, obs: obs.pop("group"))),
+    ("board must have the shape", shown(lambda env, obs: obs.update(board=obs["board"][0]))),
+    ("kind must be of type int64", shown(lambda env, obs: obs.update(kind=obs["kind"].astype(np.int32)))),
+    ("board must be of type uint8", shown(lambda env, obs: obs.update(board=obs["board"].astype(np.float32)))),
+    (
+        "action_mask must be of type bool",
+        shown(lambda env, obs: obs.update(action_mask=obs["action_mask"].astype(int))),
     ),
-    "terminated must be": stepped(
-        lambda env, live, obs, rewards, over, *rest: (obs, rewards, np.stack([over, over], -1), *rest)
+    ("kind must be 0 in an empty slot", put("kind", an_empty_one, -1)),
+    ("board must be in percent", put("board", lambda env, obs: (1, 0, 2, 3), 255)),
+    ("position of an entity", put("position", a_live_one, [0, SIZE])),
+    ("group must be in 0 to E - 1", put("group", an_empty_one, 16)),
+    ("an entity must have an action", put("action_mask", a_live_one, False)),
+    ("features of an entity must be finite", put("features", a_live_one, np.nan)),
+    ("features must stay within the bounds", put("features", a_live_one, 2)),
+    ("kind must stay within the bounds", put("kind", a_live_one, 2)),
+    ("rewards must have the shape", stepped(lambda env, live, obs, rewards, *rest: (obs, rewards.sum(-1), *rest))),
+    ("rewards must be floating", stepped(lambda env, live, obs, rewards, *rest: (obs, rewards.astype(int), *rest))),
+    (
+        "the reward of an entity must be",
+        stepped(lambda env, live, obs, rewards, *rest: (obs, np.where(live & (rewards == 0), np.nan, rewards), *rest)),
     ),
-    "truncated must be": stepped(
-        lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut.astype(int), infos)
+    (
+        "a slot that was empty before",
+        stepped(
+            lambda env, live, obs, rewards, *rest: (obs, np.where(env.live & ~live, np.float32(1), rewards), *rest)
+        ),
     ),
-    "a slot must be seen empty before another entity takes it, here its kind": shown(next_kind),
-    "an entity must stay in its group": shown(
-        lambda env, obs: obs.update(group=(obs["group"] + env.time[:, None, None]) % 16)
+    (
+        "terminated must be",
+        stepped(lambda env, live, obs, rewards, over, *rest: (obs, rewards, np.stack([over, over], -1), *rest)),
     ),
-    'infos["_episode"] must be true': stepped(
-        lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "_episode"))
+    (
+        "truncated must be",
+        stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut.astype(int), infos)),
     ),
-    'infos["episode"] must hold "l", "r"': stepped(
-        lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "episode"))
+    ("a slot must be seen empty before another entity takes it, here its kind", shown(next_kind)),
+    (
+        "an entity must stay in its group",
+        shown(lambda env, obs: obs.update(group=(obs["group"] + env.time[:, None, None]) % 16)),
     ),
-    'infos["episode"]["l"] must be the steps': Late,
-    'infos["episode"]["r"] must be the sum': with_episode(r=lambda env, r: r / 2),
-    'infos["episode"]["r"] must be finite': with_episode(r=lambda env, r: r * np.nan),
-    "the same seed and actions": Seedless,
-    "actions of empty slots must not matter": Nosy,
-    "state must return a list": Unsorted,
-    "after load_state": Forgetful,
-}
+    (
+        'infos["_episode"] must be true',
+        stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "_episode"))),
+    ),
+    (
+        'infos["episode"] must hold "l", "r"',
+        stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "episode"))),
+    ),
+    ('infos["episode"]["l"] must be the steps', Late),
+    ('infos["episode"]["r"] must be the sum', with_episode(r=lambda env, r: r / 2)),
+    ('infos["episode"]["r"] must be finite', with_episode(r=lambda env, r: r * np.nan)),
+    ("the same seed and actions", Seedless),
+    ("actions of empty slots must not matter", Nosy),
+    ("state must return a list", Unsorted),
+    ("after load_state", Forgetful),
+    ("the same seed and actions", shown(lambda env, obs: obs.update(board=noise(obs, env.time[0] == 0)))),
+    ("the same seed and actions", shown(lambda env, obs: obs.update(board=noise(obs, env.time[0] == 1)))),
+    ("the same seed and actions", Restless),
+]
 
 
-@pytest.mark.parametrize("clause", BROKEN)
-def test_names_what_is_broken(clause):
+@pytest.mark.parametrize("clause, make_env", BROKEN)
+def test_names_what_is_broken(clause, make_env):
     """An environment that breaks one clause gets one sentence, or few, and the first is about it."""
-    sentences = check_env(BROKEN[clause], steps=3 * LENGTH)
+    sentences = check_env(make_env, steps=3 * LENGTH)
     assert sentences and any(sentence.startswith(clause) for sentence in sentences)
     assert len(sentences) <= 2
 

@@ -1,0 +1,214 @@
+"""Train both scripts on the battle, three seeds each, and measure them against fixed opponents while they learn.
+
+    pip install -r requirements.txt -r examples/battle/requirements.txt
+    python examples/battle/compare.py
+
+The scripts are copied into an empty folder and changed in the line that imports the game, as a user does. They learn
+by self-play. Their checkpoints then fight two opponents that never learn: one that does anything that is not masked
+(`random`), and one that trajsep_ppo.py trained beforehand with another seed and a part of the steps (`frozen`). A
+battle is won by whoever has more soldiers at its end, and a draw counts half.
+
+Stopped, it goes on where it was, but for the trainings under way.
+
+    written to --out
+    battle.csv      a row for every battle: script, seed, step, seconds trained, opponent, won, kills, survivors, length
+    battle.png      share won and kills against environment steps, mean of the seeds and each of them
+
+Checkpoints and logs lie in --work.
+"""
+
+import csv
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import tyro
+
+HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(HERE), str(ROOT)]
+
+from battle_env import BattleVecEnv  # noqa: E402
+
+from hybrid_model import HybridNet  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+SCRIPTS = {"trajsep_ppo": "separate trajectories", "global_ppo": "one trajectory per team"}
+FROZEN = ("trajsep_ppo", 1000)  # script and seed of the opponent
+FINE, COARSE = 1024, 8192  # environment steps between two checkpoints that fight, up to COARSE and beyond it
+COLUMNS = ("script", "seed", "global_step", "train_seconds", "opponent", "won", "kills", "survivors", "length")
+
+
+@dataclass
+class Args:
+    out: Path = ROOT / "benchmark" / "battle"
+    """folder of the results"""
+    work: Path = ROOT / "runs" / "battle"
+    """folder of the trainings"""
+    seeds: int = 3
+    """trainings of each script"""
+    jobs: int = 2
+    """trainings at a time, with one thread each"""
+    steps: int = 65536
+    """environment steps of a training"""
+    frozen_steps: int = 8192
+    """environment steps of the training of the frozen opponent"""
+    battles: int = 10
+    """battles of a checkpoint against each opponent"""
+    map_size: int = 45
+    """side of the board; 45 has 81 soldiers in each army, 24 has 16"""
+
+
+def copy_scripts(folder):
+    """What a user does: the files in a folder of their own, and the line that imports the game changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (ROOT / "hybrid_model.py", HERE / "battle_env.py"):
+        shutil.copy(path, folder)
+    for name in SCRIPTS:
+        old = "from lux_wrapper import LuxError, LuxVecEnv"
+        new = "from battle_env import BattleError as LuxError, BattleVecEnv as LuxVecEnv"
+        text = (ROOT / f"{name}.py").read_text()
+        assert text.count(old) == 1
+        (folder / f"{name}.py").write_text(text.replace(old, new))
+
+
+def steps_of(path):
+    """Environment steps after which a checkpoint was written."""
+    return int(path.stem.split("_")[1])
+
+
+def train(args, script, seed, steps):
+    """Run a training unless it has been run; returns its folder with all checkpoints, of which scripts keep few."""
+    folder = args.work / f"{script}_{seed}"
+    if (folder / "done").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    copy_scripts(folder)
+    command = f"{script}.py --seed {seed} --total-timesteps {steps} --map-size {args.map_size}"
+    command += f" --num-envs 16 --num-steps 32 --save-every {FINE // (16 * 32)} --num-workers 0 --eval-episodes 1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command.split()], cwd=folder, stdout=log, stderr=log, env=environment
+        )
+        running = True
+        while running:
+            running = process.poll() is None
+            for path in folder.glob("runs/*/checkpoint_*.pt"):
+                wanted = steps_of(path) <= COARSE or steps_of(path) % COARSE == 0
+                if wanted and not (folder / path.name).exists():
+                    os.link(path, folder / path.name)  # stays when the script removes its own
+            time.sleep(0.1)
+    if process.returncode:
+        raise RuntimeError(f"{command} ended with {process.returncode}; see {folder / 'log'}")
+    (folder / "done").touch()
+    return folder
+
+
+def random_policy(seed=0):
+    """A player that takes any action that is not masked: observations [N, E, ...] to actions [N, E]."""
+    rng = np.random.default_rng(seed)
+    return lambda obs: (rng.random(obs["action_mask"].shape) * obs["action_mask"]).argmax(-1)
+
+
+def trained_policy(path, seed=0):
+    """A player that samples from the policy of a checkpoint."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    envs = BattleVecEnv(1, map_size=checkpoint["args"]["map_size"])
+    agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+    agent.load_state_dict(checkpoint["model"])
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def act(obs):
+        probs = agent({key: torch.as_tensor(x) for key, x in obs.items()})[0].softmax(-1)
+        return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1).numpy()
+
+    return act
+
+
+def fight(player, opponent, battles, map_size):
+    """Fight each battle once, half of them from either side; a dict of arrays [battles]."""
+    envs = BattleVecEnv(battles, map_size=map_size, held_out=True, opponent=opponent)
+    obs, _ = envs.reset(seed=0)
+    results, going = {}, np.ones(battles, bool)
+    while going.any():
+        actions = player({key: x[:, 0] for key, x in obs.items()})
+        obs, _, _, _, infos = envs.step(actions[:, None])
+        for i in np.flatnonzero(infos.get("_episode", False) & going):
+            for key, x in infos["episode"].items():
+                results.setdefault(key, np.zeros(battles))[i] = x[i].item()
+            going[i] = False
+    return results
+
+
+def measure(args, script, seed):
+    """Train, then fight both opponents with every checkpoint; a row for each battle."""
+    torch.set_num_threads(1)
+    folder = train(args, script, seed, args.steps)
+    frozen = max((args.work / "{}_{}".format(*FROZEN)).glob("checkpoint_*.pt"), key=steps_of)
+    rows = []
+    for path in sorted(folder.glob("checkpoint_*.pt"), key=steps_of):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        about = {"script": script, "seed": seed, "global_step": steps_of(path)}
+        about["train_seconds"] = round(checkpoint["train_seconds"])
+        for opponent in ("random", "frozen"):
+            other = random_policy() if opponent == "random" else trained_policy(frozen, seed=1)
+            results = fight(trained_policy(path), other, args.battles, checkpoint["args"]["map_size"])
+            for values in zip(*(results[key].tolist() for key in ("won", "kills", "survivors", "l"))):
+                rows.append({**about, "opponent": opponent, **dict(zip(COLUMNS[5:], values))})
+    return rows
+
+
+def draw(rows, path):
+    """Share won and kills against environment steps, a column for each opponent."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True, sharey="row", layout="constrained")
+    for column, opponent in enumerate(("random", "frozen")):
+        for row, (key, label) in enumerate((("won", "share of battles won"), ("kills", "enemies killed"))):
+            for color, (script, name) in zip(("#0072b2", "#d55e00"), SCRIPTS.items()):
+                curves = {}
+                for x in rows:
+                    if (x["script"], x["opponent"]) == (script, opponent):
+                        curve = curves.setdefault(x["seed"], {})
+                        curve.setdefault(int(x["global_step"]), []).append(float(x[key]))
+                lines = [[(step, np.mean(y)) for step, y in sorted(curve.items())] for curve in curves.values()]
+                for line in lines:
+                    axes[row, column].plot(*zip(*line), color=color, alpha=0.3, linewidth=1)
+                if lines:
+                    axes[row, column].plot(*np.mean(lines, 0).T, color=color, label=f"{name} ({script}.py)")
+            axes[row, column].set_ylabel(label if column == 0 else None)
+        axes[0, column].set_title(f"against the {opponent} opponent")
+        axes[1, column].set(xlabel="environment steps", xscale="log")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args, description=__doc__)
+    args.work, table = args.work.resolve(), args.out / "battle.csv"
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    train(args, *FROZEN, args.frozen_steps)
+    measured = {(x["script"], int(x["seed"])) for x in rows}
+    runs = itertools.product(range(1, args.seeds + 1), SCRIPTS)
+    with ProcessPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(measure, args, name, seed) for seed, name in runs if (name, seed) not in measured]
+        for job in as_completed(jobs):
+            rows = sorted(rows + job.result(), key=lambda x: (x["script"], int(x["seed"]), int(x["global_step"])))
+            with open(table, "w") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            draw(rows, args.out / "battle.png")

@@ -1,0 +1,202 @@
+"""The example on MAgent2's battle: it keeps the contract, and soldiers see, do and earn what the game says."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("magent2", reason="needs magent2: pip install -r examples/battle/requirements.txt")
+
+from battle_env import FEATURES, HITS, KILL, MOVES, BattleError, BattleVecEnv  # noqa: E402
+from check_env import check_env  # noqa: E402
+from compare import fight, random_policy  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMN = {name: column for column, name in enumerate(FEATURES)}
+HIT = len(MOVES)  # the first action that hits
+
+
+def warlike(obs, rng):
+    """Random actions, but a hit wherever one is allowed."""
+    preference = rng.random(obs["action_mask"].shape)
+    preference[..., HIT:] += 1
+    return np.where(obs["action_mask"], preference, -1).argmax(-1)
+
+
+def battle(num_envs, steps, **options):
+    """Yields (environment, observation before, actions, result of the step) of a warlike battle."""
+    env, rng = BattleVecEnv(num_envs, **options), np.random.default_rng(0)
+    obs, _ = env.reset(seed=1)
+    for _ in range(steps):
+        before = {key: x.copy() for key, x in obs.items()}
+        actions = warlike(before, rng)
+        result = env.step(actions)
+        yield env, before, actions, result
+        obs = result[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"safe_masks": False}, {"group_by": "cluster"}, {"opponent": random_policy()}])
+def test_keeps_the_contract(options):
+    """All clauses, with deaths, ends by time and the armies' ids as the identity of soldiers."""
+    repeated = {**options, "map_size": 16, "max_steps": 40}
+
+    def make_env(num_envs):
+        if "opponent" in options:
+            repeated["opponent"] = lambda obs: obs["action_mask"].argmax(-1)
+        return BattleVecEnv(num_envs, **repeated)
+
+    assert check_env(make_env, steps=100) == []
+
+
+def test_sees_the_board_from_its_own_side():
+    """Own channels show a soldier's health at its position; what is own to one army is the enemy's to the other."""
+    for env, obs, *_ in battle(2, 60, map_size=20):
+        for match, team, slot in np.argwhere(obs["kind"] > 0):
+            x, y = obs["position"][match, team, slot]
+            cell = obs["board"][match, team, x, y]
+            health = obs["features"][match, team, slot, COLUMN["health"]]
+            assert (cell == [0, 100, round(100 * float(health)), 0, 0]).all()
+        swapped = obs["board"][:, 1][..., [0, 3, 4, 1, 2]]
+        assert (obs["board"][:, 0] == swapped).all()
+        assert (obs["board"][..., 1].sum((2, 3)) == 100 * (obs["kind"] > 0).sum(-1)).all()
+        assert (obs["features"][:, 0, :, COLUMN["is_red"]] == 1)[obs["kind"][:, 0] > 0].all()
+    assert obs["board"][..., 2].max() <= 100 and len(np.unique(obs["board"][..., 2])) > 3, "nobody was hurt"
+
+
+def test_nearest_enemy():
+    """dx, dy lead to an enemy, and none is nearer."""
+    for env, obs, *_ in battle(1, 30, map_size=20):
+        for team in range(2):
+            enemies = obs["position"][0, 1 - team][obs["kind"][0, 1 - team] > 0]
+            for slot in np.flatnonzero(obs["kind"][0, team]):
+                here, row = obs["position"][0, team, slot], obs["features"][0, team, slot] * 8
+                dx, dy, distance = row[COLUMN["enemy_dx"]], row[COLUMN["enemy_dy"]], row[COLUMN["enemy_distance"]]
+                distances = np.abs(enemies - here).sum(1)
+                assert distance == min(distances.min(), 8)
+                if distance < 8:
+                    goal = here + np.round([dx, dy]).astype(int)
+                    assert (enemies[distances == distances.min()] == goal).all(1).any()
+
+
+def test_moves_and_masks():
+    """Who moves is where MOVES says, unless somebody was in the way; masked are walls and hits at nobody, no more."""
+    moved = 0
+    for env, obs, actions, (after, *_) in battle(2, 60, map_size=20):
+        for match, team, slot in np.argwhere((obs["kind"] > 0) & (after["kind"] > 0)):
+            here, action = obs["position"][match, team, slot], actions[match, team, slot]
+            board, mask = obs["board"][match, team], obs["action_mask"][match, team, slot]
+            for number, (dx, dy) in enumerate(MOVES):
+                x, y = here + (dx, dy)
+                inside = 0 <= x < 20 and 0 <= y < 20
+                assert mask[number] == (inside and board[x, y, 0] == 0)
+            for number, (dx, dy) in enumerate(HITS):
+                assert mask[HIT + number] == (board[here[0] + dx, here[1] + dy, 3] > 0)
+            went = after["position"][match, team, slot] - here
+            wanted = MOVES[action] if action < HIT else (0, 0)
+            assert (went == wanted).all() or (went == 0).all()
+            moved += (went != 0).any()
+    assert moved > 500
+
+
+def test_hits_hurt_whom_they_are_aimed_at():
+    """An army of one side hits, the other stays: every victim loses 2 of 10 points for each hit, but for 0.1 healed."""
+    env, rng = BattleVecEnv(1, map_size=20), np.random.default_rng(0)
+    obs, _ = env.reset(seed=3)
+    hurt = 0
+    for _ in range(80):
+        before = {key: x.copy() for key, x in obs.items()}
+        actions = warlike(before, rng)
+        actions[0, 1] = MOVES.index((0, 0))
+        obs, rewards, *_ = env.step(actions)
+        target = {}
+        for slot in np.flatnonzero((before["kind"][0, 0] > 0) & (actions[0, 0] >= HIT)):
+            target.setdefault(tuple(before["position"][0, 0, slot] + HITS[actions[0, 0, slot] - HIT]), []).append(slot)
+        for slot in np.flatnonzero(before["kind"][0, 1]):
+            hitters = target.get(tuple(before["position"][0, 1, slot]), [])
+            health, now = (x["features"][0, 1, slot, COLUMN["health"]] * 10 for x in (before, obs))
+            if health - 2 * len(hitters) > 0.01:
+                assert now == pytest.approx(min(health - 2 * len(hitters) + 0.1, 10), abs=1e-3)
+            else:
+                assert obs["kind"][0, 1, slot] == 0
+            hurt += len(hitters)
+        hitting = [slot for slots in target.values() for slot in slots]
+        assert (rewards[0, 0, hitting] * KILL > 0.85).all(), "a hit pays 1 - 0.1 - 0.005"
+    assert hurt > 25
+
+
+def test_ends_and_metrics():
+    """Kills are the enemy's losses, returns the sums of rewards, and the army with more soldiers has won."""
+    finished = []
+    returns = np.zeros((3, 2))
+    for env, obs, _, (after, rewards, terminated, truncated, infos) in battle(3, 200, map_size=16, max_steps=60):
+        returns += rewards.sum(-1)
+        for match in np.flatnonzero(terminated | truncated):
+            episode = {key: x[match] for key, x in infos["episode"].items()}
+            left = episode["survivors"]
+            assert (episode["kills"] == env.size - left[::-1]).all()
+            assert terminated[match] == (left.min() == 0) and truncated[match] == (left.min() > 0)
+            assert episode["l"] == 60 or terminated[match]
+            assert episode["won"].tolist() == [0.5 if left[0] == left[1] else x == left.max() for x in left]
+            np.testing.assert_allclose(episode["r"], returns[match], atol=1e-3)
+            assert (after["kind"][match] == 1).all(), "the next battle has begun"
+            returns[match] = 0
+            finished.append(left)
+    assert len(finished) >= 9
+
+
+def test_opponent_plays_the_other_army():
+    """Against an opponent there is one player, red in the even matches and blue in the odd ones."""
+    seen = []
+    env = BattleVecEnv(4, map_size=16, opponent=lambda obs: seen.append(obs) or np.full(obs["kind"].shape, 6))
+    obs, _ = env.reset(seed=0)
+    assert obs["kind"].shape == (4, 1, env.size) and env.single_action_space.shape == (1, env.size)
+    start = obs["position"].copy()
+    for _ in range(5):
+        obs, rewards, *_ = env.step(obs["action_mask"].argmax(-1))
+        assert rewards.shape == (4, 1, env.size)
+    assert (obs["features"][:, 0, 0, COLUMN["is_red"]] == [1, 0, 1, 0]).all()
+    assert (seen[0]["features"][:, 0, COLUMN["is_red"]] == [0, 1, 0, 1]).all()
+    assert (obs["position"] != start).any((1, 2, 3)).all(), "the caller's army moves"
+    assert (seen[0]["position"] == seen[-1]["position"]).all(), "the opponent's stays"
+
+
+def test_random_policy_takes_what_is_allowed():
+    policy, rng = random_policy(), np.random.default_rng(0)
+    mask = rng.random((50, 4, 21)) < 0.3
+    mask[..., 6] = True
+    actions = np.array([policy({"action_mask": mask}) for _ in range(200)])
+    assert np.take_along_axis(np.broadcast_to(mask, (200, *mask.shape)), actions[..., None], -1).all()
+    counts = np.bincount(actions[:, 0, 0], minlength=21)[mask[0, 0]]
+    assert counts.min() > 0.5 * counts.mean()
+
+
+def test_equals_are_equal():
+    """Two armies that play at random win about as often, from either side."""
+    results = fight(random_policy(1), random_policy(2), 20, 16)
+    assert 0.2 < results["won"].mean() < 0.8 and results["l"].min() > 50
+
+
+def test_small_boards_are_refused():
+    with pytest.raises(BattleError, match="12 x 12"):
+        BattleVecEnv(1, map_size=11)
+
+
+def test_comparison_goes_on_and_draws(tmp_path):
+    """compare.py trains, fights with every checkpoint, draws, and does nothing twice."""
+    flags = "--seeds 1 --jobs 2 --steps 2048 --frozen-steps 1024 --battles 2".split()
+    command = [sys.executable, str(ROOT / "examples" / "battle" / "compare.py"), *flags, "--out", str(tmp_path / "out")]
+    command += ["--work", str(tmp_path / "work"), "--map-size", "24"]
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        rows = list(csv.DictReader((tmp_path / "out" / "battle.csv").open()))
+        written = (tmp_path / "out" / "battle.csv").stat().st_mtime_ns
+        fought = sorted({(x["script"], x["seed"], x["global_step"], x["opponent"]) for x in rows})
+        assert len(rows) == 16 and len(fought) == 8
+        assert {x["global_step"] for x in rows} == {"1024", "2048"}
+        assert all(float(x["kills"]) <= 16 and float(x["won"]) in (0, 0.5, 1) for x in rows)
+    assert (tmp_path / "out" / "battle.csv").stat().st_mtime_ns == written
+    assert (tmp_path / "out" / "battle.png").stat().st_size > 10_000

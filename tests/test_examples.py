@@ -1,0 +1,63 @@
+"""The environments of examples/ in use: copied into an empty folder beside a script whose import line is changed."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent
+no_magent2 = pytest.mark.skipif(
+    importlib.util.find_spec("magent2") is None, reason="needs magent2: pip install -r examples/battle/requirements.txt"
+)
+
+
+def copy(folder, script, example):
+    """Do what the example's docstring says: three files, and its import line in place of lux_wrapper's."""
+    text = (ROOT / "examples" / example).read_text()
+    (line,) = re.findall(r"^    (from .* as LuxVecEnv)$", text, re.M)
+    (folder / Path(example).name).write_text(text)
+    (folder / "hybrid_model.py").write_text((ROOT / "hybrid_model.py").read_text())
+    changed, count = re.subn(r"^from lux_wrapper import .*$", line, (ROOT / f"{script}.py").read_text(), flags=re.M)
+    assert count == 1
+    (folder / f"{script}.py").write_text(changed)
+
+
+def run(folder, script, *flags):
+    """Run a script there, as a person would; what it printed."""
+    environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{script}.py", *flags]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("script", ["trajsep_ppo", "global_ppo"])
+@pytest.mark.parametrize(
+    "example, metrics, flags",
+    [
+        ("toy/toy_env.py", "l r", ""),
+        pytest.param("battle/battle_env.py", "l r kills survivors won", "--map-size 24", marks=no_magent2),
+    ],
+)
+def test_used_as_its_docstring_says(tmp_path, script, example, metrics, flags):
+    """Both scripts train on it, are resumed, and evaluate what came out, with nothing else in the folder."""
+    copy(tmp_path, script, example)
+    run(tmp_path, script, *f"--total-timesteps 256 --num-envs 4 --num-steps 32 --eval-episodes 3 {flags}".split())
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert "lux" not in "".join(path.name for path in tmp_path.iterdir())
+    run(tmp_path, script, "--resume", f"runs/{folder.name}", "--total-timesteps", "512")
+    assert (folder / "checkpoint_512.pt").exists()
+    said = run(tmp_path, script, "--evaluate", f"runs/{folder.name}", "--eval-episodes", "2")
+    assert "2 held-out matches" in said
+    evaluation = json.loads((folder / "evaluation.json").read_text())["matches"]
+    assert evaluation.keys() == {*metrics.split()} and all(len(x) == 2 for x in evaluation.values())
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("losses/policy_loss")]
+    assert steps == [128, 256, 384, 512]
