@@ -184,6 +184,7 @@ def train(args, run_dir, device, checkpoint=None):
     num_updates = args.total_timesteps // rollout_steps
     start_time = time.time() - seconds
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
+    game = envs.metadata["name"]
     signals, stopped = [], []  # here; known to all processes
     catch_signals(signals)
 
@@ -282,17 +283,16 @@ def train(args, run_dir, device, checkpoint=None):
 
         # LOG AND SAVE
         errors = batch["return"] - batch["value"]
-        unexplained = all_moments(errors, batch["active"])[2] / all_moments(batch["return"], batch["active"])[2]
-        losses |= {"clipfrac": np.mean(clipfracs), "explained_variance": 1 - unexplained.item()}
+        residual, total = (all_moments(x, batch["active"])[2] for x in (errors, batch["return"]))
+        losses |= {"clipfrac": np.mean(clipfracs), "explained_variance": 1 - (residual / total).item()}
         episodes, stopped = (sum(lists, []) for lists in zip(*together((episodes, signals))))
         saving = update % args.save_every == 0 or update == num_updates or stopped
         matches = sum(together(envs.state()), []) if saving and hasattr(envs, "state") else None
         if RANK > 0:
             continue
-
         for episode_step, episode in episodes:
             for key, x in episode.items():
-                name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"lux/{key}")
+                name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"{game}/{key}")
                 writer.add_scalar(name, x, episode_step)
         writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
         writer.add_scalar("charts/ent_coef", ent_coef, global_step)

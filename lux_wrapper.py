@@ -993,7 +993,11 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             WORKER_TIMEOUT seconds for a step of one match.
     """
 
-    metadata = {"autoreset_mode": gym and gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
+    metadata = {
+        "name": "lux",
+        "autoreset_mode": gym and gym.vector.AutoresetMode.SAME_STEP,
+        "render_modes": ["rgb_array"],
+    }
 
     def __init__(
         self,

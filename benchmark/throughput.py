@@ -362,6 +362,8 @@ def report_before(result):
 class CrowdVecEnv:
     """Made-up observations of the wrapper's shapes with a number of live entities per player, and no game."""
 
+    metadata = {"name": "crowd"}
+
     def __init__(self, num_envs, live):
         blank = lux.LuxEncoder(48, 5, max(live - 5, 1)).arrays()
         rng, shape = np.random.default_rng(0), (num_envs, *blank["kind"].shape)

@@ -236,10 +236,7 @@ BROKEN = [
         stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut.astype(int), infos)),
     ),
     ("a slot must be seen empty before another entity takes it, here its kind", shown(next_kind)),
-    (
-        "an entity must stay in its group",
-        shown(lambda env, obs: obs.update(group=(obs["group"] + env.time[:, None, None]) % 16)),
-    ),
+    ('metadata["name"]', built(lambda env: setattr(env, "metadata", {}))),
     (
         'infos["_episode"] must be true',
         stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "_episode"))),

@@ -46,7 +46,7 @@ class BattleVecEnv(gym.vector.VectorEnv):
         BattleError: if the board is too small.
     """
 
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
+    metadata = {"name": "battle", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
 
     def __init__(
         self, num_envs, map_size=45, safe_masks=True, group_by="entity", held_out=False, first_match=0,

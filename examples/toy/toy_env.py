@@ -20,7 +20,7 @@ class ToyError(RuntimeError):
 class ToyVecEnv(gym.vector.VectorEnv):
     """N matches of P = 2 teams with E = slots places for workers, who come and go. The right button earns 1 / E."""
 
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    metadata = {"name": "toy", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
     def __init__(self, num_envs, slots=16, **other):  # other: options of LuxVecEnv, which mean nothing here
         self.num_envs, self.shape = num_envs, (num_envs, 2, slots)
