@@ -171,8 +171,15 @@ def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
             right.plot(start, line, "o", color=colours[kind[start]], ms=4)
             if len(gone):
                 right.plot(end, line, "x", color=colours[kind[start]], ms=6, mew=2)
-        right.bar(np.arange(steps), 4 * np.maximum(reward, 0), bottom=line, width=1, color="0.25", zorder=3)
-    right.set(xlabel="step", yticks=[], xlim=(0, steps), title="one trajectory for each: birth, rewards, death")
+        height = 0.8 * np.sqrt(np.maximum(reward, 0) / paid.max())  # the root, so that small rewards are seen too
+        right.bar(np.arange(steps), height, bottom=line, width=1, color="0.25", zorder=3)
+    right.set(
+        xlabel="step",
+        yticks=[],
+        xlim=(-3, steps),
+        ylim=(-0.5, len(slots)),
+        title="one trajectory for each: birth, rewards, death",
+    )
     right.spines[["top", "right", "left"]].set_visible(False)
     handles = [matplotlib.lines.Line2D([], [], color=colours[kind], lw=2, label=name) for kind, name in names.items()]
     handles.append(matplotlib.lines.Line2D([], [], color="0.25", marker="|", ms=9, mew=2, ls="none", label="reward"))
