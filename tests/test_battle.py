@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("magent2", reason="needs magent2: pip install -r examples/battle/requirements.txt")
 
-from battle_env import FEATURES, HITS, KILL, MOVES, BattleError, BattleVecEnv  # noqa: E402
+from battle_env import FEATURES, HITS, MOVES, BattleError, BattleVecEnv  # noqa: E402
 from check_env import check_env  # noqa: E402
 from compare import fight, random_policy  # noqa: E402
 
@@ -20,9 +20,10 @@ HIT = len(MOVES)  # the first action that hits
 
 
 def warlike(obs, rng):
-    """Random actions, but a hit wherever one is allowed."""
+    """A hit wherever one is allowed, and else a move that brings the nearest enemy nearer, more or less."""
     preference = rng.random(obs["action_mask"].shape)
-    preference[..., HIT:] += 1
+    preference[..., :HIT] += obs["features"][..., COLUMN["enemy_dx"] : COLUMN["enemy_dy"] + 1] @ np.array(MOVES).T
+    preference[..., HIT:] += 10
     return np.where(obs["action_mask"], preference, -1).argmax(-1)
 
 
@@ -84,8 +85,9 @@ def test_nearest_enemy():
 def test_moves_and_masks():
     """Who moves is where MOVES says, unless somebody was in the way; masked are walls and hits at nobody, no more."""
     moved = 0
-    for env, obs, actions, (after, *_) in battle(2, 60, map_size=20):
-        for match, team, slot in np.argwhere((obs["kind"] > 0) & (after["kind"] > 0)):
+    for env, obs, actions, (after, _, terminated, *_) in battle(2, 60, map_size=20):
+        stayed = (obs["kind"] > 0) & (after["kind"] > 0) & ~terminated[:, None, None]
+        for match, team, slot in np.argwhere(stayed):
             here, action = obs["position"][match, team, slot], actions[match, team, slot]
             board, mask = obs["board"][match, team], obs["action_mask"][match, team, slot]
             for number, (dx, dy) in enumerate(MOVES):
@@ -98,7 +100,7 @@ def test_moves_and_masks():
             wanted = MOVES[action] if action < HIT else (0, 0)
             assert (went == wanted).all() or (went == 0).all()
             moved += (went != 0).any()
-    assert moved > 500
+    assert moved > 200
 
 
 def test_hits_hurt_whom_they_are_aimed_at():
@@ -110,7 +112,9 @@ def test_hits_hurt_whom_they_are_aimed_at():
         before = {key: x.copy() for key, x in obs.items()}
         actions = warlike(before, rng)
         actions[0, 1] = MOVES.index((0, 0))
-        obs, rewards, *_ = env.step(actions)
+        obs, rewards, terminated, *_ = env.step(actions)
+        if terminated[0]:
+            break
         target = {}
         for slot in np.flatnonzero((before["kind"][0, 0] > 0) & (actions[0, 0] >= HIT)):
             target.setdefault(tuple(before["position"][0, 0, slot] + HITS[actions[0, 0, slot] - HIT]), []).append(slot)
@@ -119,32 +123,31 @@ def test_hits_hurt_whom_they_are_aimed_at():
             health, now = (x["features"][0, 1, slot, COLUMN["health"]] * 10 for x in (before, obs))
             if health - 2 * len(hitters) > 0.01:
                 assert now == pytest.approx(min(health - 2 * len(hitters) + 0.1, 10), abs=1e-3)
+                assert rewards[0, 0, hitters] == pytest.approx(np.full(len(hitters), (1 - 0.1 - 0.005) / 5))
             else:
                 assert obs["kind"][0, 1, slot] == 0
+                assert rewards[0, 0, hitters].max() == pytest.approx((5 - 0.1 - 0.005) / 5)
             hurt += len(hitters)
-        hitting = [slot for slots in target.values() for slot in slots]
-        assert (rewards[0, 0, hitting] * KILL > 0.85).all(), "a hit pays 1 - 0.1 - 0.005"
     assert hurt > 25
 
 
 def test_ends_and_metrics():
     """Kills are the enemy's losses, returns the sums of rewards, and the army with more soldiers has won."""
-    finished = []
-    returns = np.zeros((3, 2))
-    for env, obs, _, (after, rewards, terminated, truncated, infos) in battle(3, 200, map_size=16, max_steps=60):
+    finished, returns = [], np.zeros((3, 2))
+    for env, obs, _, (after, rewards, terminated, truncated, infos) in battle(3, 200, map_size=16, max_steps=16):
         returns += rewards.sum(-1)
         for match in np.flatnonzero(terminated | truncated):
             episode = {key: x[match] for key, x in infos["episode"].items()}
             left = episode["survivors"]
             assert (episode["kills"] == env.size - left[::-1]).all()
             assert terminated[match] == (left.min() == 0) and truncated[match] == (left.min() > 0)
-            assert episode["l"] == 60 or terminated[match]
+            assert episode["l"] == 16 or terminated[match]
             assert episode["won"].tolist() == [0.5 if left[0] == left[1] else x == left.max() for x in left]
             np.testing.assert_allclose(episode["r"], returns[match], atol=1e-3)
             assert (after["kind"][match] == 1).all(), "the next battle has begun"
             returns[match] = 0
-            finished.append(left)
-    assert len(finished) >= 9
+            finished.append(left.min())
+    assert min(finished) == 0 < max(finished), "some battles end with an army, some by time"
 
 
 def test_opponent_plays_the_other_army():
@@ -154,12 +157,12 @@ def test_opponent_plays_the_other_army():
     obs, _ = env.reset(seed=0)
     assert obs["kind"].shape == (4, 1, env.size) and env.single_action_space.shape == (1, env.size)
     start = obs["position"].copy()
-    for _ in range(5):
-        obs, rewards, *_ = env.step(obs["action_mask"].argmax(-1))
+    for _ in range(2):
+        obs, rewards, *_ = env.step(np.full(obs["kind"].shape, MOVES.index((1, 0))))
         assert rewards.shape == (4, 1, env.size)
     assert (obs["features"][:, 0, 0, COLUMN["is_red"]] == [1, 0, 1, 0]).all()
     assert (seen[0]["features"][:, 0, COLUMN["is_red"]] == [0, 1, 0, 1]).all()
-    assert (obs["position"] != start).any((1, 2, 3)).all(), "the caller's army moves"
+    assert (obs["position"] - start == (2, 0)).all(-1).mean() > 0.7, "the caller's army moves to the right"
     assert (seen[0]["position"] == seen[-1]["position"]).all(), "the opponent's stays"
 
 
