@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("magent2", reason="needs magent2: pip install -r examples/battle/requirements.txt")
 
@@ -180,6 +181,18 @@ def test_equals_are_equal():
     """Two armies that play at random win about as often, from either side."""
     results = fight(random_policy(1), random_policy(2), 20, 16)
     assert 0.2 < results["won"].mean() < 0.8 and results["l"].min() > 50
+
+
+def test_video(tmp_path):
+    """A GIF of every fourth step of the first battle alone, in which something happens."""
+    path = tmp_path / "video.gif"
+    for env, *_ in battle(2, 40, map_size=16, max_steps=10, video=str(path)):
+        assert path.exists() == (env.video is None)
+    with Image.open(path) as video:
+        assert video.n_frames == 3
+        first = np.array(video.convert("RGB"))
+        video.seek(2)
+        assert (first != np.array(video.convert("RGB"))).any(-1).mean() > 0.002
 
 
 def test_small_boards_are_refused():

@@ -11,6 +11,7 @@ top of `lux_wrapper.py`. Both armies are players: red is the first and starts on
 import gymnasium as gym
 import numpy as np
 from magent2.environments import battle_v4
+from PIL import Image
 
 # What the game's actions do, in its order: go to one of 13 cells (the middle one is to stay), or hit one of 8.
 MOVES = [(dx, dy) for dy in range(-2, 3) for dx in range(-2, 3) if abs(dx) + abs(dy) <= 2]
@@ -36,7 +37,7 @@ class BattleVecEnv(gym.vector.VectorEnv):
         safe_masks: mask hits at cells without an enemy, which cost a little, and steps into walls.
         group_by: "entity" or "cluster".
         held_out, first_match: as in LuxVecEnv. The board is always the same; what differs is who moves first.
-        render_mode: None or "rgb_array".
+        video: path of a GIF of the first battle (every fourth step), written when it ends.
         max_steps: a battle is cut short (truncated) after these.
         opponent: a function of what one army of every match observes, a dict of arrays [N, E, ...], that gives its
             actions [N, E]. The caller then is red in the even matches and blue in the odd ones.
@@ -46,17 +47,17 @@ class BattleVecEnv(gym.vector.VectorEnv):
         BattleError: if the board is too small.
     """
 
-    metadata = {"name": "battle", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}
+    metadata = {"name": "battle", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
     def __init__(
         self, num_envs, map_size=45, safe_masks=True, group_by="entity", held_out=False, first_match=0,
-        render_mode=None, max_steps=300, opponent=None, **other,
+        video=None, max_steps=300, opponent=None, **other,
     ):  # fmt: skip
         if map_size < 12:
             raise BattleError(f"a battle needs a board of 12 x 12 cells or more, got {map_size} x {map_size}")
         self.num_envs, self.safe_masks, self.held_out, self.first_match = num_envs, safe_masks, held_out, first_match
-        self.render_mode, self.max_steps, self.opponent = render_mode, max_steps, opponent
-        options = {"map_size": map_size, "max_cycles": max_steps, "render_mode": render_mode, **REWARDS}
+        self.video, self.frames, self.max_steps, self.opponent = video, [], max_steps, opponent
+        options = {"map_size": map_size, "max_cycles": max_steps, "render_mode": video and "rgb_array", **REWARDS}
         self.games = [battle_v4.parallel_env(**options) for _ in range(num_envs)]
         self.matches, self.side, self.size = np.arange(num_envs), np.arange(num_envs) % 2, self.games[0].team_sizes[0]
         shape = (num_envs, 2, self.size)
@@ -94,6 +95,8 @@ class BattleVecEnv(gym.vector.VectorEnv):
         rewards = np.zeros(actions.shape, np.float32)
         left, length = np.zeros((self.num_envs, 2), np.int64), np.zeros(self.num_envs, np.int64)
         for i, game in enumerate(self.games):
+            if i == 0 and self.video and game.frames % 4 == 0:
+                self.frames.append(Image.fromarray(game.render()))
             live = self.obs["kind"][i] > 0  # in the order of `agents`, which names the living
             paid = game.step(dict(zip(game.agents, actions[i][live].tolist())))[1]
             rewards[i][live] = np.array([*paid.values()]) / KILL
@@ -107,13 +110,12 @@ class BattleVecEnv(gym.vector.VectorEnv):
             episode = {"r": self.returns.copy(), "kills": self.size - enemies, "survivors": left}
             episode["won"] = (1 + np.sign(left - enemies)) / 2  # 0.5 is a draw
             infos = {"_episode": over, "episode": {"l": length} | {key: self._own(x) for key, x in episode.items()}}
+        if over[0] and self.video:
+            self.frames[0].save(self.video, "GIF", save_all=True, append_images=self.frames[1:], duration=200, loop=0)
+            self.video = None  # the battles that come after it are not drawn
         for i in self.matches:
             self._begin(i) if over[i] else self._encode(i)
         return {key: self._own(x) for key, x in self.obs.items()}, self._own(rewards), terminated, truncated, infos
-
-    def render(self):
-        """Pictures of the matches by the game's renderer, a tuple of N arrays [height, width, 3] uint8."""
-        return tuple(game.render() for game in self.games)
 
     def _own(self, x):
         """What there is for the caller of an array [N, 2, ...]: all, or one army of each match against an opponent."""
