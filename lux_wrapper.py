@@ -3,8 +3,8 @@
 **The game.** Two teams share a map with ice, ore and rubble. Factories drink a unit of water a step and are lost
 without it; they refine ice to water and ore to metal, and build robots from metal and power. Robots, light or heavy,
 dig ice and ore and bring them home; what they do costs power, which comes from the sun and from factories. A match
-ends after 1000 steps, or when a team has lost its last factory. All that is played here is played by the caller, for
-both teams, but for bidding and the placement of factories (`early_phase_action`).
+ends after 1000 steps, or when a team has lost its last factory. The caller plays both teams; bidding and the placement
+of factories are played for them (`early_phase_action`).
 
     import numpy as np
     from lux_wrapper import LuxVecEnv
@@ -201,7 +201,8 @@ class LuxEncoder:
     in turn, and `orders` after any of them.
 
     Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
-    give their snapshots to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent.
+    give their snapshots to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent;
+    R stands for the robots of all teams, team by team.
 
     Args:
         map_size: side of the board in cells.

@@ -21,6 +21,7 @@ DIRECTIONS = {"move_up": 1, "move_right": 2, "move_down": 3, "move_left": 4}
 ORDER_TYPE = {"dig": "dig", "deliver": "transfer", "pick_up_power": "pickup", "build_light": "factory_build"}
 ORDER_TYPE |= {"build_heavy": "factory_build", "water_lichen": "factory_water"}
 IDLE = ("stay", "nothing")
+SIDES = ((0, -1), (1, 0), (0, 1), (-1, 0))
 
 
 class Referee:
@@ -198,6 +199,37 @@ def test_watering_needs_what_the_engine_will_ask(lichen):
             assert not obs["action_mask"][..., : match.encoder.max_factories, lux.WATER].any()
             obs, *_ = env.step(np.zeros(obs["kind"].shape, np.int64))
     assert max(asked) >= 5
+    env.close()
+
+
+def test_cells_to_water():
+    """Watering takes a unit of water for every 10 cells: 12 at the edge, the lichen, and where that may spread to."""
+    env, (match,) = in_process(1, safe_masks=False)
+    env.reset(seed=6)
+    obs, rng = match.engine.state.get_obs(), np.random.default_rng(6)
+    encoder, board = lux.LuxEncoder(safe_masks=False), obs["board"]
+    encoder.reset(obs)
+    out, spreads = encoder.arrays(), 0
+    free = match.engine.state.board.factory_occupancy_map == -1
+    factories = [factory for player in lux.PLAYERS for factory in obs["factories"][player].values()]
+    strains, before = [factory["strain_id"] for factory in factories], np.full(free.shape, -1)
+    for _ in range(40):
+        grows = free & (rng.random(free.shape) < rng.choice([0.002, 0.01, 0.05]))
+        grows[0, :2] = grows[-1, -2:] = True  # at the board's edge too
+        board["lichen"] = grows * rng.choice([1, 17, 18, 20, 90], free.shape)
+        board["lichen_strains"] = now = np.where(grows, rng.choice(strains, free.shape), -1)
+        for less in (0, 1):
+            for factory in factories:
+                own = np.argwhere((now == factory["strain_id"]) | (before == factory["strain_id"])).tolist()
+                own = set(map(tuple, own))
+                goals = {(x + dx, y + dy) for x, y in own if board["lichen"][x, y] >= 18 for dx, dy in SIDES}
+                goals = {(x, y) for x, y in goals if 0 <= x < 48 and 0 <= y < 48}
+                spreads += len(goals - own)
+                factory["cargo"]["water"] = -(-(12 + len(own | goals)) // 10) - less
+            encoder.encode(obs, out)
+            assert (out["action_mask"][out["kind"] == lux.FACTORY, lux.WATER] == (less == 0)).all()
+            before = now  # what was there in the observation before counts too
+    assert spreads > 1000
     env.close()
 
 

@@ -739,16 +739,26 @@ def test_encoder_needs_only_the_observation(group_by):
 
 def test_orders_under_way(mine):
     """Moves and digs are known as the actions that they carry out; of other orders none is one that goes on."""
-    _, match, _, unit, _ = mine
-    state, seen = match.engine.state, []
-    for queue in (
-        *([], [MoveAction(2, n=3), DigAction()], [DigAction(n=3), MoveAction(2)], [MoveAction(0, n=2)]),
-        *([TransferAction(1, 0, 5, n=3)], [PickupAction(4, 9, n=3)], [RechargeAction(99)], [SelfDestructAction()]),
+    env, match, _, unit, slot = mine
+    state, row = match.engine.state, env.arrays["features"][0, 0, slot]
+    for queue, action, name in (
+        ([], lux.STAY, None),
+        ([MoveAction(1, n=3), DigAction()], lux.UP, "order_up"),
+        ([MoveAction(2, n=3)], lux.RIGHT, "order_right"),
+        ([MoveAction(3)], lux.DOWN, "order_down"),
+        ([MoveAction(4, n=9)], lux.LEFT, "order_left"),
+        ([DigAction(n=3), MoveAction(2)], lux.DIG, "order_dig"),
+        ([MoveAction(0, n=2)], lux.STAY, None),
+        ([TransferAction(1, 0, 5, n=3)], lux.STAY, None),
+        ([PickupAction(4, 9, n=3)], lux.STAY, None),
+        ([RechargeAction(99)], lux.STAY, None),
+        ([SelfDestructAction()], lux.STAY, None),
     ):
         unit.action_queue = queue
-        snapshots = lux.read_observation(state.get_obs()), lux.read_engine(state)
-        seen += [snapshot.robots[0][unit.unit_id].under_way for snapshot in snapshots]
-    assert seen == [0, 0, lux.RIGHT, lux.RIGHT, lux.DIG, lux.DIG] + [lux.STAY] * 10
+        for snapshot in (lux.read_observation(state.get_obs()), lux.read_engine(state)):
+            assert snapshot.robots[0][unit.unit_id].under_way == action
+        match.encoder.encode(state.get_obs(), env.matches.out)
+        assert [key for key, column in lux.COLUMN.items() if "order" in key and row[column]] == [name] * bool(name)
 
 
 def test_arrays_that_were_used_before():
@@ -962,6 +972,25 @@ def test_matches_side_by_side_are_matches_alone(options):
     assert ended.all()
     for one in (env, *alone):
         one.close()
+
+
+def test_younger_matches_wait_unseen():
+    """What the encoder counts in a match that waits for an older one to be played again is not that match's."""
+    options = {"max_robots": 1, "min_factories": 3}
+    env, _ = in_process(2, **options)
+    obs, _ = env.reset(seed=27)
+    for _ in range(158):
+        actions = scripted(obs)
+        actions[1] = 0  # it is over after some 150 steps
+        obs, *_ = env.step(actions)
+    ages = [len(match["actions"]) for match in env.state()]
+    assert ages[0] == 158 and 0 < ages[1] < 10
+    other, _ = in_process(2, **options)
+    other.load_state(env.state())
+    counted = env.matches.encoder.blocked_builds
+    assert (counted[2:] > 0).all() and (other.matches.encoder.blocked_builds == counted).all()
+    env.close()
+    other.close()
 
 
 def test_reset_with_a_seed_starts_over():
