@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 from mutant_list import MUTANTS  # noqa: E402
 
-COPIED = ("*.py", "tests/*.py", "pyproject.toml")
+COPIED = ("*.py", "tests/*.py", "examples/*.py", "examples/*/*.py", "pyproject.toml")
 SCRIPT_TESTS = ("test_ppo_math.py", "test_learner.py", "test_learning.py", "test_flags.py")
 TESTS = {  # file -> its tests, the fastest first
     "hybrid_model.py": ("test_model.py",),
@@ -85,7 +85,7 @@ class Runs:
         """Whether the tests fail: "caught" (yes, no or hangs), "test" and "seconds" of a row; None if stopped."""
         with tempfile.TemporaryDirectory() as folder:
             for path, content in tree.items():
-                Path(folder, path).parent.mkdir(exist_ok=True)
+                Path(folder, path).parent.mkdir(parents=True, exist_ok=True)
                 Path(folder, path).write_bytes(content)
             # The name of every test is written before it runs, so that one that hangs is known.
             command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider"]

@@ -8,7 +8,7 @@ import torch
 
 import global_ppo
 import trajsep_ppo
-from trajsep_ppo import compute_gae, group_value, masked_mean, share_reward
+from trajsep_ppo import compute_gae, group_value, share_reward
 
 NAN = float("nan")
 _ = NAN  # inactive, in the tables below
@@ -93,9 +93,10 @@ def test_loss_is_averaged_over_active_cells(script, garbage):
     torch.testing.assert_close(x.grad, active / 9)
 
 
-def test_mean_of_nothing():
+@pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
+def test_mean_of_nothing(script):
     """A minibatch without an active cell has the mean 0, not 0 / 0."""
-    assert masked_mean(torch.full((3, 4), NAN), torch.zeros(3, 4, dtype=torch.bool)) == 0
+    assert script.masked_mean(torch.full((3, 4), NAN), torch.zeros(3, 4, dtype=torch.bool)) == 0
 
 
 # ------------------------------------------------------------------------------------------------------
