@@ -30,7 +30,7 @@ def blocks(text, language):
 
 
 def test_hunks():
-    """The README shows every changed line of the siblings, in order, but for those of the docstring and blank context."""
+    """The README shows every changed line of the siblings, in order, but for those of the docstring."""
     command = ["git", "diff", "--no-index", "--unified=0", "global_ppo.py", "trajsep_ppo.py"]
     diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     changed, docstring_end = [], (ROOT / "trajsep_ppo.py").read_text().splitlines().index('"""', 1)
