@@ -1,7 +1,8 @@
-"""All that LuxEncoder makes of an official observation, computed a second time in plain loops, slow and obvious.
+"""All that the wrapper makes of an official observation, computed a second time in plain loops, slow and obvious.
 
-Nothing but names is taken from the wrapper: the numbers of the game come from the engine's EnvConfig, the rules from
-the comments beside FEATURES and BOARD_CHANNELS and from the docstring of LuxEncoder. Every action has a set of
+Board, features, slots, groups, masks, orders, the placement of factories, rewards and metrics. Nothing but names is
+taken from the wrapper: the numbers of the game come from the engine's EnvConfig, the rules from the comments beside
+FEATURES and BOARD_CHANNELS, from the docstring of LuxEncoder and from the table of rewards. Every action has a set of
 objections, in words; it is allowed if there are none. So each rule can be seen to decide alone.
 
 Of several ice cells, ore cells or factories that are equally near, an entity may be shown the way to any. A robot
@@ -21,6 +22,7 @@ from test_masks import riches
 import lux_wrapper as lux
 
 GAME = EnvConfig()
+# In the order of the engine's directions 1 to 4.
 MOVES = {"move_up": (0, -1), "move_right": (1, 0), "move_down": (0, 1), "move_left": (-1, 0)}
 OTHER = {"player_0": "player_1", "player_1": "player_0"}
 CHANNEL = {name: channel for channel, name in enumerate(lux.BOARD_CHANNELS)}
@@ -269,14 +271,11 @@ def water_cost(side, strain):
     return math.ceil((12 + len(cells)) / GAME.LICHEN_WATERING_COST_FACTOR)
 
 
-def can_pay_for(factory, kind):
-    """What the factory lacks to build a robot of this kind: a set of names."""
-    config, lacks = GAME.ROBOTS[kind], set()
-    if factory["cargo"]["metal"] < config.METAL_COST:
-        lacks.add("metal")
-    if factory["power"] < config.POWER_COST:
-        lacks.add("power")
-    return lacks
+def lacks_for(factory, kind):
+    """Set of what the factory has too little of, "metal" or "power", to build a robot of this kind."""
+    config = GAME.ROBOTS[kind]
+    has = {"metal": factory["cargo"]["metal"] - config.METAL_COST, "power": factory["power"] - config.POWER_COST}
+    return {name for name, left in has.items() if left < 0}
 
 
 def factory_objections(side, id):
@@ -285,8 +284,8 @@ def factory_objections(side, id):
     metal, water = factory["cargo"]["metal"], factory["cargo"]["water"]
     place, free = 1 + list(side.factories).index(id), side.memory.max_robots - len(side.robots)
     light, heavy = objections["build_light"], objections["build_heavy"]
-    light |= can_pay_for(factory, "LIGHT")
-    heavy |= can_pay_for(factory, "HEAVY")
+    light |= lacks_for(factory, "LIGHT")
+    heavy |= lacks_for(factory, "HEAVY")
     for both in (light, heavy):
         # There must be slots left if all factories before it build too.
         if place > free:
@@ -302,7 +301,7 @@ def factory_objections(side, id):
     waiting = [
         other
         for other in side.factories
-        if not side.robots_of(other, "HEAVY") and not can_pay_for(side.factories[other], "HEAVY")
+        if not side.robots_of(other, "HEAVY") and not lacks_for(side.factories[other], "HEAVY")
     ]
     if place > free - len(waiting):
         light.add("3: last slots")
@@ -322,8 +321,8 @@ def steps_to_edge(cell, factory):
 
 
 def way_home_cost(config, steps):
-    """Power for the way to a factory without rubble, in one straight line or two, and for an order there."""
-    lines = min(steps, 2)
+    """Power for the way to a factory were there no rubble, with an order for each of two lines, and for one there."""
+    lines = min(steps, 2)  # it may be one line, but that is not looked at
     return steps * config.MOVE_COST + (lines + 1) * config.ACTION_QUEUE_POWER_COST
 
 
@@ -1191,6 +1190,27 @@ def plenty(engine, thirst):
     return change
 
 
+def let_die(factories):
+    """They are gone after the next step."""
+    for factory in factories:
+        factory.cargo.water = factory.cargo.ice = 0
+
+
+def test_a_match_is_followed_by_the_next_map():
+    """Held-out maps: match i of N plays seed + i, then seed + i + N, and after the last one comes map 0."""
+    env, matches = in_process(2, held_out=True)
+    obs, _ = env.reset(seed=lux.HELD_OUT_SEEDS - 1)
+    for seeds in ([lux.HELD_OUT_SEEDS - 1, 0], [1, 2], [3, 4]):
+        assert [match.seed for match in matches] == seeds
+        ice = [plain(match.engine.state.get_obs())["board"]["ice"] for match in matches]
+        for match in matches:
+            let_die(entities(match.engine.state)[1])
+        _, _, terminated, *_ = env.step(np.zeros(obs["kind"].shape, np.int64))
+        assert terminated.all()
+        assert ice != [plain(match.engine.state.get_obs())["board"]["ice"] for match in matches]
+    env.close()
+
+
 @pytest.mark.parametrize("safe_masks, resources", [(True, ("ice", "ore")), (False, ("ore", "ice"))])
 def test_rewards(safe_masks, resources):
     """Three matches: every entity's reward at every step, and all metrics at the end of each match."""
@@ -1300,11 +1320,10 @@ def fate(engine, index, rng):
             rich(state)
             teleport(state, rng)
             sow_under_robots(state, rng)
-        dying = [factory for player in lux.PLAYERS for factory in [*state.factories[player].values()][1:2] if age == 25]
+        if age == 25:
+            let_die(factory for player in lux.PLAYERS for factory in [*state.factories[player].values()][1:2])
         if index == 1 and age == 40:
-            dying = state.factories["player_1"].values()
-        for factory in dying:
-            factory.cargo.water = factory.cargo.ice = 0
+            let_die(state.factories["player_1"].values())
         if age in steps:
             jump(engine, steps[age])
 
@@ -1353,7 +1372,7 @@ class Played:
             self.counted["right_of_way"][team] += count["gave way"]
             self.counted["blocked_builds"][team] += sum(
                 "slots" in without_rules(factory_objections(side, id))["build_light"]
-                and not can_pay_for(factory, "LIGHT")
+                and not lacks_for(factory, "LIGHT")
                 for id, factory in side.factories.items()
             )
             self.count += count

@@ -250,6 +250,14 @@ def test_a_target_that_is_not_reached(script, base, tmp_path):
     assert same(start(script, tmp_path, f"{BASE} --target-kl 1e9").model, base(script).model)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_evaluation(script, tmp_path):
+    """With --eval-episodes 0 a run ends with its training."""
+    run = start(script, tmp_path, f"{BASE} --eval-episodes 0")
+    assert run.checkpoints and not (run.folder / "evaluation.json").exists()
+    assert not any(env.options.get("held_out") for env in run.envs)
+
+
 class Reached(BaseException):
     """The network is sent to a device."""
 
