@@ -19,7 +19,7 @@ import luxai_s2
 import numpy as np
 import pytest
 import torch
-from test_learning import ToyVecEnv
+from test_learning import HardToy
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -39,7 +39,7 @@ BASE = (
 )
 
 
-class Toy(ToyVecEnv):
+class Toy(HardToy):
     """The toy game with the wrapper's arguments; counts."""
 
     def __init__(self, num_envs, group_by="entity", **_):
