@@ -205,7 +205,7 @@ SCRIPTS = [
         "masked_mean(pg_loss1, mb_active, count)",
         "only the unclipped loss",
     ),
-    ('masked_mean((newvalue - mb["return"]) ** 2', 'v_loss = (newvalue - mb["return"]).abs()', "absolute error"),
+    ('masked_mean((newvalue - mb["return"]) ** 2', 'masked_mean((newvalue - mb["return"]).abs()', "absolute error"),
     ("loss = pg_loss - ent_coef * entropy_loss", "loss = pg_loss", "no entropy bonus"),
     ("agent.parameters(), args.max_grad_norm)", 'agent.parameters(), float("inf"))', "gradients never clipped"),
     ("eps=1e-5, fused=True)", "eps=1e-5, betas=(0.9, 0.99), fused=True)", "beta2 of Adam"),
