@@ -55,7 +55,8 @@ def test_keeps_the_contract(options):
 
 def test_sees_the_board_from_its_own_side():
     """Own channels show a soldier's health at its position; what is own to one army is the enemy's to the other."""
-    for env, obs, *_ in battle(2, 60, map_size=20):
+    lengths = np.zeros(2)
+    for env, obs, _, (_, _, terminated, *_) in battle(2, 60, map_size=20):
         for match, team, slot in np.argwhere(obs["kind"] > 0):
             x, y = obs["position"][match, team, slot]
             cell = obs["board"][match, team, x, y]
@@ -64,7 +65,13 @@ def test_sees_the_board_from_its_own_side():
         swapped = obs["board"][:, 1][..., [0, 3, 4, 1, 2]]
         assert (obs["board"][:, 0] == swapped).all()
         assert (obs["board"][..., 1].sum((2, 3)) == 100 * (obs["kind"] > 0).sum(-1)).all()
-        assert (obs["features"][:, 0, :, COLUMN["is_red"]] == 1)[obs["kind"][:, 0] > 0].all()
+        alive = (obs["kind"] > 0).sum(-1) / env.size
+        for match, team, slot in np.argwhere(obs["kind"] > 0):
+            said = obs["features"][match, team, slot, COLUMN["is_red"] :]
+            frames = said[-1] * env.max_steps
+            assert said[:3] == pytest.approx([1 - team, alive[match, team], alive[match, 1 - team]])
+            assert frames == pytest.approx(lengths[match], abs=1e-3)
+        lengths = np.where(terminated, 0, lengths + 1)
     assert obs["board"][..., 2].max() <= 100 and len(np.unique(obs["board"][..., 2])) > 3, "nobody was hurt"
 
 
@@ -178,9 +185,39 @@ def test_random_policy_takes_what_is_allowed():
 
 
 def test_equals_are_equal():
-    """Two armies that play at random win about as often, from either side."""
-    results = fight(random_policy(1), random_policy(2), 20, 16)
-    assert 0.2 < results["won"].mean() < 0.8 and results["l"].min() > 50
+    """Two armies that fight the same way win about as often, from either side, and every battle counts once."""
+    rng = np.random.default_rng(0)
+    results = fight(lambda obs: warlike(obs, rng), lambda obs: warlike(obs, rng), 20, 16)
+    assert 0.2 < results["won"].mean() < 0.8
+    assert results["l"].min() > 5 and len(np.unique(results["l"])) > 2, "they do not end together"
+    assert (np.maximum(results["kills"], 6 - results["survivors"]) == 6).all()
+
+
+def test_seeds():
+    """What differs between matches is the seed of the engine: by seed, by number of the match, and when held out."""
+
+    def course(seed, num_envs=1, **options):
+        """What the last match of an environment shows in 10 steps of a warlike battle."""
+        env, rng = BattleVecEnv(num_envs, map_size=20, **options), np.random.default_rng(0)
+        obs, _ = env.reset(seed=seed)
+        boards = []
+        for _ in range(10):
+            last = warlike({key: x[-1:] for key, x in obs.items()}, rng)
+            obs, *_ = env.step(np.repeat(last, num_envs, 0))
+            boards.append(obs["board"][-1].copy())
+        return np.array(boards)
+
+    first = course(5)
+    assert (course(5) == first).all()
+    assert (course(5, num_envs=2) == course(5, first_match=1)).all()
+    for other in (course(6), course(5, first_match=1), course(5, held_out=True)):
+        assert (other != first).any()
+
+
+def test_without_safe_masks():
+    """All that the game allows is allowed: anything."""
+    for _, obs, *_ in battle(1, 3, map_size=16, safe_masks=False):
+        assert obs["action_mask"][obs["kind"] > 0].all()
 
 
 def test_video(tmp_path):
