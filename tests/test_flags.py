@@ -11,6 +11,7 @@ import json
 import random
 import runpy
 import sys
+import time
 import types
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -126,7 +127,7 @@ def start(script, cwd, flags="", game=Toy):
         finally:
             for hook in hooks:
                 hook.remove()
-    (run.folder,) = (cwd / "runs").iterdir()
+    run.folder = max((cwd / "runs").iterdir())  # the latest one
     return run
 
 
@@ -327,6 +328,28 @@ def test_resume(script, tmp_path):
     assert run.folder == first.folder and sorted(run.checkpoints) == [32, 48]
     assert same(run.at_first, saved) and len(run.minibatches) == 4
     assert same(run.model, whole.model) and not same(run.model, saved)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_from_an_older_checkpoint(script, tmp_path):
+    """It begins a run of its own, with the same matches and numbers; what came after the checkpoint is as it was."""
+    first = start(script, tmp_path / "first", f"{BASE} --save-every 1", SHORT)
+    files = {path: path.read_bytes() for path in first.folder.iterdir()}
+    assert sorted(first.checkpoints) == [32, 48]
+    second = start(script, tmp_path / "second", f"--resume {first.checkpoints[32]}", SHORT)
+    assert {path: path.read_bytes() for path in first.folder.iterdir()} == files
+    assert sorted(second.checkpoints) == [48] and same(second.model, first.model)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_runs_that_begin_in_the_same_second(script, tmp_path):
+    """Each has a folder of its own."""
+    now = int(time.time())
+    for second in range(now, now + 3):
+        (tmp_path / "runs" / f"{script.__name__}__1__{second}").mkdir(parents=True)
+    run = start(script, tmp_path, BASE)
+    assert len(list((tmp_path / "runs").iterdir())) == 4 and run.checkpoints
+    assert sum(bool(list(folder.iterdir())) for folder in (tmp_path / "runs").iterdir()) == 1
 
 
 def test_every_flag_has_its_test():

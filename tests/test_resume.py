@@ -320,6 +320,20 @@ def test_a_run_of_the_other_script(monkeypatch, capfd, tmp_path):
     assert "another script" in refused("global_ppo", ["--resume", "run"], monkeypatch, capfd, tmp_path)
 
 
+@pytest.mark.parametrize("odd", [{"group_by": "banana"}, {"critic": "both"}, {"gamma": 2.0}, {"seed": None}])
+def test_arguments_of_a_checkpoint_are_held_to_what_they_may_be(odd, tmp_path):
+    run_dir = small_run(tmp_path / "run", args=dataclasses.asdict(trajsep_ppo.Args(**odd)))
+    with pytest.raises(trajsep_ppo.Refused):
+        trajsep_ppo.load_checkpoint(run_dir)
+
+
+def test_a_checkpoint_does_not_say_what_to_do(tmp_path):
+    """One whose arguments carry --evaluate or --resume is resumed all the same."""
+    args = dataclasses.asdict(trajsep_ppo.Args(evaluate="elsewhere", resume="elsewhere"))
+    _, _, args = trajsep_ppo.load_checkpoint(small_run(tmp_path / "run", args=args))
+    assert args.evaluate is None and args.resume is None
+
+
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
