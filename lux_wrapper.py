@@ -344,10 +344,10 @@ class LuxEncoder:
         action = actions[self.robots.team, self.robots.slot]
         if self.safe_masks:
             action = self._give_way(action)
-        queues, team = self._queues(action), self.robots.team.tolist()
+        queues, team, length = self._queues(action), self.robots.team.tolist(), np.where(action == STAY, 0, 1).tolist()
         unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
         for row in np.flatnonzero(action != self.robots.under_way).tolist():
-            orders[team[row]][unit_ids[row]] = queues[row : row + (action[row] != STAY)]
+            orders[team[row]][unit_ids[row]] = queues[row : row + length[row]]
         return orders
 
     # -- Reading -----------------------------------------------------------------------------------------
@@ -819,7 +819,7 @@ class LuxMatch:
         robots, factories = before
         state, encoder, board, teams = self.engine.state, self.encoder, self.engine.state.board, self.teams
         amounts = np.zeros((2, encoder.num_entities, len(TERM)))
-        arrived = np.zeros((2, 2, encoder.num_entities), np.int64)  # ice and ore that each factory was brought
+        arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore that each factory was brought
 
         def pay(term, who, amount):
             amounts[(*who, TERM[term])] = amount
@@ -833,7 +833,7 @@ class LuxMatch:
             # Digging is all that fills a cargo, delivering to an own factory all that empties it.
             got = _cargo(robots) - cargo
             dug, brought = np.maximum(got, 0), np.maximum(-got, 0)
-            np.add.at(arrived, (slice(None), who[0], encoder.deliver_to[rows]), brought)
+            np.add.at(arrived, (who[0], encoder.deliver_to[rows]), brought.T)
             lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
             pay("ice_dug", who, dug[0])
             pay("ore_dug", who, dug[1])
@@ -842,7 +842,7 @@ class LuxMatch:
             pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
         who = np.nonzero(encoder.alive[teams])
         ice, ore, strain = (getattr(encoder.factories, name)[teams][who] for name in ("ice", "ore", "strain"))
-        refined = arrived[:, who[0], who[1]] + (ice, ore) - _cargo(factories)
+        refined = arrived[who].T + (ice, ore) - _cargo(factories)
         lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
         survived = np.array([f.unit_id in state.factories[PLAYERS[f.team_id]] for f in factories], bool)
         pay("water_made", who, refined[0] // ICE_PER_WATER)
@@ -938,7 +938,7 @@ def read_engine(state):
 
 def _cargo(entities):
     """Ice and ore of engine objects, [2, len(entities)]."""
-    return np.array([(entity.cargo.ice, entity.cargo.ore) for entity in entities], np.int64).reshape(-1, 2).T
+    return np.array([[entity.cargo.ice for entity in entities], [entity.cargo.ore for entity in entities]], np.int64)
 
 
 # ------------------------------------------------------------------------------------------------------
