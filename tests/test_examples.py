@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_env import ToyVecEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 no_magent2 = pytest.mark.skipif(
@@ -35,6 +37,26 @@ def run(folder, script, *flags):
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def test_toy():
+    """The colour of the cell where a worker stands is in its features and is its right button; workers come and go."""
+    env, rng = ToyVecEnv(3, slots=5), np.random.default_rng(0)
+    obs, _ = env.reset(seed=1)
+    came = went = 0
+    for _ in range(30):
+        live = obs["kind"] > 0
+        match, team, slot = np.nonzero(live)
+        x, y = obs["position"][live].T
+        colour = np.round(obs["board"][match, team, x, y, 0] / 100 * 3).astype(int)
+        assert (obs["features"][live].argmax(-1) == colour).all() and (obs["features"].sum(-1) == 1).all()
+        actions = rng.integers(0, 4, live.shape)
+        next_obs, rewards, over, *_ = env.step(actions)
+        assert rewards[live] == pytest.approx((actions[live] == colour) / 5) and not rewards[~live].any()
+        came += (~live & (next_obs["kind"] > 0))[~over].sum()
+        went += (live & (next_obs["kind"] == 0))[~over].sum()
+        obs = next_obs
+    assert came > 50 and went > 50
 
 
 @pytest.mark.parametrize("script", ["trajsep_ppo", "global_ppo"])
