@@ -431,8 +431,8 @@ WRAPPER = [
         "a light robot costs as much as a heavy one",
     ),
     (
-        "np.add.at(arrived, (slice(None), who[0], encoder.deliver_to[rows]), brought)",
-        "arrived[:, who[0], encoder.deliver_to[rows]] = brought",
+        "np.add.at(arrived, (who[0], encoder.deliver_to[rows]), brought.T)",
+        "arrived[who[0], encoder.deliver_to[rows]] = brought.T",
         "of several deliveries only the last arrives",
     ),
     ('pay("factory_lost", who, ~survived)', 'pay("factory_lost", who, survived)', "factories that survive are lost"),
