@@ -133,51 +133,6 @@ SCRIPTS = [
         "return count.float(), variance.float(), mean.float()",
         "mean and variance swapped",
     ),
-    (
-        "(probs / noise[RANK]).argmax(-1)",
-        "((probs + 1e-3) / noise[RANK]).argmax(-1)",
-        "sample: sometimes what is masked",
-    ),
-    (
-        "goes_on = active[t + 1] & active[t] & ~dones[t, :, None]",
-        "goes_on = active[t] & ~dones[t, :, None]",
-        "gae: deaths bootstrap",
-    ),
-    (
-        "delta = rewards[t] + gamma * torch.where(goes_on, values[t + 1], 0) - values[t]",
-        "delta = rewards[t] + gamma * values[t + 1] - values[t]",
-        "gae: next value of others",
-    ),
-    (
-        "delta + gamma * gae_lambda * torch.where(goes_on, last, 0)",
-        "delta + gamma * torch.where(goes_on, last, 0)",
-        "gae: gamma alone",
-    ),
-    ("for t in reversed(range(len(rewards))):", "for t in range(len(rewards)):", "gae: forwards"),
-    (
-        "_, value, team_value = agent(next_obs)\n",
-        "_, value, team_value = agent(step_obs)\n",
-        "last value of the last step",
-    ),
-    (
-        "active[-1] = group_sum(torch.ones_like(value), next_obs) > 0",
-        "active[-1] = True",
-        "everybody is there after the rollout",
-    ),
-    ("terminated | truncated, device", "truncated, device", "termination does not end"),
-    (
-        "reward = torch.where(reward > 0, reward * positive_weight, reward)",
-        "reward = torch.where(reward < 0, reward * positive_weight, reward)",
-        "negative rewards weighted",
-    ),
-    ("            next_obs = to_tensors(env_obs, device)\n", "", "next observation not taken"),
-    (
-        "            logprobs[step] = group",
-        "            logprobs[step - 1] = group",
-        "log-probabilities stored a step off",
-    ),
-    ("action = sample(policy.probs)", "action = sample(policy.probs.flip(0))", "actions of other teams"),
-    ("elapsed = (update - 1) / num_updates", "elapsed = update / num_updates", "schedules an update early"),
 ]
 
 # Planted where the two scripts differ
