@@ -119,7 +119,8 @@ def train(folder, *flags, processes=1, script=ROOT / "trajsep_ppo.py"):
     launcher = [sys.executable]
     if processes > 1:
         launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, str(script), "--eval-episodes", "1", *map(str, flags)]
+    episodes = "1" if script.parent != ROOT else "0"  # older scripts evaluate at least one match
+    command = [*launcher, str(script), "--eval-episodes", episodes, *map(str, flags)]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr[-3000:])
@@ -317,6 +318,8 @@ def torchrun(repeats=3, steps=8192):
             os.environ.update(one)
             speeds["one process, one thread"].append(train(folder, "--num-workers", 0, *flags))
             speeds["two processes, a thread each"].append(train(folder, "--num-workers", 0, *flags, processes=2))
+            twice = ("--num-workers", 0, "--num-envs", 32, "--total-timesteps", 2 * steps)
+            speeds["two processes, twice the matches"].append(train(folder, *twice, processes=2))
             for key in one:
                 del os.environ[key]
             speeds["no torchrun, default flags"].append(train(folder, *flags))
