@@ -1,13 +1,13 @@
 """Global PPO on Lux AI Season 2, the baseline of trajsep_ppo.py: one trajectory per team.
 
     python global_ppo.py
-    torchrun --standalone --nproc-per-node 2 global_ppo.py
-    python global_ppo.py --resume runs/<run>
-    python global_ppo.py --evaluate runs/<run>
 
-One shared encoder reads the map. The team has one reward (the sum over its entities), one value, one advantage,
-one joint probability ratio (the product over its entities) and one entropy (their sum). The sibling trajsep_ppo.py
-is the same program with one trajectory per entity: every place in which the two differ is marked with (*).
+`--resume runs/<run>` goes on with a run, `--evaluate runs/<run>` plays it on held-out maps. To share the work among
+two processes, write `torchrun --standalone --nproc-per-node 2` in place of `python`.
+
+One shared encoder reads the map. The team has one reward (the sum over its entities), one value, one advantage, one
+probability ratio (the product over its entities) and one entropy (their sum); in trajsep_ppo.py every group has.
+The two are the same program, and every place in which they differ is marked with (*).
 Read `Args`, the functions of the method, and `train`: collect, advantages, update. The rest runs it.
 Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.
 
@@ -26,7 +26,6 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Optional  # (*)
 from zipfile import ZipFile
 
 import numpy as np
@@ -54,18 +53,19 @@ class Args:
     cuda: bool = True  # use a GPU if there is one
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     capture_video: bool = False  # draw one evaluation match into video.gif
-    evaluate: Optional[str] = None  # evaluate this run or checkpoint instead of training
-    resume: Optional[str] = None  # go on with this run or checkpoint
+    evaluate: str | None = None  # evaluate this run or checkpoint instead of training
+    resume: str | None = None  # go on with this run or checkpoint
     eval_episodes: int = 20  # matches of the evaluation at the end, on held-out maps
     save_every: int = 20  # updates between two checkpoints
 
     # The game
-    num_workers: Optional[int] = None  # processes that play the matches; default: one per core
+    num_workers: int | None = None  # processes that play the matches; default: one per core
     map_size: int = 48  # side of the board in cells (season 2: 48, NeurIPS stage: 64)
     min_factories: int = 2  # fewest factories per team (season 2: 2, NeurIPS stage: 4)
     max_factories: int = 5  # most factories per team (season 2: 5, NeurIPS stage: 10)
     max_robots: int = 6  # robot slots per team; nothing is built while they are full
     safe_masks: bool = True  # also mask orders that are legal but plainly ruinous
+    reward: str = "ice"  # what is paid: ice, or lichen too (REWARD_PRESETS of lux_wrapper.py)
 
     # The algorithm
     total_timesteps: int = 102400  # environment steps, added up over the matches
@@ -83,7 +83,7 @@ class Args:
     ent_coef: float = 0.003  # coefficient of the entropy, at the start
     vf_coef: float = 0.1  # coefficient of the value loss
     max_grad_norm: float = 2.0  # largest norm of the gradient
-    target_kl: Optional[float] = None  # KL divergence that ends the passes over a rollout
+    target_kl: float | None = None  # KL divergence that ends the passes over a rollout
     positive_reward_weight: float = 1.1  # weight of positive rewards, falls linearly to 1
 
 
@@ -99,6 +99,7 @@ def make_envs(args, num_envs, **options):
         max_factories=args.max_factories,
         max_robots=args.max_robots,
         safe_masks=args.safe_masks,
+        reward=args.reward,
         **options,
     )
 
@@ -247,6 +248,7 @@ def train(args, run_dir, device, checkpoint=None):
                 logits, value, team_value = agent(mb)
                 policy = Categorical(logits=logits, validate_args=False)
                 newlogprob = group_sum(policy.log_prob(mb["action"]), mb)
+                entropy = group_sum(policy.entropy(), mb)
                 newvalue = group_value(value, team_value, mb, args)
                 logratio = torch.where(mb_active, newlogprob - mb["logprob"], 0)
                 ratio = logratio.exp()
@@ -260,7 +262,7 @@ def train(args, run_dir, device, checkpoint=None):
                 pg_loss2 = -mb_advantage * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = masked_mean(torch.max(pg_loss1, pg_loss2), mb_active, count)
                 v_loss = 0.5 * masked_mean((newvalue - mb["return"]) ** 2, mb_active, count)
-                entropy_loss = masked_mean(group_sum(policy.entropy(), mb), mb_active, count)
+                entropy_loss = masked_mean(entropy, mb_active, count)
                 loss = pg_loss - ent_coef * entropy_loss + v_loss * args.vf_coef
 
                 optimizer.zero_grad()
@@ -361,7 +363,7 @@ def check_args(args):
         (1, 10**9, "total_timesteps num_envs num_steps num_minibatches update_epochs save_every max_robots"),
         (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
         (0, 10**9, "ent_coef vf_coef target_kl num_workers eval_episodes"),
-        (0, 1, "gamma gae_lambda"),  # (*)
+        (0, 1, "gamma gae_lambda"),
         (0, 2**32 - 1, "seed"),
         (24, 64, "map_size"),
         (1, 10, "min_factories"),

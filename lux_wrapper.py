@@ -126,12 +126,18 @@ REWARDS = {
     "ore_dug": 0.0004,  # robot: a unit of ore taken from the ground into the cargo
     "ice_delivered": 0.004,  # robot: a unit of ice that reached a factory of the team
     "ore_delivered": 0.0008,  # robot: a unit of ore that reached a factory of the team
+    "rubble_cleared": 0.0,  # robot: a unit of rubble dug away where lichen of its team could grow next
     "robot_lost": -0.05,  # robot: being destroyed (times 0.1 for a light robot)
     "water_made": 0.004,  # factory: a unit of water refined from ice (4 ice)
     "metal_made": 0.004,  # factory: a unit of metal refined from ore (5 ore)
     "lichen_grown": 0.0001,  # factory: a unit of lichen more (less: minus) on its own strain
     "survived": 0.001,  # factory: a step that ends with the factory alive
     "factory_lost": -0.2,  # factory: running out of water
+}
+# The weights that differ from these in `LuxVecEnv(reward=)`.
+REWARD_PRESETS = {
+    "ice": {},
+    "lichen": {"lichen_grown": 0.002, "rubble_cleared": 0.004},
 }
 # Their places in the arrays, by name.
 CHANNEL = {name: place for place, name in enumerate(BOARD_CHANNELS)}
@@ -207,30 +213,57 @@ class LuxEncoder:
     Args:
         map_size: side of the board in cells.
         max_factories, max_robots: slots per team.
-        group_by: "entity", a trajectory for each; or "cluster", a trajectory for each factory with the
-            robots it built (when it dies they join the nearest factory).
+        group_by: who shares a trajectory.
+            entity             nobody: each has its own
+            cluster            a factory and the robots that it built; when it is lost they join the nearest
+            robots             all robots of the team; here and in what follows each factory has its own
+            mod-N              robots whose slots are equal modulo N, for instance mod-4
+            quadrants          robots in the same quarter of the map
+            nearest-factory    robots to which the same factory is nearest
+            nearest-heavy      a heavy robot and the light ones to which it is nearest
+            factories          all factories of the team; each robot has its own
+            kinds              all factories; and all robots
+            Where robots change their group while they live, its advantage at a step is that of what the group earns
+            from then on, whoever belongs to it later.
         safe_masks: also mask orders that are legal and plainly ruinous:
             1. stepping onto a cell where an own robot stands (both would be destroyed),
             2. stepping onto the centre of an own factory (robots appear there),
-            3. building while an own robot stands there, and building a light robot from the metal that the
-               factory's first heavy one needs, or into the last slots while other factories have yet to build theirs,
-            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore,
-               ice and ore with full cargo,
+            3. building while an own robot stands there, building a light robot from the metal that the factory's first
+               heavy one needs, and building into the last slots while others can build their first heavy one,
+            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore (nor,
+               with clear_rubble, ground beside an own factory or own lichen), ice and ore with full cargo,
             5. digging, or stepping away from home, with less power left than the way back to the nearest own
                factory, were there no rubble on it, and an order there cost (a robot without power stands where it
                is until the sun shines),
             6. picking up less power than ten times what the order itself costs,
             7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
+        clear_rubble: see rule 4 above.
         num_matches: how many matches.
+
+    Raises:
+        LuxError: if there is no such group_by, or it has more groups of robots than there are robot slots.
     """
 
-    def __init__(self, map_size=48, max_factories=5, max_robots=6, group_by="entity", safe_masks=True, num_matches=1):
-        if group_by not in ("entity", "cluster"):
-            raise ValueError(f"group_by must be entity or cluster, got {group_by}")
+    def __init__(
+        self,
+        map_size=48,
+        max_factories=5,
+        max_robots=6,
+        group_by="entity",
+        safe_masks=True,
+        clear_rubble=False,
+        num_matches=1,
+    ):
+        rules = "entity cluster robots quadrants nearest-factory nearest-heavy factories kinds".split()
+        rules += [f"mod-{n}" for n in range(1, max_robots + 1)]
+        if group_by not in rules:
+            raise LuxError(f"group_by must be one of {', '.join(rules)}; got {group_by}")
+        if max_robots < (least := {"quadrants": 4, "nearest-factory": max_factories}.get(group_by, 0)):
+            raise LuxError(f"group_by {group_by} needs at least {least} robot slots, got {max_robots}")
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
-        self.by_cluster, self.safe_masks = group_by == "cluster", safe_masks
+        self.group_by, self.safe_masks, self.clear_rubble = group_by, safe_masks, clear_rubble
         self.side = map_size + 2  # of maps with a border of 1 cell
         self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
 
@@ -320,7 +353,7 @@ class LuxEncoder:
         self._encode_factories(out)
         self._encode_robots(out)
         self._encode_match(out)
-        out["group"][:] = self.home if self.by_cluster else np.arange(self.num_entities)
+        self._assign_groups(out["group"])
 
     def orders(self, actions):
         """Official orders for the observation encoded last.
@@ -338,7 +371,8 @@ class LuxEncoder:
         orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
         of_factories = actions[:, : self.max_factories]
         # The engine refuses what is masked out and cannot be done. It would build robots for which there is no slot.
-        busy = self.alive & (of_factories != NOTHING) & (self.may_build | (of_factories == WATER))
+        busy = (of_factories == WATER) | ((of_factories == BUILD_LIGHT) & self.slot_for_light)
+        busy = self.alive & (busy | ((of_factories == BUILD_HEAVY) & self.slot_for_heavy))
         for team, slot in np.argwhere(busy).tolist():
             orders[team][factory_ids[team][slot]] = FACTORY_ORDERS[int(actions[team, slot])]
         action = actions[self.robots.team, self.robots.slot]
@@ -391,6 +425,28 @@ class LuxEncoder:
         """Slot of the factory of a team that is nearest to a cell."""
         distance = np.abs(self.factories.x[team] - x) + np.abs(self.factories.y[team] - y)
         return np.where(self.alive[team], distance, 10**6).argmin()
+
+    def _assign_groups(self, group):
+        """Write the group of every slot [B, E]; groups of robots are numbered from max_factories on."""
+        robots, rule, first = self.robots, self.group_by, self.max_factories
+        group[:] = self.home if rule == "cluster" else np.arange(self.num_entities)
+        if rule in ("factories", "kinds"):
+            group[:, :first] = 0
+        if rule in ("robots", "kinds"):
+            group[:, first:] = first
+        elif rule.startswith("mod-"):
+            group[:, first:] = first + np.arange(self.max_robots) % int(rule[4:])
+        elif rule == "quadrants":
+            right, low = robots.x >= self.map_size / 2, robots.y >= self.map_size / 2
+            group[robots.team, robots.slot] = first + 2 * right + low
+        elif rule == "nearest-factory":
+            group[robots.team, robots.slot] = first + self.nearest[robots.team, robots.x, robots.y]
+        elif rule == "nearest-heavy" and robots.heavy.any():
+            heavies = np.flatnonzero(robots.heavy)
+            distance = np.abs(robots.x[:, None] - robots.x[heavies]) + np.abs(robots.y[:, None] - robots.y[heavies])
+            distance[robots.team[:, None] != robots.team[heavies]] = 10**6
+            nearest, found = heavies[distance.argmin(1)], distance.min(1) < 10**6
+            group[robots.team[found], robots.slot[found]] = robots.slot[nearest[found]]
 
     # -- Drawing -----------------------------------------------------------------------------------------
 
@@ -483,21 +539,21 @@ class LuxEncoder:
             alive & (factories.metal >= METAL_COST[heavy]) & (factories.power >= POWER_COST[heavy]) for heavy in (0, 1)
         )
         free = (self.max_robots - np.bincount(robots.team, minlength=B))[:, None]
-        before = alive.cumsum(1)  # factories up to this one, itself included
-        has_slot = before <= free  # enough slots even if every factory before it builds
-        self.may_build = has_slot.copy()
-        self.blocked_builds += ((can_light | can_heavy) & ~has_slot).sum(1)
+        first = (heavies == 0) & can_heavy & self.safe_masks  # yet to build their first heavy robot: those come first
         if self.safe_masks:
-            waiting = ((heavies == 0) & can_heavy).sum(1, keepdims=True)  # to build their first
-            can_light &= (heavies > 0) | (factories.metal >= METAL_COST.sum())
-            can_light &= before <= free - waiting
-            has_slot &= ~taken
+            can_light &= ~first | (factories.metal >= METAL_COST.sum())
+        # Enough slots even if every factory before it builds; those for first heavy robots are nobody else's.
+        spare_slot = first.sum(1, keepdims=True) + (can_light | (can_heavy & ~first)).cumsum(1) <= free
+        self.slot_for_light, self.slot_for_heavy = spare_slot, np.where(first, first.cumsum(1) <= free, spare_slot)
+        may_light, may_heavy = can_light & self.slot_for_light, can_heavy & self.slot_for_heavy
+        self.blocked_builds += ((can_light | can_heavy) & ~may_light & ~may_heavy).sum(1)
+        if self.safe_masks:
+            may_light, may_heavy = may_light & ~taken, may_heavy & ~taken
         reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0
         cost = self._water_costs()[self.teams // 2, factories.strain]
         mask = out["action_mask"][:, :width]
         mask[..., NOTHING] = alive
-        mask[..., BUILD_LIGHT] = can_light & has_slot
-        mask[..., BUILD_HEAVY] = can_heavy & has_slot
+        mask[..., BUILD_LIGHT], mask[..., BUILD_HEAVY] = may_light, may_heavy
         mask[..., WATER] = alive & (factories.water > reserve) & (factories.water - cost >= reserve)
 
     def _water_costs(self):
@@ -540,6 +596,13 @@ class LuxEncoder:
         own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
         rubble, nearest = self.rubble.take(cells + match * self.side**2), self.nearest[team, x, y]
 
+        if self.clear_rubble:  # where own lichen could grow next, were there no rubble
+            i, j = (np.clip(at + step[1:, None], 0, self.map_size - 1) for at, step in ((x, DX), (y, DY)))
+            own = self.player_of_strain[match, self.strains[match, i, j]] == team % 2
+            own_lichen = own & (self.lichen[match, i, j] > 0)
+            self.can_grow = (own_lichen | (own_factory[1:] > 0)).any(0) & (own_factory[here] == 0) & ~closed[here]
+            self.can_grow &= ~(self.ice | self.ore)[match, x, y]
+
         features = self.ground[team, x, y]
         features[:, COLUMN["is_light"]], features[:, COLUMN["is_heavy"]] = heavy == 0, heavy
         for name, share in (("power", power / battery), ("ice", ice / cargo), ("ore", ore / cargo)):
@@ -567,6 +630,8 @@ class LuxEncoder:
             own_lichen = (self.player_of_strain[match, self.strains[match, x, y]] == team % 2) & lichen
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
             to_clear = ((rubble[here] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
+            if self.clear_rubble:
+                to_clear |= (rubble[here] > 0) & self.can_grow
             can_do[DIG] &= to_mine | to_clear
             can_do[PICK_UP] &= gain >= 10 * order_cost
             steps_home = self.steps_home[:, team, x, y]
@@ -697,8 +762,8 @@ def placement_score(obs):
     """How good each cell is as the centre of the next factory, from Gaussian filters over the board.
 
     Ice counts most, and most of all ice at the factory's edge, which a robot can mine without walking
-    between loads; then ore nearby, and free ground where lichen can grow. Rubble in the way and factories
-    that would share the ice count against.
+    between loads; then ore nearby, and free ground where lichen can grow. The way from the edge to the nearest ice,
+    rubble in the way and factories that would share the ice count against.
 
     Args:
         obs: an official observation of the placement phase.
@@ -711,6 +776,8 @@ def placement_score(obs):
     for player in PLAYERS:
         for factory in obs["factories"][player].values():
             factories[tuple(factory["pos"])] = 1
+    gap = np.abs(np.indices(factories.shape)[..., None] - np.argwhere(board["ice"]).T[:, None, None]) - 1
+    way_to_ice = np.maximum(gap, 0).sum(0).min(-1, initial=6)
     free = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0)
     score = (
         4.0 * np.minimum(gaussian_filter(board["ice"], 1.2), 0.6)
@@ -718,7 +785,8 @@ def placement_score(obs):
         + 0.1 * np.minimum(gaussian_filter(board["ore"], 4.0), 3.0)
         + 0.004 * gaussian_filter(free, 3.0)
         - 0.0004 * gaussian_filter(board["rubble"], 2.0)
-        - 0.3 * gaussian_filter(factories, 4.0)
+        - 0.6 * gaussian_filter(factories, 6.0)
+        - 1.0 * way_to_ice
     )
     return np.where(board["valid_spawns_mask"], score, -np.inf)
 
@@ -840,6 +908,10 @@ class LuxMatch:
             pay("ice_delivered", who, brought[0])
             pay("ore_delivered", who, brought[1])
             pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
+            if encoder.clear_rubble:
+                x, y = encoder.robots.x[rows], encoder.robots.y[rows]
+                cleared = encoder.rubble[self.index, x + 1, y + 1] - board.rubble[x, y]
+                pay("rubble_cleared", who, np.maximum(cleared, 0) * encoder.can_grow[rows])
         who = np.nonzero(encoder.alive[teams])
         ice, ore, strain = (getattr(encoder.factories, name)[teams][who] for name in ("ice", "ore", "strain"))
         refined = arrived[who].T + (ice, ore) - _cargo(factories)
@@ -956,7 +1028,7 @@ WORKER_TIMEOUT, START_TIMEOUT, ENCODED_PER_SECOND = 8, 60, 100
 
 
 class LuxError(Exception):
-    """The engine raised an exception or a worker process died; the message names the match and its seed."""
+    """An option cannot work, the engine raised an exception, or a worker process died; the message says which."""
 
 
 def default_workers():
@@ -980,7 +1052,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         map_size, min_factories, max_factories: the stage; 48, 2 and 5 are season 2, 64, 4 and 10 NeurIPS.
         max_robots: robot slots per team.
         group_by, safe_masks: see LuxEncoder.
-        reward_weights: dict of weights that differ from those in REWARDS, by term.
+        reward: which of the REWARD_PRESETS is paid.
+        reward_weights: dict of weights that differ from those, by term.
         held_out: play the maps kept for evaluation: match i starts with map `seed + i`.
         first_match: what the first match is counted as, for the seeds: where several processes each play a part
             of the matches, together they play what one would.
@@ -990,8 +1063,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
 
     Raises:
         ValueError: if there is no such reward term.
-        LuxError: from all methods that play, if the engine fails, a worker process dies, or one takes more than
-            WORKER_TIMEOUT seconds for a step of one match.
+        LuxError: if there is no such group_by or reward; from all methods that play, if the engine fails, a worker
+            process dies, or one takes more than WORKER_TIMEOUT seconds for a step of one match.
     """
 
     metadata = {
@@ -1014,6 +1087,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         first_match=0,
         render_mode=None,
         engine_options=None,
+        reward="ice",
         reward_weights=None,
         video=None,
     ):
@@ -1022,7 +1096,9 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         import multiprocessing
 
         self.num_envs, self.render_mode = num_envs, render_mode
-        reward_weights = REWARDS | (reward_weights or {})
+        if reward not in REWARD_PRESETS:
+            raise LuxError(f"reward must be one of {', '.join(REWARD_PRESETS)}; got {reward}")
+        reward_weights = REWARDS | REWARD_PRESETS[reward] | (reward_weights or {})
         if unknown := ", ".join(sorted(reward_weights.keys() - REWARDS.keys())):
             raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
         encoder_options = {
@@ -1031,6 +1107,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             "max_robots": max_robots,
             "group_by": group_by,
             "safe_masks": safe_masks,
+            "clear_rubble": reward_weights["rubble_cleared"] != 0,
         }
         blank = LuxEncoder(**encoder_options).arrays()
         entities = blank["kind"].shape

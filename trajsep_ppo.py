@@ -1,13 +1,13 @@
 """Trajectory-separated PPO on Lux AI Season 2: every entity, or cluster of entities, has its own trajectory.
 
     python trajsep_ppo.py --agent-reward-weight 0.8
-    torchrun --standalone --nproc-per-node 2 trajsep_ppo.py
-    python trajsep_ppo.py --resume runs/<run>
-    python trajsep_ppo.py --evaluate runs/<run>
+
+`--resume runs/<run>` goes on with a run, `--evaluate runs/<run>` plays it on held-out maps. To share the work among
+two processes, write `torchrun --standalone --nproc-per-node 2` in place of `python`.
 
 One shared encoder reads the map. Every group (a robot, a factory, or a factory with its robots) has its own
-reward, value, advantage, probability ratio and entropy, from its birth to its death. The sibling global_ppo.py
-is the same program with one trajectory per team: every place in which the two differ is marked with (*).
+reward, value, advantage, probability ratio and entropy, from its birth to its death; in global_ppo.py the team has.
+The two are the same program, and every place in which they differ is marked with (*).
 Read `Args`, the functions of the method, and `train`: collect, advantages, update. The rest runs it.
 Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.
 
@@ -26,7 +26,7 @@ from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
-from typing import Literal, Optional  # (*)
+from typing import Literal  # (*)
 from zipfile import ZipFile
 
 import numpy as np
@@ -54,18 +54,19 @@ class Args:
     cuda: bool = True  # use a GPU if there is one
     track: bool = False  # log to Weights & Biases too (pip install wandb)
     capture_video: bool = False  # draw one evaluation match into video.gif
-    evaluate: Optional[str] = None  # evaluate this run or checkpoint instead of training
-    resume: Optional[str] = None  # go on with this run or checkpoint
+    evaluate: str | None = None  # evaluate this run or checkpoint instead of training
+    resume: str | None = None  # go on with this run or checkpoint
     eval_episodes: int = 20  # matches of the evaluation at the end, on held-out maps
     save_every: int = 20  # updates between two checkpoints
 
     # The game
-    num_workers: Optional[int] = None  # processes that play the matches; default: one per core
+    num_workers: int | None = None  # processes that play the matches; default: one per core
     map_size: int = 48  # side of the board in cells (season 2: 48, NeurIPS stage: 64)
     min_factories: int = 2  # fewest factories per team (season 2: 2, NeurIPS stage: 4)
     max_factories: int = 5  # most factories per team (season 2: 5, NeurIPS stage: 10)
     max_robots: int = 6  # robot slots per team; nothing is built while they are full
     safe_masks: bool = True  # also mask orders that are legal but plainly ruinous
+    reward: str = "ice"  # what is paid: ice, or lichen too (REWARD_PRESETS of lux_wrapper.py)
 
     # The algorithm
     total_timesteps: int = 102400  # environment steps, added up over the matches
@@ -83,14 +84,15 @@ class Args:
     ent_coef: float = 0.003  # coefficient of the entropy, at the start
     vf_coef: float = 0.1  # coefficient of the value loss
     max_grad_norm: float = 2.0  # largest norm of the gradient
-    target_kl: Optional[float] = None  # KL divergence that ends the passes over a rollout
+    target_kl: float | None = None  # KL divergence that ends the passes over a rollout
     positive_reward_weight: float = 1.1  # weight of positive rewards, falls linearly to 1
 
     # (*) Trajectories
     agent_reward_weight: float = 0.8  # w * own reward + (1 - w) * mean of the team's groups
-    group_by: Literal["entity", "cluster"] = "entity"  # cluster: a factory and its robots
-    critic: Literal["group", "global"] = "group"  # ablation: one value for the team
-    advantage: Literal["group", "global"] = "group"  # ablation: their mean for all groups
+    group_by: str = "entity"  # who shares a trajectory: entity, cluster (a factory and its robots), ... see LuxEncoder
+    shared: tuple[Literal["critic", "ratio", "entropy", "dones"], ...] = ()  # what the whole team shares after all
+    top_samples: int = 0  # robots of a team that are learned from at a step; 0: all
+    top_by: Literal["advantage", "abs-advantage", "return", "random"] = "advantage"  # those that have most of it
 
 
 # ------------------------------ The method ------------------------------
@@ -105,6 +107,7 @@ def make_envs(args, num_envs, **options):
         max_factories=args.max_factories,
         max_robots=args.max_robots,
         safe_masks=args.safe_masks,
+        reward=args.reward,
         group_by=args.group_by,  # (*)
         **options,
     )
@@ -123,16 +126,15 @@ def group_sum(x, obs):
 
 
 def group_value(value, team_value, obs, args):
-    """Value of each group [..., G]: the mean of its members' values, or the team's (--critic global)."""
-    if args.critic == "global":
+    """Value of each group [..., G]: the mean of its members' values, or the team's (--shared critic)."""
+    if "critic" in args.shared:
         return team_value[..., None].expand(value.shape)
     return group_sum(value, obs) / group_sum(torch.ones_like(value), obs).clamp(min=1)
 
 
 def share_reward(reward, active, weight):
     """weight * own + (1 - weight) * mean over the team's active groups; 0 where inactive. All [..., G]."""
-    reward = torch.where(active, reward, 0)
-    mean = reward.sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(active, reward, 0).sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(active, weight * reward + (1 - weight) * mean, 0)
 
 
@@ -171,6 +173,14 @@ def sample(probs):
     """An action for every entity; each process draws noise for all processes, so that several act as one would."""
     noise = torch.empty((WORLD_SIZE, *probs.shape), device=probs.device).exponential_()
     return (probs / noise[RANK]).argmax(-1)
+
+
+def keep_top(obs, active, scores, number):
+    """What is learned from, as `kind` and `active`: of each team's groups without kind 1 those of highest score."""
+    robots = active & (group_sum((obs["kind"] == 1).float(), obs) == 0)
+    best = torch.where(robots, scores, -torch.inf).topk(min(number, scores.shape[-1])).indices
+    active = active & (~robots).scatter(-1, best, True)
+    return torch.where(active.gather(-1, obs["group"]), obs["kind"], 0), active
 
 
 def train(args, run_dir, device, checkpoint=None):
@@ -246,10 +256,13 @@ def train(args, run_dir, device, checkpoint=None):
             _, value, team_value = agent(next_obs)
             values[-1] = group_value(value, team_value, next_obs, args)
             active[-1] = group_sum(torch.ones_like(value), next_obs) > 0
-            advantages = compute_gae(rewards, values, active, dones, args.gamma, args.gae_lambda)
+            alive = torch.ones_like(active) if "dones" in args.shared else active  # (*)
+            advantages = compute_gae(rewards, values, alive, dones, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
-            if args.advantage == "global":  # (*)
-                advantages = share_reward(advantages, active[:-1], 0.0)
+            if args.top_samples:  # (*)
+                scores = {"advantage": advantages, "abs-advantage": advantages.abs(), "return": returns}
+                scores["random"] = torch.rand((WORLD_SIZE, *returns.shape), device=device)[RANK]
+                obs["kind"], active[:-1] = keep_top(obs, active[:-1], scores[args.top_by], args.top_samples)
 
         # UPDATE; the batch has a row for each step and team
         batch = obs | {"action": actions, "logprob": logprobs, "active": active[:-1]}
@@ -266,8 +279,13 @@ def train(args, run_dir, device, checkpoint=None):
                 logits, value, team_value = agent(mb)
                 policy = Categorical(logits=logits, validate_args=False)
                 newlogprob = group_sum(policy.log_prob(mb["action"]), mb)
+                entropy = group_sum(policy.entropy(), mb)
                 newvalue = group_value(value, team_value, mb, args)
                 logratio = torch.where(mb_active, newlogprob - mb["logprob"], 0)
+                if "ratio" in args.shared:  # (*)
+                    logratio = logratio.sum(-1, keepdim=True).expand_as(logratio)
+                if "entropy" in args.shared:  # (*)
+                    entropy = entropy.sum(-1, keepdim=True).expand_as(entropy)
                 ratio = logratio.exp()
                 approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)  # joschu.net/blog/kl-approx.html
                 clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active, count)
@@ -279,7 +297,7 @@ def train(args, run_dir, device, checkpoint=None):
                 pg_loss2 = -mb_advantage * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = masked_mean(torch.max(pg_loss1, pg_loss2), mb_active, count)
                 v_loss = 0.5 * masked_mean((newvalue - mb["return"]) ** 2, mb_active, count)
-                entropy_loss = masked_mean(group_sum(policy.entropy(), mb), mb_active, count)
+                entropy_loss = masked_mean(entropy, mb_active, count)
                 loss = pg_loss - ent_coef * entropy_loss + v_loss * args.vf_coef
 
                 optimizer.zero_grad()
@@ -380,7 +398,9 @@ def check_args(args):
         (1, 10**9, "total_timesteps num_envs num_steps num_minibatches update_epochs save_every max_robots"),
         (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
         (0, 10**9, "ent_coef vf_coef target_kl num_workers eval_episodes"),
-        (0, 1, "gamma gae_lambda agent_reward_weight"),  # (*)
+        (0, 1, "gamma gae_lambda"),
+        (0, 10**9, "top_samples"),  # (*)
+        (0, 1, "agent_reward_weight"),  # (*)
         (0, 2**32 - 1, "seed"),
         (24, 64, "map_size"),
         (1, 10, "min_factories"),
@@ -396,8 +416,7 @@ def check_args(args):
         (args.total_timesteps < args.num_envs * args.num_steps, "--total-timesteps is less than one rollout"),
         ("--cuda" in sys.argv and not torch.cuda.is_available(), "--cuda needs a GPU and a PyTorch with CUDA"),
         (args.track and not find_spec("wandb"), "--track needs Weights and Biases: pip install wandb"),
-        ({args.critic, args.advantage} - {"group", "global"}, "critic and advantage must be group or global"),  # (*)
-        (args.group_by not in ("entity", "cluster"), "group_by must be entity or cluster"),  # (*)
+        (args.top_samples and "critic" in args.shared, "--top-samples needs a critic for each group"),  # (*)
     ):
         if wrong:
             raise Refused(message)

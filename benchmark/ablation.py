@@ -49,25 +49,55 @@ import trajsep_ppo  # noqa: E402
 from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import TEAM_METRICS  # noqa: E402
 
-# The authors' five arms are `separate` and those that switch one thing of it to global, and `global`, which switches
-# all; their sweep is over the share of the own reward. The other arms differ in one thing from the default arm (the
-# corner `global-critic-reward` in two) or, to see whether the default flags are unfair to it, from `global`: longer
-# rollouts with minibatches of the same size, and a smaller weight of the value loss, as returns of a whole team are
-# larger and their squares are more so.
+# Arms of the authors have all of their own reward (weight 1) and differ in one thing from `separate`; the others differ
+# in one thing from `default` or, to see whether the default flags are unfair to it, from `global`. The order is that of
+# the work: what says most comes first.
+SEPARATE = "trajsep_ppo.py --agent-reward-weight 1"
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
     "global": "global_ppo.py",
-    "separate": "trajsep_ppo.py --agent-reward-weight 1",
+    # Components
+    "separate": SEPARATE,
     "global-reward": "trajsep_ppo.py --agent-reward-weight 0",
-    "global-critic": "trajsep_ppo.py --agent-reward-weight 1 --critic global",
-    "global-advantage": "trajsep_ppo.py --agent-reward-weight 1 --advantage global",
+    "shared-critic": f"{SEPARATE} --shared critic",
+    "shared-critic-reward": "trajsep_ppo.py --agent-reward-weight 0 --shared critic",  # their "global advantage"
+    "shared-ratio": f"{SEPARATE} --shared ratio",
+    "shared-entropy": f"{SEPARATE} --shared entropy",
+    "shared-dones": f"{SEPARATE} --shared dones",
+    # Trajectories
+    "robots": f"{SEPARATE} --group-by robots",
+    "factories": f"{SEPARATE} --group-by factories",
+    "kinds": f"{SEPARATE} --group-by kinds",
+    "cluster": "trajsep_ppo.py --group-by cluster",
+    # Clipping, and other flags of the baseline's own
+    "clip-50": "trajsep_ppo.py --clip-coef 0.5",
+    "clip-100": "trajsep_ppo.py --clip-coef 1",
+    "global-clip-50": "global_ppo.py --clip-coef 0.5",
+    "global-clip-100": "global_ppo.py --clip-coef 1",
+    "global-small-value-loss": "global_ppo.py --vf-coef 0.01",
+    "global-long-rollouts": "global_ppo.py --num-steps 64 --num-minibatches 16",
+    # The own share of the reward
     "share-75": "trajsep_ppo.py --agent-reward-weight 0.75",
     "share-50": "trajsep_ppo.py --agent-reward-weight 0.5",
-    "global-critic-reward": "trajsep_ppo.py --critic global --agent-reward-weight 0",
-    "cluster": "trajsep_ppo.py --group-by cluster",
+    # Groups of robots, by number and by rule
+    "mod-2": f"{SEPARATE} --group-by mod-2",
+    "mod-4": f"{SEPARATE} --group-by mod-4",
+    "quadrants": f"{SEPARATE} --group-by quadrants",
+    "nearest-factory": f"{SEPARATE} --group-by nearest-factory",
+    "nearest-heavy": f"{SEPARATE} --group-by nearest-heavy",
+    # Fewer samples of robots
+    "top-1": f"{SEPARATE} --top-samples 1",
+    "top-2": f"{SEPARATE} --top-samples 2",
+    "top-4": f"{SEPARATE} --top-samples 4",
+    "top-1-abs": f"{SEPARATE} --top-samples 1 --top-by abs-advantage",
+    "top-1-return": f"{SEPARATE} --top-samples 1 --top-by return",
+    "random-1": f"{SEPARATE} --top-samples 1 --top-by random",
+    "random-2": f"{SEPARATE} --top-samples 2 --top-by random",
+    "random-4": f"{SEPARATE} --top-samples 4 --top-by random",
+    # The rest
+    "lichen": "trajsep_ppo.py --reward lichen",
+    "no-safe-masks": "trajsep_ppo.py --no-safe-masks",
     "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
-    "global-long-rollouts": "global_ppo.py --num-steps 64 --num-minibatches 16",
-    "global-small-value-loss": "global_ppo.py --vf-coef 0.01",
 }
 MAIN = ("default", "global")
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
@@ -118,6 +148,7 @@ def play(agent, envs, greedy, first_map=0):
         if not greedy:  # as torch.multinomial does; noise for all matches, so that none depends on another's end
             noise = torch.empty((*actions.shape, logits.shape[-1])).exponential_(generator=generator)
             logits = logits.softmax(-1) / noise[teams]
+        actions[:] = 0  # of matches that stand still too
         actions[teams] = logits.argmax(-1)
         obs, _, _, _, infos = envs.step(actions.view(obs["kind"].shape).numpy())
         for index in np.flatnonzero(infos.get("_episode", ())):
@@ -342,7 +373,7 @@ def say(arm, seed, what):
 def main(
     arms: tuple[str, ...] = tuple(ARMS),
     seeds: Optional[tuple[int, ...]] = None,
-    out: Path = ROOT / "benchmark" / "results",
+    out: Path = ROOT / "benchmark" / "study",
     work: Path = ROOT / "runs" / "ablation",
     parallel: int = os.cpu_count() or 1,
     minutes: float = float("inf"),

@@ -278,33 +278,60 @@ def lacks_for(factory, kind):
     return {name for name, left in has.items() if left < 0}
 
 
-def factory_objections(side, id):
+def needs_first_heavy(side, id):
+    """Whether a factory has no heavy robot and can build one."""
+    return not side.robots_of(id, "HEAVY") and not lacks_for(side.factories[id], "HEAVY")
+
+
+def spares_metal(side, id):
+    """Whether a factory has the metal for a light robot beside that of its first heavy one, where it can build that."""
+    costs = [GAME.ROBOTS[kind].METAL_COST for kind in ("LIGHT", "HEAVY")]
+    return not needs_first_heavy(side, id) or side.factories[id]["cargo"]["metal"] >= sum(costs)
+
+
+def slots_for(side, id, safe_masks):
+    """Kinds of robot for which a factory finds a slot, even if each factory before it builds what it can.
+
+    With the safe masks the slots for first heavy robots are set aside, one for each factory that can build its first
+    one now; of these factories too the earlier ones come first.
+    """
+    free = side.memory.max_robots - len(side.robots)
+    first = [other for other in side.factories if safe_masks and needs_first_heavy(side, other)]
+    used = 0
+    for other in side.factories:
+        if other == id:
+            break
+        light = not lacks_for(side.factories[other], "LIGHT") and (not safe_masks or spares_metal(side, other))
+        used += light or (other not in first and not lacks_for(side.factories[other], "HEAVY"))
+    spare = len(first) + used < free
+    own_turn = first.index(id) < free if id in first else spare
+    return {kind for kind, may in (("LIGHT", spare), ("HEAVY", own_turn)) if may}
+
+
+def slots_used(side, id, safe_masks):
+    """Kinds of robot that a factory can pay for, may spare the metal for, and has a slot for."""
+    kinds = {kind for kind in slots_for(side, id, safe_masks) if not lacks_for(side.factories[id], kind)}
+    return kinds - ({"LIGHT"} if safe_masks and not spares_metal(side, id) else set())
+
+
+def factory_objections(side, id, safe_masks):
     """Action -> what speaks against it, of a factory."""
     factory, objections = side.factories[id], {action: set() for action in lux.FACTORY_ACTIONS}
-    metal, water = factory["cargo"]["metal"], factory["cargo"]["water"]
-    place, free = 1 + list(side.factories).index(id), side.memory.max_robots - len(side.robots)
-    light, heavy = objections["build_light"], objections["build_heavy"]
-    light |= lacks_for(factory, "LIGHT")
-    heavy |= lacks_for(factory, "HEAVY")
-    for both in (light, heavy):
-        # There must be slots left if all factories before it build too.
-        if place > free:
-            both.add("slots")
+    water = factory["cargo"]["water"]
+    for kind in ("LIGHT", "HEAVY"):
+        against = objections[f"build_{kind.lower()}"]
+        against |= lacks_for(factory, kind)
+        if kind not in slots_for(side, id, safe_masks):
+            # 3. Into the last slots, which other factories, or this one, need for their first heavy robots.
+            against.add("3: last slots" if kind in slots_for(side, id, False) else "slots")
+        elif kind not in slots_for(side, id, True):
+            against.add("3: last slots")
         # 3. Building while an own robot stands where the new one would appear.
         if tuple(factory["pos"]) in side.standing:
-            both.add("3: the centre is taken")
+            against.add("3: the centre is taken")
     # 3. A light robot from the metal that the first heavy one needs.
-    costs = [GAME.ROBOTS[kind].METAL_COST for kind in ("LIGHT", "HEAVY")]
-    if not side.robots_of(id, "HEAVY") and metal < sum(costs):
-        light.add("3: metal of the first heavy")
-    # 3. A light robot into one of the last slots, of which each factory keeps one that could build its first heavy.
-    waiting = [
-        other
-        for other in side.factories
-        if not side.robots_of(other, "HEAVY") and not lacks_for(side.factories[other], "HEAVY")
-    ]
-    if place > free - len(waiting):
-        light.add("3: last slots")
+    if not spares_metal(side, id):
+        objections["build_light"].add("3: metal of the first heavy")
 
     cost = water_cost(side, factory["strain_id"])
     if water < cost:
@@ -544,7 +571,7 @@ def compare_entities(side, seen, group_by, safe_masks, count):
         places = [ways(name, entity["pos"], getattr(side, name)) for name in ("ice", "ore")]
         count["equally near ice"] += len(places[0]) > 1
         if is_factory:
-            objections[id] = factory_objections(side, id)
+            objections[id] = factory_objections(side, id, safe_masks)
             wrong = wrong_features(row, factory_features(side, id), places)
             wrong += wrong_actions(mask, lux.FACTORY_ACTIONS, allowed(objections[id], safe_masks))
         else:
@@ -757,10 +784,12 @@ CASES = [
         "3: the centre is taken", "build_heavy", at_home(), robots=[heavy(10, 10)], changed={"robots": [heavy(11, 10)]}
     ),
     case("3: metal of the first heavy", "build_light", at_home(metal=109), at_home(metal=110)),
+    case("3: metal of the first heavy", "build_light", at_home(metal=100), at_home(metal=99)),
+    case("3: metal of the first heavy", "build_light", at_home(metal=109), at_home(metal=109, power=499)),
     case(
         "3: metal of the first heavy",
         "build_light",
-        at_home(metal=10),
+        at_home(metal=100),
         robots=[robot(5, 5)],
         changed={"robots": [heavy(5, 5)]},
     ),
@@ -965,8 +994,15 @@ def score(obs, x, y):
     total += 0.1 * min(gaussian_sum(board["ore"], x, y, 4.0), 3.0)
     total += 0.004 * gaussian_sum(free, x, y, 3.0)
     total -= 0.0004 * gaussian_sum(board["rubble"], x, y, 2.0)
-    total -= 0.3 * gaussian_sum(factories, x, y, 4.0)
-    return total
+    total -= 0.6 * gaussian_sum(factories, x, y, 6.0)
+    # Steps from the edge of the factory's 3 x 3 cells to the ice, at most 6.
+    ways = [
+        max(abs(i - x) - 1, 0) + max(abs(j - y) - 1, 0)
+        for i in range(width)
+        for j in range(height)
+        if board["ice"][i][j]
+    ]
+    return total - min([*ways, 6])
 
 
 def test_gaussian_filter():
@@ -1044,6 +1080,7 @@ WEIGHTS = {
     "ore_dug": 0.0004,
     "ice_delivered": 0.004,
     "ore_delivered": 0.0008,
+    "rubble_cleared": 0.0,
     "robot_lost": -0.05,
     "water_made": 0.004,
     "metal_made": 0.004,
@@ -1371,8 +1408,7 @@ class Played:
             compare_orders(side, sent, row, self.options["safe_masks"], count)
             self.counted["right_of_way"][team] += count["gave way"]
             self.counted["blocked_builds"][team] += sum(
-                "slots" in without_rules(factory_objections(side, id))["build_light"]
-                and not lacks_for(factory, "LIGHT")
+                not lacks_for(factory, "LIGHT") and not slots_used(side, id, self.options["safe_masks"])
                 for id, factory in side.factories.items()
             )
             self.count += count

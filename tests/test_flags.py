@@ -177,6 +177,7 @@ SHOWN = {
     "max_robots": ("--max-robots 4", given("max_robots"), [2, 2], [4, 4]),
     "safe_masks": ("--no-safe-masks", given("safe_masks"), [True, True], [False, False]),
     "group_by": ("--group-by cluster", given("group_by"), ["entity"] * 2, ["cluster"] * 2),
+    "reward": ("--reward lichen", given("reward"), ["ice"] * 2, ["lichen"] * 2),
     "total_timesteps": ("--total-timesteps 47", sizes, (2, 24, 12, 16), (2, 16, 8, 16)),
     "num_envs": ("--num-envs 4", sizes, (2, 24, 12, 16), (4, 8, 4, 32)),
     "num_steps": ("--num-steps 4", sizes, (2, 24, 12, 16), (2, 24, 24, 8)),
@@ -199,8 +200,9 @@ LEARNING = {
     "vf_coef": "--vf-coef 1",
     "positive_reward_weight": "--positive-reward-weight 2",
     "agent_reward_weight": "--agent-reward-weight 0.5",
-    "critic": "--critic global",
-    "advantage": "--advantage global",
+    "shared": "--shared critic",
+    "top_samples": "--top-samples 1",
+    "top_by": "--top-by return --top-samples 1",
     "group_by": "--group-by cluster",
 }
 

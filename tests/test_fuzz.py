@@ -171,10 +171,11 @@ def small_trainings(draw):
         options[name] = draw(st.sampled_from([1e-8, 1.0]))
     own = {
         "agent_reward_weight": draw(st.sampled_from([0.0, 1.0])),
-        "group_by": draw(st.sampled_from(["entity", "cluster"])),
-        "critic": draw(st.sampled_from(["group", "global"])),
-        "advantage": draw(st.sampled_from(["group", "global"])),
+        "group_by": draw(st.sampled_from(["entity", "cluster", "mod-1", "kinds", "nearest-heavy"])),
+        "shared": tuple(draw(st.sets(st.sampled_from(["critic", "ratio", "entropy", "dones"])))),
+        "top_by": draw(st.sampled_from(["advantage", "abs-advantage", "return", "random"])),
     }
+    own["top_samples"] = 0 if "critic" in own["shared"] else draw(st.integers(0, 3))
     options["total_timesteps"] = options["num_envs"] * options["num_steps"] * draw(st.integers(1, 2))
     return options, own
 

@@ -139,19 +139,31 @@ def members(separate, obs, team):
     return groups
 
 
-def outputs(args, separate, agent, diary, rows):
+def shared(args):
+    """What all groups of a team share, of critic, ratio, entropy and dones."""
+    return getattr(args, "shared", ())
+
+
+def outputs(args, separate, agent, diary, rows, learned=None):
     """What the network says of some rows: probabilities by (step, team, slot), and the rest by cell.
 
-    A group has the product of its members' probabilities, so the sum of their logarithms, and the sum of their
-    entropies. Its value is the mean of its members' values, or that of the team.
+    It sees no entity of a cell that is not among those `learned` from, if these are given. A group has the product of
+    its members' probabilities, so the sum of their logarithms, and the sum of their entropies. Its value is the mean of
+    its members' values, or that of the team.
     """
     obs = {key: torch.as_tensor(np.stack([diary[t].obs[key][b] for t, b in rows])) for key in diary[0].obs}
-    logits, values, team_values = (x.double() for x in agent(obs))
-    says = SimpleNamespace(probabilities={}, logprob={}, entropy={}, value={})
     for i, (t, b) in enumerate(rows):
         for g, slots in members(separate, diary[t].obs, b).items():
+            if learned is not None and (t, b, g) not in learned:
+                obs["kind"][i, slots] = 0
+    logits, values, team_values = (x.double() for x in agent(obs))
+    says = SimpleNamespace(probabilities={}, logprob={}, entropy={}, value={}, team_value=team_values)
+    for i, (t, b) in enumerate(rows):
+        for g, slots in members(separate, diary[t].obs, b).items():
+            if learned is not None and (t, b, g) not in learned:
+                continue
             own = sum(values[i, e] for e in slots) / len(slots)
-            says.value[t, b, g] = own if separate and args.critic == "group" else team_values[i]
+            says.value[t, b, g] = own if separate and "critic" not in shared(args) else team_values[i]
             says.logprob[t, b, g] = says.entropy[t, b, g] = 0
             for e in slots:
                 allowed = np.flatnonzero(diary[t].obs["action_mask"][b, e]).tolist()
@@ -184,11 +196,12 @@ def learn(args, separate, agent, diary, minibatches):
 
         # Rollout: T steps, and the observation after them, whose values stand for all that comes later.
         start, end = update * T, update * T + T
-        probabilities, value, old_logprob = {}, {}, {}
+        probabilities, value, old_logprob, team_worth = {}, {}, {}, {}
         for t in range(start, end + 1):
             with torch.no_grad():
                 says = outputs(args, separate, agent, diary, [(t, b) for b in range(B)])
             value.update({cell: x.item() for cell, x in says.value.items()})
+            team_worth.update({(t, b): x.item() for b, x in enumerate(says.team_value)})
             old_logprob.update(says.logprob)
             probabilities.update(says.probabilities)
         cells = [cell for cell in value if cell[0] < end]
@@ -213,39 +226,58 @@ def learn(args, separate, agent, diary, minibatches):
         # reward + gamma * next value - value in its own step and in every later one of the same life, each weighted
         # gamma * lambda times the one before. A life ends when its group has gone or its match is over, and after that
         # nothing has value. The end of the rollout only cuts it off: the next value is that of the observation after.
+        # Where the team shares its ends, a slot goes on when its group has gone, with nothing or the team's value, up
+        # to the end of the match.
         advantage, returns = {}, {}
+
+        def worth(t, b, g):
+            """Value of a cell, and of one in which nobody lives."""
+            of_nobody = team_worth[t, b] if "critic" in shared(args) else 0
+            return value.get((t, b, g), of_nobody)
+
         for t, b, g in cells:
             advantage[t, b, g], weight, s, goes_on = 0, 1, t, True
             while goes_on and s < end:
-                goes_on = (s + 1, b, g) in value and not diary[s].ended[b]
-                next_value = value[s + 1, b, g] if goes_on else 0
-                advantage[t, b, g] += weight * (reward[s, b, g] + args.gamma * next_value - value[s, b, g])
+                goes_on = ((s + 1, b, g) in value or "dones" in shared(args)) and not diary[s].ended[b]
+                next_value = worth(s + 1, b, g) if goes_on else 0
+                error = reward.get((s, b, g), 0) + args.gamma * next_value - worth(s, b, g)
+                advantage[t, b, g] += weight * error
                 weight, s = weight * args.gamma * args.gae_lambda, s + 1
             returns[t, b, g] = advantage[t, b, g] + value[t, b, g]
         yield update, "advantage", advantage
-        policy_advantage = dict(advantage)
-        if separate and args.advantage == "global":  # an ablation: the mean over the team's groups, for all of them
-            for t, b, g in cells:
-                of_team = [advantage[cell] for cell in cells if cell[:2] == (t, b)]
-                policy_advantage[t, b, g] = sum(of_team) / len(of_team)
+        # Top samples: of each team's groups without a factory only the first few by their score are learned from.
+        learned = set(cells)
+        if getattr(args, "top_samples", 0):
+            score = {"advantage": advantage, "return": returns}.get(args.top_by)
+            score = score or {cell: abs(x) for cell, x in advantage.items()}
+            for t, b in {cell[:2] for cell in cells}:
+                groups = members(separate, diary[t].obs, b)
+                robots = [(t, b, g) for g, slots in groups.items() if not any(KINDS[slots] == 1)]
+                learned -= set(sorted(robots, key=score.get, reverse=True)[args.top_samples :])
+        cells = sorted(learned)
 
         clipfracs = []
         for epoch in range(args.update_epochs):
             yield update, "epoch", epoch
             for rows in minibatches[update][epoch]:
-                says = outputs(args, separate, agent, diary, rows)
+                says = outputs(args, separate, agent, diary, rows, learned)
                 n = len(says.value)
-                mean = sum(policy_advantage[cell] for cell in says.value) / n
-                variance = sum((policy_advantage[cell] - mean) ** 2 for cell in says.value) / n
+                mean = sum(advantage[cell] for cell in says.value) / n
+                variance = sum((advantage[cell] - mean) ** 2 for cell in says.value) / n
 
                 # Loss: means over the cells of the minibatch, every cell with a ratio and an advantage of its own.
                 policy_loss = value_loss = entropy = approx_kl = clipfrac = torch.zeros(()).double()
                 signs_clipped = set()
+                of_team = {row: [cell for cell in says.value if cell[:2] == row] for row in rows}
                 for cell in says.value:
-                    adv = policy_advantage[cell]
+                    adv = advantage[cell]
                     if args.norm_adv:
                         adv = (adv - mean) / (variance**0.5 + 1e-8)
-                    log_ratio = says.logprob[cell] - old_logprob[cell]
+                    # Where the team shares its ratio or its entropy, every group has what all of them have together.
+                    joint = {
+                        name: of_team[cell[:2]] if name in shared(args) else [cell] for name in ("ratio", "entropy")
+                    }
+                    log_ratio = sum(says.logprob[other] - old_logprob[other] for other in joint["ratio"])
                     ratio = log_ratio.exp()
                     clipped_ratio = min(max(ratio.item(), 1 - args.clip_coef), 1 + args.clip_coef)
                     gain = ratio * adv
@@ -254,7 +286,7 @@ def learn(args, separate, agent, diary, minibatches):
                         signs_clipped.add(np.sign(adv))
                     policy_loss = policy_loss - gain / n
                     value_loss = value_loss + 0.5 * (says.value[cell] - returns[cell]) ** 2 / n
-                    entropy = entropy + says.entropy[cell] / n
+                    entropy = entropy + sum(says.entropy[other] for other in joint["entropy"]) / n
                     approx_kl = approx_kl + (ratio - 1 - log_ratio).detach() / n
                     clipfrac = clipfrac + (abs(ratio.item() - 1) > args.clip_coef) / n
                 clipfracs.append(clipfrac.item())
@@ -304,9 +336,10 @@ def watch_training(monkeypatch, script, args, run_dir, toy):
     """Train with the script's own `train` on the toy game; returns what was seen on the way.
 
     parameters: all in one vector, at the start and after every step of Adam; minibatches: rows of each; sampled: the
-    probabilities and actions of every step; gae: what compute_gae was given and has returned; logged: by name and step.
+    probabilities and actions of every step; gae: what compute_gae was given and has returned; logged: by name and step;
+    most_robots: of a team that the network was given at a step of a minibatch.
     """
-    seen = SimpleNamespace(parameters=[], minibatches=[], sampled=[], gae=[], logged={})
+    seen = SimpleNamespace(parameters=[], minibatches=[], sampled=[], gae=[], logged={}, most_robots=0)
 
     def make_envs(args, num_envs, **_):
         seen.env = ToyVecEnv(num_envs, getattr(args, "group_by", "entity"), **toy)
@@ -314,6 +347,7 @@ def watch_training(monkeypatch, script, args, run_dir, toy):
 
     def forward(net, obs, forward=HybridNet.forward):
         if torch.is_grad_enabled():
+            seen.most_robots = max(seen.most_robots, (obs["kind"] > 1).sum(-1).max().item())
             seen.minibatches.append([tuple(row) for row in obs["board"][:, 0, 0].tolist()])
             seen.parameters.append(vector_of(net))
         return forward(net, obs)
@@ -375,6 +409,8 @@ def train_and_compare(monkeypatch, script, args, run_dir, toy):
     """
     seen = watch_training(monkeypatch, script, args, run_dir, toy)
     T, diary, minibatches = args.num_steps, seen.env.diary, arranged(args, seen.minibatches)
+    if getattr(args, "top_samples", 0) and args.group_by == "entity":
+        assert seen.most_robots == args.top_samples, "the network sees those who are not learned from"
     agent = HybridNet(seen.env.single_observation_space, ACTIONS)
     vector_to_parameters(seen.parameters[0].clone(), agent.parameters())
     facts, epochs = [], [0] * len(minibatches)
@@ -392,7 +428,10 @@ def train_and_compare(monkeypatch, script, args, run_dir, toy):
             array = {"value": values, "reward": rewards, "advantage": advantages}[name]
             if name == "value":
                 exist = {(start + t, b, g) for t, b, g in np.argwhere(active).tolist()}
-                assert exist == slow.keys(), f"other cells (step, team, group) exist in update {update + 1}"
+                if "dones" in shared(args):
+                    assert len(exist) == active.size, "no slot ends before its match"
+                else:
+                    assert exist == slow.keys(), f"other cells (step, team, group) exist in update {update + 1}"
             compare(f"{here} at (step, team, group)", slow, {(t, b, g): array[t - start, b, g] for t, b, g in slow})
         elif name == "epoch":
             assert slow < len(minibatches[update]), f"update {update + 1} ends too early, after {slow} epochs"
@@ -428,16 +467,23 @@ BASE = {
     **{"num_minibatches": 4, "update_epochs": 3, "learning_rate": 1e-2, "clip_coef": 0.1, "max_grad_norm": 1.5},
     **{"gamma": 0.9, "gae_lambda": 0.6, "ent_coef": 0.2, "vf_coef": 0.8, "positive_reward_weight": 1.3},
 }
-CLUSTER, GLOBAL_CRITIC, GLOBAL_ADVANTAGE = {"group_by": "cluster"}, {"critic": "global"}, {"advantage": "global"}
+CLUSTER = {"group_by": "cluster"}
 ANY_GRADIENT, SAME_LR, SAME_ENT = {"max_grad_norm": 1000.0}, {"anneal_lr": False}, {"anneal_ent": False}
 CASES = {  # script, options, options of the toy game
     "entity": (trajsep_ppo, {"agent_reward_weight": 0.8}, {}),
     "own reward": (trajsep_ppo, {"agent_reward_weight": 1.0, "norm_adv": False} | ANY_GRADIENT, {}),
     "mean reward": (trajsep_ppo, {"agent_reward_weight": 0.0} | SAME_LR, {}),
     "cluster": (trajsep_ppo, {"agent_reward_weight": 0.8} | CLUSTER, {}),
-    "global critic": (trajsep_ppo, GLOBAL_CRITIC | CLUSTER | ANY_GRADIENT, {}),
-    "global advantage": (trajsep_ppo, GLOBAL_ADVANTAGE | {"num_minibatches": 2} | SAME_ENT, {}),
-    "both global": (trajsep_ppo, GLOBAL_CRITIC | GLOBAL_ADVANTAGE | CLUSTER, {}),
+    "shared critic": (trajsep_ppo, {"shared": ("critic",)} | CLUSTER | ANY_GRADIENT, {}),
+    "shared ratio": (trajsep_ppo, {"shared": ("ratio",), "num_minibatches": 2} | SAME_ENT, {}),
+    "shared entropy": (trajsep_ppo, {"shared": ("entropy",)}, {}),
+    "shared dones": (trajsep_ppo, {"shared": ("dones",)}, {}),
+    "shared dones and critic": (trajsep_ppo, {"shared": ("dones", "critic")}, {}),
+    "all shared": (trajsep_ppo, {"shared": ("critic", "ratio", "entropy", "dones")} | CLUSTER, {}),
+    "top advantage": (trajsep_ppo, {"top_samples": 1, "top_by": "advantage"}, {}),
+    "top abs-advantage": (trajsep_ppo, {"top_samples": 1, "top_by": "abs-advantage"}, {}),
+    "top 2 return": (trajsep_ppo, {"top_samples": 2, "top_by": "return"}, {}),
+    "top of clusters": (trajsep_ppo, {"top_samples": 1} | CLUSTER, {}),
     "target_kl": (trajsep_ppo, {"target_kl": 0.015}, {}),
     "one minibatch": (trajsep_ppo, {"num_minibatches": 1, "learning_rate": 3e-2} | ANY_GRADIENT, {}),
     "small rewards": (trajsep_ppo, {"positive_reward_weight": 1.0, "max_grad_norm": 0.5}, {"reward_scale": 1e-4}),
@@ -511,3 +557,36 @@ def test_sample_draws_from_the_probabilities(script):
         check(actions[:, entity], probs[entity])
     check(4 * actions[:, 0] + actions[:, 2], probs[0].outer(probs[2]).flatten())  # two entities of a team
     check(4 * actions[:, 0] + actions[:, 0].roll(1), probs[0].outer(probs[0]).flatten())  # two teams
+
+
+class EverybodyLives(ToyVecEnv):
+    """The toy game without births and deaths: every slot is taken at any time."""
+
+    def _observe(self):
+        self.live[:] = True
+        return super()._observe()
+
+
+def test_everything_shared_is_the_baseline(monkeypatch, tmp_path):
+    """trajsep_ppo.py with everything shared trains as global_ppo.py does, where teams have the same number of groups.
+
+    Its reward is the mean over a team's groups, not the sum, so here it is multiplied by their number. And its losses
+    are means over cells, so teams with more groups count more; here all have as many.
+    """
+    shared = ("critic", "ratio", "entropy", "dones")
+    monkeypatch.setattr("test_learner.ToyVecEnv", EverybodyLives)
+    separate, team = (
+        watch_training(monkeypatch, script, script.Args(**BASE | options), tmp_path / name, {"reward_scale": scale})
+        for name, script, options, scale in (
+            ("separate", trajsep_ppo, {"shared": shared, "agent_reward_weight": 0.0}, SLOTS * 0.1),
+            ("team", global_ppo, {}, 0.1),
+        )
+    )
+    for (_, actions), (_, others) in zip(separate.sampled, team.sampled):
+        assert (actions == others).all()
+    assert separate.minibatches == team.minibatches and separate.logged.keys() == team.logged.keys()
+    for key, x in separate.logged.items():
+        if key[0] != "charts/SPS":
+            assert x == pytest.approx(team.logged[key], rel=1e-3, abs=1e-5), key
+    torch.testing.assert_close(separate.parameters[-1], team.parameters[-1], rtol=1e-3, atol=1e-4)
+    assert (separate.parameters[-1] - separate.parameters[0]).norm() > 1

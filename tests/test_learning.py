@@ -156,7 +156,7 @@ def slotwise_sample(seed):
     [
         (trajsep_ppo, None, {}),
         (trajsep_ppo, 3, {}),
-        (trajsep_ppo, None, {"critic": "global", "advantage": "global"}),
+        (trajsep_ppo, None, {"shared": ("critic", "ratio", "entropy", "dones")}),
         (global_ppo, None, {}),
     ],
 )

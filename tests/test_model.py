@@ -158,6 +158,16 @@ def test_entity_by_entity(H, W):
     assert (logits[~live] == 0).all() and (value[~live] == 0).all()
 
 
+def test_nobody_on_any_board():
+    """Zeros for all slots, and still a value of every team."""
+    obs = observation(16, 24)
+    obs["kind"][:] = 0
+    net = network(obs)
+    logits, value, team_value = net(obs)
+    assert (logits == 0).all() and (value == 0).all()
+    torch.testing.assert_close(team_value, torch.from_numpy(slow_forward(parameters_of(net), obs)[2]).float())
+
+
 # ------------------------------------------------------------------------------------------------------
 # Gradients
 # ------------------------------------------------------------------------------------------------------

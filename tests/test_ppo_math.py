@@ -120,11 +120,11 @@ def test_sum_over_clusters():
 def test_value_of_groups():
     """The value of a cluster is the mean over its members; of a team, what its own critic says."""
     value, team_value = torch.tensor([1.0, 10.0, 2.0, 20.0, NAN, 30.0]), torch.tensor(7.0)
-    own = SimpleNamespace(critic="group")
+    own = SimpleNamespace(shared=())
     assert group_value(value, team_value, CLUSTER, own).tolist() == [1.5, 20, 0, 0, 0, 0]
     alone = group_value(value, team_value, observation(PRESENT), own)
     assert alone.tolist() == [1, 10, 2, 20, 0, 30]
-    shared = group_value(value, team_value, CLUSTER, SimpleNamespace(critic="global"))
+    shared = group_value(value, team_value, CLUSTER, SimpleNamespace(shared=("ratio", "critic")))
     assert shared.shape == (6,) and (shared == 7).all()
     teams = global_ppo.group_value(value.expand(2, 6), torch.tensor([7.0, 8.0]), CLUSTER, None)
     assert teams.tolist() == [[7], [8]]
@@ -133,7 +133,7 @@ def test_value_of_groups():
 def test_gradient_stays_within_the_group():
     """What a cluster's value is blamed for reaches its members and nobody else, not even an empty slot."""
     value = torch.tensor([1.0, 10.0, 2.0, 20.0, 0.0, 30.0], requires_grad=True)
-    group_value(value, torch.tensor(0.0), CLUSTER, SimpleNamespace(critic="group"))[1].backward()
+    group_value(value, torch.tensor(0.0), CLUSTER, SimpleNamespace(shared=()))[1].backward()
     torch.testing.assert_close(value.grad, torch.tensor([0, 1, 0, 1, 0, 1]) / 3)
 
 

@@ -320,7 +320,7 @@ def test_a_run_of_the_other_script(monkeypatch, capfd, tmp_path):
     assert "another script" in refused("global_ppo", ["--resume", "run"], monkeypatch, capfd, tmp_path)
 
 
-@pytest.mark.parametrize("odd", [{"group_by": "banana"}, {"critic": "both"}, {"gamma": 2.0}, {"seed": None}])
+@pytest.mark.parametrize("odd", [{"top_samples": -1}, {"gamma": 2.0}, {"seed": None}])
 def test_arguments_of_a_checkpoint_are_held_to_what_they_may_be(odd, tmp_path):
     run_dir = small_run(tmp_path / "run", args=dataclasses.asdict(trajsep_ppo.Args(**odd)))
     with pytest.raises(trajsep_ppo.Refused):

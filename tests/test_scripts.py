@@ -84,7 +84,7 @@ def test_smoke(trained, script):
     checkpoint = torch.load(path, weights_only=True)
     assert {"model", "optimizer", "args", "global_step"} <= checkpoint.keys()
     assert any("rng" in key for key in checkpoint)
-    assert checkpoint["global_step"] == STEPS and checkpoint["args"] == arguments
+    assert checkpoint["global_step"] == STEPS and json.loads(json.dumps(checkpoint["args"])) == arguments
     assert checkpoint["optimizer"]["state"]
     assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
@@ -167,7 +167,8 @@ def test_what_changes_the_parameters(trained):
     variants = (
         ("--seed", "2"),
         ("--group-by", "cluster"),
-        ("--critic", "global", "--advantage", "global", "--agent-reward-weight", "0"),
+        ("--shared", "critic", "ratio", "entropy", "dones", "--agent-reward-weight", "0"),
+        ("--top-samples", "1", "--top-by", "random"),
     )
     for flags in variants:
         _, run_dir = trained("trajsep_ppo", "--num-workers", "0", *flags, steps=128)
@@ -180,10 +181,10 @@ def test_what_changes_the_parameters(trained):
 
 
 def test_shared_flags_have_equal_defaults():
-    """All flags of the baseline are in the separated script with the same default and help; four are its own."""
+    """All flags of the baseline are in the separated script with the same default and help; five are its own."""
     ours = {field.name: field for field in dataclasses.fields(trajsep_ppo.Args)}
     theirs = {field.name: field for field in dataclasses.fields(global_ppo.Args)}
-    assert ours.keys() - theirs.keys() == {"agent_reward_weight", "group_by", "critic", "advantage"}
+    assert ours.keys() - theirs.keys() == {"agent_reward_weight", "group_by", "shared", "top_samples", "top_by"}
     assert theirs.keys() <= ours.keys()
     assert (ours.pop("exp_name").default, theirs.pop("exp_name").default) == SCRIPTS
     for name, field in theirs.items():
@@ -249,15 +250,16 @@ BAD_TRAJSEP_FLAGS = [
     ("--agent-reward-weight 1.01", "agent-reward-weight"),
     ("--agent-reward-weight -0.1", "agent-reward-weight"),
     ("--agent-reward-weight nan", "agent-reward-weight"),
+    ("--top-samples -1", "top-samples"),
+    ("--top-samples 2 --shared ratio critic", "--top-samples needs a critic for each group"),
 ]
 # What tyro refuses, in a box of its own
 ODD_FLAGS = [
     ("trajsep_ppo", "--total-timesteps many", "many"),
     ("global_ppo", "--no-such-flag 3", "no-such-flag"),
     ("global_ppo", "--agent-reward-weight 1", "agent-reward-weight"),
-    ("trajsep_ppo", "--group-by nobody", "nobody"),
-    ("trajsep_ppo", "--critic both", "both"),
-    ("trajsep_ppo", "--advantage none", "none"),
+    ("trajsep_ppo", "--shared reward", "reward"),
+    ("trajsep_ppo", "--top-samples 1 --top-by none", "none"),
 ]
 
 
@@ -293,6 +295,20 @@ def test_bad_flags(script, flags, named, monkeypatch, capfd, tmp_path):
 def test_odd_flags(script, flags, named, monkeypatch, capfd, tmp_path):
     """What tyro itself refuses: its box names the flag or its value, exit code 2, nothing written."""
     assert named in refused(script, flags.split(), monkeypatch, capfd, tmp_path, lines=0)
+
+
+@pytest.mark.parametrize(
+    "script, flags, words",
+    [
+        ("trajsep_ppo", "--group-by nobody", "group_by must be one of entity"),
+        ("trajsep_ppo", "--group-by quadrants --max-robots 3", "quadrants needs at least 4 robot slots"),
+        ("global_ppo", "--reward gold", "reward must be one of ice, lichen"),
+    ],
+)
+def test_what_the_environment_refuses(script, flags, words, tmp_path):
+    """One sentence of its own."""
+    process = run(script, tmp_path, *flags.split())
+    assert process.returncode == 1 and words in process.stderr and "Traceback" not in process.stderr
 
 
 def test_bad_flag_in_a_process_of_its_own(tmp_path):

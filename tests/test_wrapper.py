@@ -469,7 +469,7 @@ class Watch:
 @pytest.mark.parametrize(
     "policy, safe_masks, must_happen",
     [
-        ("random", True, ("ice_dug", "ore_dug", "ice_delivered", "robot_lost", "factory_lost")),
+        ("random", True, ("ice_dug", "ice_delivered", "robot_lost", "factory_lost")),
         ("random", False, ("ice_dug", "ice_delivered", "robot_lost", "factory_lost")),
         ("scripted", True, ("ice_dug", "ore_dug", "ice_delivered", "ore_delivered", "water_made", "metal_made")),
         ("scripted", False, ("ice_delivered", "water_made", "lichen_grown", "factory_lost")),
