@@ -140,4 +140,4 @@ class HybridNet(nn.Module):
         inside = (x >= 0) & (x < H) & (y >= 0) & (y < W)
         cell = torch.where(inside, (row[:, None, None] * H + x) * W + y, B * H * W)
         cells = torch.cat([board.view(-1, C), board.new_zeros(1, C)])  # the last one is that beyond the edge
-        return cells.index_select(0, cell.flatten()).view(len(row), -1).float()
+        return cells.index_select(0, cell.flatten()).view(len(row), PATCH**2 * C).float()
