@@ -253,7 +253,7 @@ def line(row):
 def wilson(share, games, z=1.96):
     """The 95% interval of a share of games, (low, high)."""
     centre, half = share + z**2 / (2 * games), z * np.sqrt(share * (1 - share) / games + z**2 / (4 * games**2))
-    return tuple(float(bound / (1 + z**2 / games)) for bound in (centre - half, centre + half))
+    return tuple(float(np.clip(bound / (1 + z**2 / games), 0, 1)) for bound in (centre - half, centre + half))
 
 
 def summary(rows, name):

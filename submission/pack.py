@@ -24,6 +24,7 @@ from trajsep_ppo import Refused, load_checkpoint  # noqa: E402
 
 FILES = ("submission/main.py", "hybrid_model.py", "lux_wrapper.py")
 LARGEST = 2**20  # bytes of the archive
+KAGGLE = 3, 60  # seconds for a turn, and for all that is longer together
 
 
 def write_model(run, path):
@@ -66,7 +67,7 @@ def prove(archive, steps=1000):
     with TemporaryDirectory() as folder:
         shutil.unpack_archive(archive, folder, "gztar")
         bot = match.main_file(folder)
-        rows = match.play((bot, bot), seed=0, steps=steps)
+        rows = match.play((bot, bot), seed=0, steps=steps, limits=KAGGLE)
     for row in rows:
         if failure := row["error"] or row["stderr"]:
             raise Refused(f"the packed bot does not play as {row['player']}: {failure}")
