@@ -51,7 +51,8 @@ def main_file(bot):
     Raises:
         Refused: if there is none.
     """
-    path, names = Path(bot).absolute(), [f"main{extension}" for extension in ext_to_command]
+    path = Path(bot).absolute()
+    names = ["main.py", *(f"main{extension}" for extension in ext_to_command if extension != ".py")]
     if bot == "idle":
         return bot
     if not path.exists():
@@ -60,9 +61,10 @@ def main_file(bot):
         if path.suffix not in ext_to_command:
             raise Refused(f"{bot} is no program that the official runner starts ({', '.join(ext_to_command)})")
         return str(path)
-    for file in sorted(path.iterdir()):
-        if file.name.lower() in names:
-            return str(file)
+    files = {file.name.lower(): str(file) for file in path.iterdir()}
+    for name in names:  # main.py first: that of the official kits in other languages starts the rest
+        if name in files:
+            return files[name]
     raise Refused(f"there is no main file in {bot} ({', '.join(names)})")
 
 

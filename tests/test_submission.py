@@ -332,7 +332,9 @@ def make_run(folder, script_args=None, **change):
 def test_archive(tmp_path, only_numpy_and_torch, monkeypatch):
     """Made of a run, small, and plays from an empty folder on both sides with nothing but NumPy and PyTorch."""
     out = tmp_path / "submission.tar.gz"
-    monkeypatch.setattr(sys, "argv", ["pack.py", str(make_run(tmp_path / "run")), "--out", str(out), "--steps", "15"])
+    monkeypatch.setattr(
+        sys, "argv", ["pack.py", str(make_run(tmp_path / "run", step=9)), "--out", str(out), "--steps", "15"]
+    )
     packing.main()
     assert out.stat().st_size < 2**20
     shutil.unpack_archive(out, tmp_path / "bot", "gztar")
@@ -431,6 +433,7 @@ def test_matches(tmp_path):
     assert "2 draws" in done.stdout or "win" in done.stdout
     replay = json.loads((tmp_path / "replays" / "1.json").read_text())
     assert len(replay["observations"]) == len(replay["actions"]) + 1 == 20 + 5 + 1
+    assert replay["observations"][0] == Game(4, map_size=32).message
     assert "ice" in replay["observations"][0]["board"] and "ice" not in replay["observations"][1]["board"]
 
 
@@ -454,7 +457,22 @@ def test_bots_that_fail(text, reason, player, tmp_path):
     assert reason in rows[player]["error"] and rows[1 - player]["error"] == ""
     if "exit code 3" in reason:
         assert rows[player]["stderr"].splitlines()[-2:] == ["one", "two"]
-        assert "exit code 3" in "\n".join(matches.summary([rows[player]], "it"))
+        assert [*matches.summary([rows[player]], "it")][-3:] == [
+            f"   failed in the game on map 1 as player_{player}, turn 0: ended with exit code 3",
+            "      one",
+            "      two",
+        ]
+
+
+def test_both_fail(tmp_path):
+    """Nobody wins, and each gets its own reason."""
+    for name in "XY":
+        (tmp_path / f"{name}.py").write_text(
+            f'for line in open(0): print(\'{{"faction": "{name}", "bid": 0}}\', flush=True)'
+        )
+    rows = matches.play([str(tmp_path / f"{name}.py") for name in "XY"], seed=1)
+    assert [row["result"] for row in rows] == ["draw", "draw"]
+    assert [row["error"].split()[-1] for row in rows] == ["X", "Y"]
 
 
 def test_refused_orders_are_counted():
@@ -505,3 +523,5 @@ def test_main_files(tmp_path):
         (tmp_path / name[-2:]).mkdir()
         (tmp_path / name[-2:] / name).touch()
         assert matches.main_file(tmp_path / name[-2:]).endswith(name)
+        (tmp_path / name[-2:] / "main.py").touch()
+        assert matches.main_file(tmp_path / name[-2:]).endswith("main.py")
