@@ -1,7 +1,7 @@
 """Matches between two bots of Lux AI Season 2, by the official engine and the official runner's own pieces.
 
     python benchmark/match.py --a submission --b idle --games 20
-    python benchmark/match.py --a submission --b /tmp/opponents/python --games 20 --out games.csv --replays /tmp/replays
+    python benchmark/match.py --a submission --b <folder> --games 20 --parallel 2 --out games.csv --replays replays
 
 A bot is a folder with a main file, such a file (main.py, main.js, Main.java, or a program called main.out or main.exe),
 or `idle`, which places its factories and then does nothing. Every map is played twice, with the sides exchanged. Orders
@@ -298,16 +298,17 @@ def main():
     args = parser.parse_args()
     try:
         bots = main_file(args.a), main_file(args.b)
+        if min(args.games, args.parallel, args.steps) < 1:
+            raise Refused("--games, --parallel and --steps must be at least 1")
         if args.replays:
             Path(args.replays).mkdir(parents=True, exist_ok=True)
-        games = run(bots, args)
-        if args.out:
-            with open(args.out, "w", newline="") as file:
-                writer = csv.DictWriter(file, ["game", *games[0][0]])
-                writer.writeheader()
-                writer.writerows({"game": game, **row} for game, rows in enumerate(games) for row in rows)
+        with open(args.out or os.devnull, "w", newline="") as file:  # if it cannot be written, no game is played
+            games = run(bots, args)
+            writer = csv.DictWriter(file, ["game", *games[0][0]])
+            writer.writeheader()
+            writer.writerows({"game": game, **row} for game, rows in enumerate(games) for row in rows)
     except (Refused, OSError) as error:
-        print(f"match.py: error: {error}", file=sys.stderr)
+        print(f"\nmatch.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     for index, name in enumerate((args.a, args.b)):
         print("\n".join(summary([rows[(game + index) % 2] for game, rows in enumerate(games)], name)))
@@ -324,8 +325,11 @@ def run(bots, args):
             sides = bots[:: -1 if game % 2 else 1]
             games[pool.submit(one, sides, args.seed + game // 2, replay=replay)] = game
         finished = {}
-        for future in tqdm(as_completed(games), total=args.games, unit="game"):
-            finished[games[future]] = future.result()
+        try:
+            for future in tqdm(as_completed(games), total=args.games, unit="game"):
+                finished[games[future]] = future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error the others are not played
     return [finished[game] for game in range(args.games)]
 
 

@@ -266,10 +266,9 @@ def test_unknown_fields_and_an_empty_team():
 
 def test_arguments_of_a_model(tmp_path):
     """The encoder's options are those of the training."""
-    for script, options in ((trajsep_ppo, {"group_by": "cluster"}), (global_ppo, {})):
-        args = script.Args(max_robots=9, safe_masks=False, **options)
-        run = make_run(tmp_path / script.__name__, args)
-        expected = {"max_robots": 9, "safe_masks": False, "group_by": "entity", **options}
+    for script, options in ((trajsep_ppo, {"group_by": "cluster", "safe_masks": False}), (global_ppo, {})):
+        run = make_run(tmp_path / script.__name__, script.Args(max_robots=9, **options))
+        expected = {"max_robots": 9, "safe_masks": True, "group_by": "entity", **options}
         assert bot.load_model(run / "checkpoint_512.pt")[1] == expected
 
 
@@ -514,7 +513,23 @@ def test_wrong_paths(name, tmp_path):
     (tmp_path / "text.txt").touch()
     command = [sys.executable, ROOT / "benchmark" / "match.py", "--a", tmp_path / name, "--b", "idle"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and name in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 2 and name in done.stderr
+
+
+def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
+    """What cannot work is said before the first game, and a bot that cannot be started ends the others."""
+    (tmp_path / "main.out").write_text("no program")
+    idle, broken = ["idle", "--games", "9"], [str(tmp_path), "--games", "9"]
+    for options, sentence in (
+        ([*idle, "--out", str(tmp_path / "nowhere" / "games.csv")], "No such file or directory"),
+        ([*idle, "--games", "0"], "--games, --parallel and --steps must be at least 1"),
+        (broken, "Permission denied"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["match.py", "--a", "idle", "--b", *options])
+        with pytest.raises(SystemExit) as stop:
+            matches.main()
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and sentence in captured.err and captured.out == ""
 
 
 def test_main_files(tmp_path):
