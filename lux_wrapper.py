@@ -67,6 +67,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from collections import Counter, namedtuple
 from itertools import chain
 
@@ -170,7 +171,8 @@ WATER_RESERVE = 200  # steps that a factory must be able to live on after wateri
 Snapshot = namedtuple("Snapshot", "time rubble lichen lichen_strains factories robots")
 Factory = namedtuple("Factory", "x y power ice ore water metal strain")
 Robot = namedtuple("Robot", "heavy x y power ice ore under_way")
-# Many of them, each field an array: in LuxEncoder.factories [B, max_factories] by slot, in LuxEncoder.robots [R].
+# Many of them, each field an array: in LuxEncoder.factories [B, max_factories] by slot, in LuxEncoder.robots [R] (and
+# `everyone`, with those that have no slot).
 Robots = namedtuple("Robots", ("team", "slot", *Robot._fields))
 
 FACTORY_ORDERS = {BUILD_LIGHT: 0, BUILD_HEAVY: 1, WATER: 2}  # the engine's numbers
@@ -187,14 +189,14 @@ def read_observation(obs):
         for unit_id, factory in obs["factories"][name].items():
             cargo = factory["cargo"]
             stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
-            factories[player][unit_id] = Factory(*factory["pos"].tolist(), *stock, factory["strain_id"])
+            factories[player][unit_id] = Factory(*map(int, factory["pos"]), *stock, factory["strain_id"])
         for unit_id, unit in obs["units"][name].items():
             cargo, queue, under_way = unit["cargo"], unit["action_queue"], STAY
             if len(queue):
                 order, direction = queue[0][:2]
                 under_way = DIG if order == 3 else int(direction) if order == 0 else STAY  # others end within a step
             stock = unit["power"], cargo["ice"], cargo["ore"]
-            robots[player][unit_id] = Robot(unit["unit_type"] == "HEAVY", *unit["pos"].tolist(), *stock, under_way)
+            robots[player][unit_id] = Robot(unit["unit_type"] == "HEAVY", *map(int, unit["pos"]), *stock, under_way)
     board = obs["board"]
     return Snapshot(obs["real_env_steps"], board["rubble"], board["lichen"], board["lichen_strains"], factories, robots)
 
@@ -202,9 +204,12 @@ def read_observation(obs):
 class LuxEncoder:
     """Both players' views of a match: slots, features and masks in, official orders out.
 
-    It reads nothing but official observations (lists made arrays), so that it serves in the official runner too.
-    Call `reset` with the first observation after placement, then `encode` with that and every later observation
-    in turn, and `orders` after any of them.
+    It reads nothing but official observations (the board's lists made arrays), so that it serves in the official
+    runner too. Call `reset` with the first observation after placement, then `encode` with that and every later
+    observation in turn, and `orders` after any of them. `reset` with a later one works too: robots get new slots then.
+
+    A team may have more robots than slots, as teams of other programs do. All are drawn on the boards, and no own robot
+    steps onto them; but those without a slot have no features and get no orders, until a slot is free.
 
     Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
     give their snapshots to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent;
@@ -212,7 +217,7 @@ class LuxEncoder:
 
     Args:
         map_size: side of the board in cells.
-        max_factories, max_robots: slots per team.
+        max_factories, max_robots: slots per team. No robot is built by a team that has `max_robots`.
         group_by: who shares a trajectory.
             entity             nobody: each has its own
             cluster            a factory and the robots that it built; when it is lost they join the nearest
@@ -303,7 +308,7 @@ class LuxEncoder:
         }
 
     def reset(self, obs, match=0):
-        """Forget the last match; `obs` is the first observation after placement, before any robot."""
+        """Forget the last match; `obs` is the first observation after placement."""
         teams = slice(2 * match, 2 * match + 2)
         self.ice[match], self.ore[match] = ice, ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
         self.ground[teams, ..., columns("ice_dx", "ice_dy", "ice_distance")] = _way_to_nearest(ice)
@@ -366,7 +371,8 @@ class LuxEncoder:
             actions: int array [B, E].
 
         Returns:
-            list of B dicts unit_id -> official action; of one match, for player_0 and player_1.
+            list of B dicts unit_id -> official action; of one match, for player_0 and player_1. A factory's is an int,
+            a robot's queue an int array [0 or 1, 6]; JSON takes its `tolist()`.
         """
         orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
         of_factories = actions[:, : self.max_factories]
@@ -400,26 +406,28 @@ class LuxEncoder:
         self.factories = Factory(*by_slot)
 
     def _read_robots(self, teams):
-        """Read the rows of all teams into `robots`, team by team and in the observations' order; slots for new ones.
+        """Read the rows of all teams into `everyone`, team by team and in the observations' order; slots for new ones.
 
         Slots stay with their robots. A new robot gets the first slot that was empty in the last observation, so one
         whose robot has died since stays empty for now; and it belongs to the factory in whose centre it appears.
+        Those for whom there is no slot (-1) wait for one; `robots` are all others.
         """
         table = []
         for team, rows in enumerate(teams):
             slots = self.robot_slot[team]
             if rows.keys() != slots.keys():
-                empty = iter(sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values())))
-                born = {unit_id: next(empty) for unit_id in rows if unit_id not in slots}
+                empty = sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values()))
+                born = dict(zip((unit_id for unit_id in rows if unit_id not in slots), empty))
                 for unit_id, slot in born.items():
                     self.home[team, slot] = self._nearest_factory(team, rows[unit_id].x, rows[unit_id].y)
                 slots = slots | born
-                self.robot_slot[team] = slots = {unit_id: slots[unit_id] for unit_id in rows}
-            table += [(team, slots[unit_id], *row) for unit_id, row in rows.items()]
-        table = np.fromiter(chain.from_iterable(table), np.int64).reshape(-1, len(Robots._fields))
-        self.robots = Robots(*table.T)
+                self.robot_slot[team] = slots = {unit_id: slots[unit_id] for unit_id in rows if unit_id in slots}
+            table += [(team, slots.get(unit_id, -1), *row) for unit_id, row in rows.items()]
+        table = np.fromiter(chain.from_iterable(table), np.int64).reshape(-1, len(Robots._fields)).T
+        self.everyone = Robots(*table)
+        self.robots = Robots(*table[:, self.everyone.slot >= 0])
         self.robot_map = np.zeros((len(teams), self.side, self.side), bool)
-        self.robot_map[self.robots.team, self.robots.x + 1, self.robots.y + 1] = True
+        self.robot_map[self.everyone.team, self.everyone.x + 1, self.everyone.y + 1] = True
 
     def _nearest_factory(self, team, x, y):
         """Slot of the factory of a team that is nearest to a cell."""
@@ -492,7 +500,7 @@ class LuxEncoder:
 
     def _draw_step(self, rubble, out):
         """The channels that change at every step: rubble, lichen and robots."""
-        maps, robots = out["board"], self.robots
+        maps, robots = out["board"], self.everyone
         self.rubble[:, 1:-1, 1:-1] = rubble
         maps[..., CHANNEL["rubble"]] = rubble.astype(np.uint8).repeat(2, 0)
         growing = self.lichen.any((1, 2))
@@ -538,7 +546,7 @@ class LuxEncoder:
         can_light, can_heavy = (
             alive & (factories.metal >= METAL_COST[heavy]) & (factories.power >= POWER_COST[heavy]) for heavy in (0, 1)
         )
-        free = (self.max_robots - np.bincount(robots.team, minlength=B))[:, None]
+        free = (self.max_robots - np.bincount(self.everyone.team, minlength=B))[:, None]
         first = (heavies == 0) & can_heavy & self.safe_masks  # yet to build their first heavy robot: those come first
         if self.safe_masks:
             can_light &= ~first | (factories.metal >= METAL_COST.sum())
@@ -1449,6 +1457,10 @@ def _work(pipe, inherited, first, arrays, options):
                 pipe.send((True, getattr(matches, command)(argument)))
             except LuxError as error:
                 pipe.send((False, str(error)))
+            except Exception as error:
+                traceback.print_exc()
+                name = f"the worker process of matches {first} to {first + len(matches.matches) - 1}"
+                pipe.send((False, f"{name} failed: {type(error).__name__}: {error}"))
 
 
 def _view(memory, shape, dtype, part=slice(None)):

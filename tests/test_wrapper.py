@@ -1051,6 +1051,21 @@ def test_a_killed_worker_is_an_error_not_a_hang(when, capfd):
     assert not {worker.pid for worker in workers} & {child.pid for child in multiprocessing.active_children()}
 
 
+def test_a_workers_exception_is_named(monkeypatch, capfd):
+    """What fails outside of the engine too, with its place on stderr."""
+
+    def fail(self, actions):
+        raise KeyError("unit_7")
+
+    monkeypatch.setattr(lux.LuxEncoder, "orders", fail)  # processes that are forked from here have it
+    env = lux.LuxVecEnv(2, num_workers=2)
+    obs, _ = env.reset(seed=22)
+    with pytest.raises(lux.LuxError, match="the worker process of matches 0 to 0 failed: KeyError: 'unit_7'"):
+        env.step(idle(obs))
+    env.close()
+    assert 'raise KeyError("unit_7")' in capfd.readouterr().err
+
+
 def test_no_orphans_when_the_program_is_killed(tmp_path):
     """Workers end by themselves when the process that owns them is gone without a word."""
     program = (

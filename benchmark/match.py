@@ -1,0 +1,337 @@
+"""Matches between two bots of Lux AI Season 2, by the official engine and the official runner's own pieces.
+
+    python benchmark/match.py --a submission --b idle --games 20
+    python benchmark/match.py --a submission --b <folder> --games 20 --parallel 2 --out games.csv --replays replays
+
+A bot is a folder with a main file, such a file (main.py, main.js, Main.java, or a program called main.out or main.exe),
+or `idle`, which places its factories and then does nothing. Every map is played twice, with the sides exchanged. Orders
+are validated by the engine, bots are asked one after the other, and have the time that the official runner gives.
+
+The command line `luxai-s2` does the same for one match; it starts on Python 3.10 only.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+import time
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import luxai_s2.env  # noqa: E402
+from luxai_runner.bot import Bot  # noqa: E402
+from luxai_runner.ext_to_command import ext_to_command  # noqa: E402
+from luxai_runner.utils import to_json  # noqa: E402
+
+from lux_wrapper import PLAYERS, early_phase_action  # noqa: E402
+
+STDERR_LINES = 5  # of a bot that fails, the last ones are shown
+
+
+class Refused(Exception):
+    """What a person asked for cannot work, and why, in one sentence."""
+
+
+def main_file(bot):
+    """Path of a bot's main file, or "idle".
+
+    Raises:
+        Refused: if there is none.
+    """
+    path = Path(bot).absolute()
+    names = ["main.py", *(f"main{extension}" for extension in ext_to_command if extension != ".py")]
+    if bot == "idle":
+        return bot
+    if not path.exists():
+        raise Refused(f"there is no bot at {bot}")
+    if path.is_file():
+        if path.suffix not in ext_to_command:
+            raise Refused(f"{bot} is no program that the official runner starts ({', '.join(ext_to_command)})")
+        return str(path)
+    files = {file.name.lower(): str(file) for file in path.iterdir()}
+    for name in names:  # main.py first: that of the official kits in other languages starts the rest
+        if name in files:
+            return files[name]
+    raise Refused(f"there is no main file in {bot} ({', '.join(names)})")
+
+
+class Lines(deque):
+    """The log of a runner's bot: the last lines, and nothing on the terminal."""
+
+    identifier, verbosity = "", 0
+
+    def err(self, message, end="\n"):
+        self.append(message.rstrip())
+
+    warn = err
+
+    def info(self, message, end="\n"):
+        pass
+
+
+class Engine(luxai_s2.env.LuxAI_S2):
+    """The official engine; `complaints` are the reasons why a player's orders were not accepted at all."""
+
+    def __init__(self, **options):
+        super().__init__(collect_stats=True, verbose=1, validate_action_space=True, **options)
+        self.complaints = []
+
+    def log_error(self, *message):
+        self.complaints.append(" ".join(message))
+
+
+class Seat:
+    """A player of a match: its bot's process, and what is measured of it.
+
+    Args:
+        file: of the bot, or "idle".
+        player: "player_0" or "player_1".
+        turn_seconds, overage: time for each turn, and for all turns that take longer together.
+    """
+
+    def __init__(self, file, player, turn_seconds, overage):
+        self.file, self.player, self.bot = file, player, None
+        self.seconds, self.refused, self.error = [], 0, ""
+        if file != "idle":
+            self.bot = Bot(file, player, PLAYERS.index(player), verbose=0)
+            self.bot.time_per_step, self.bot.remainingOverageTime = turn_seconds, overage
+            self.bot.log, self.bot.proc.log = Lines(maxlen=STDERR_LINES), Lines(maxlen=STDERR_LINES)
+            if self.bot.is_python:
+                self.bot.proc.command = sys.executable  # "python" may be another one, or none
+
+    async def act(self, engine, obs, reward, info):
+        """Orders as the engine takes them, or None with the reason in `error`."""
+        if self.bot is None:
+            state = engine.state
+            return early_phase_action(state.get_obs(), self.player) if state.real_env_steps < 0 else {}
+        start = time.perf_counter()
+        orders = await self.bot.step(obs, engine.env_steps, reward, info)
+        self.seconds.append(time.perf_counter() - start)
+        if orders is None:
+            process = self.bot.proc._agent_process
+            with contextlib.suppress(asyncio.TimeoutError):  # one that has crashed ends, and its last lines come
+                await asyncio.wait_for(process.wait(), 1)
+                await asyncio.sleep(0.1)
+            if process.returncode is not None:
+                self.error = f"ended with exit code {process.returncode}"
+            elif self.bot.remainingOverageTime <= 0:
+                self.error = f"was late: {self.seconds[-1]:.1f} s"
+            else:
+                self.error = " ".join(self.bot.log)[:200]
+            self.error = f"turn {engine.env_steps}: {self.error}"
+            return None
+        return {name: np.array(order) if isinstance(order, list) else order for name, order in orders.items()}
+
+
+@contextlib.contextmanager
+def counted(seats):
+    """Count the orders that the engine throws away as impossible, for each player."""
+    validate = luxai_s2.env.validate_actions
+
+    def validate_and_count(config, state, orders, verbose=1):
+        accepted = validate(config, state, orders, verbose=0)
+        for sign, by_type in ((1, orders), (-1, accepted)):
+            for entity, _ in (order for kind in by_type.values() for order in kind):
+                seats[entity.team_id].refused += sign
+        return accepted
+
+    luxai_s2.env.validate_actions = validate_and_count
+    try:
+        yield
+    finally:
+        luxai_s2.env.validate_actions = validate
+
+
+def play(files, seed, map_size=48, min_factories=2, max_factories=5, steps=1000, limits=(9, 600), replay=None):
+    """Play a match.
+
+    Args:
+        files: main files of player_0 and player_1.
+        seed: of the map.
+        steps: when it ends at the latest, placement not counted.
+        limits: seconds for a turn, and for all that is longer together; the official runner's.
+        replay: path of a JSON file for the official viewer.
+
+    Returns:
+        A dict for each player: player, bot, seed, result, lichen, length, ice, factories, robots, refused, error,
+        stderr, and turn_mean, turn_p99 and turn_max in seconds.
+    """
+    engine = Engine(
+        map_size=map_size, MIN_FACTORIES=min_factories, MAX_FACTORIES=max_factories, max_episode_length=steps
+    )
+    seats = [Seat(file, player, *limits) for file, player in zip(files, PLAYERS)]
+    with counted(seats):
+        rewards = asyncio.run(_play(engine, seats, seed, replay))
+    return [_row(engine, seat, seed, rewards) for seat in seats]
+
+
+async def _play(engine, seats, seed, replay):
+    """Play it; the rewards at the end: lichen, or -1000 for who has failed or lost all factories."""
+    bots = [seat.bot for seat in seats if seat.bot]
+    try:
+        for bot in bots:
+            await bot.proc.start()
+        engine.reset(seed=seed)
+        seen = engine.state.get_compressed_obs()
+        rewards, done = dict.fromkeys(PLAYERS, 0), False
+        infos = dict.fromkeys(PLAYERS, {"env_cfg": dataclasses.asdict(engine.env_cfg)})
+        obs, record = to_json(seen), {"observations": [to_json(seen)], "actions": []}
+        while not done:
+            orders = {
+                seat.player: await seat.act(engine, obs, rewards[seat.player], infos[seat.player]) for seat in seats
+            }
+            placing = engine.state.real_env_steps < 0
+            with contextlib.redirect_stdout(io.StringIO()) as printed:  # tracebacks of orders that are none
+                step_obs, rewards, terminations, _, infos = engine.step(orders)
+            for number, seat in enumerate(seats):
+                names = seat.player, f"Player {number}"
+                reasons = [text for text in engine.complaints if any(name in text for name in names)]
+                reasons += [printed.getvalue()] if printed.getvalue() else []
+                # Otherwise it has lost its factories, of which it has none yet while they are placed.
+                if rewards[seat.player] == -1000 and not seat.error and (reasons or placing):
+                    why = " ".join([*reasons, str(orders[seat.player])][0].split())
+                    seat.error = f"turn {engine.env_steps - 1}: the engine did not take its orders: {why[-200:]}"
+            obs = to_json(engine.state.get_change_obs(seen))
+            seen, done = step_obs["player_0"], any(terminations.values())
+            if replay:
+                record["observations"].append(obs)
+                record["actions"].append(to_json(orders))
+    finally:
+        for bot in bots:
+            await bot.proc.cleanup()
+    if replay:
+        record["metadata"] = {"seed": seed, "players": {seat.player: seat.file for seat in seats}}
+        Path(replay).write_text(json.dumps(record))
+    return rewards
+
+
+def _row(engine, seat, seed, rewards):
+    state, player = engine.state, seat.player
+    other = PLAYERS[1 - PLAYERS.index(player)]
+    mined = state.stats[player]["generation"]["ice"]
+    strains = state.teams[player].factory_strains if player in state.teams else []
+    seconds = seat.seconds or [0]
+    return {
+        "player": player,
+        "bot": seat.file,
+        "seed": seed,
+        "result": ("draw", "win", "loss")[int(np.sign(rewards[player] - rewards[other]))],
+        "lichen": int(state.board.lichen[np.isin(state.board.lichen_strains, strains)].sum()),
+        "length": max(state.real_env_steps, 0),
+        "ice": sum(mined.values()),
+        "factories": len(state.factories[player]),
+        "robots": len(state.units[player]),
+        "refused": seat.refused,
+        "error": seat.error,
+        "stderr": "\n".join(seat.bot.proc.log) if seat.bot else "",
+        "turn_mean": round(float(np.mean(seconds)), 4),
+        "turn_p99": round(float(np.percentile(seconds, 99)), 4),
+        "turn_max": round(float(np.max(seconds)), 4),
+    }
+
+
+def line(row):
+    """A row in words."""
+    return (
+        f"{row['player']}: {row['result']}, {row['lichen']} lichen, {row['length']} steps, {row['ice']} ice, "
+        f"{row['factories']} factories, {row['robots']} robots, {row['refused']} orders refused, "
+        f"{row['turn_mean']:.3f} s a turn (99%: {row['turn_p99']:.3f}, most: {row['turn_max']:.3f})"
+    )
+
+
+def wilson(share, games, z=1.96):
+    """The 95% interval of a share of games, (low, high)."""
+    centre, half = share + z**2 / (2 * games), z * np.sqrt(share * (1 - share) / games + z**2 / (4 * games**2))
+    return tuple(float(np.clip(bound / (1 + z**2 / games), 0, 1)) for bound in (centre - half, centre + half))
+
+
+def summary(rows, name):
+    """Lines on all games of a bot."""
+    mean = {key: np.mean([row[key] for row in rows]) for key in ("lichen", "length", "ice", "robots", "turn_mean")}
+    wins, draws, losses = (sum(row["result"] == result for row in rows) for result in ("win", "draw", "loss"))
+    share = (wins + draws / 2) / len(rows)
+    low, high = wilson(share, len(rows))
+    yield f"{name}: {wins} wins, {draws} draws, {losses} losses; {share:.0%} ({low:.0%} to {high:.0%}), draws as halves"
+    yield (
+        f"   means: {mean['lichen']:.0f} lichen, {mean['length']:.0f} steps, {mean['ice']:.0f} ice, "
+        f"{mean['robots']:.1f} robots at the end; {sum(row['refused'] for row in rows)} orders refused"
+    )
+    longest = {key: max(row[key] for row in rows) for key in ("turn_p99", "turn_max")}
+    yield (
+        f"   a turn: {mean['turn_mean']:.3f} s on average, 99th percentile of the slowest game "
+        f"{longest['turn_p99']:.3f} s, longest {longest['turn_max']:.3f} s"
+    )
+    for row in rows:
+        if row["error"]:
+            yield f"   failed in the game on map {row['seed']} as {row['player']}, {row['error']}"
+            yield from (f"      {text}" for text in row["stderr"].splitlines())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--a", required=True, help="a bot: a folder, a file, or idle")
+    parser.add_argument("--b", required=True, help="its opponent")
+    parser.add_argument("--games", type=int, default=20)
+    parser.add_argument("--map-size", type=int, default=48)
+    parser.add_argument("--min-factories", type=int, default=2)
+    parser.add_argument("--max-factories", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1000, help="length of a match")
+    parser.add_argument("--seed", type=int, default=0, help="of the first map; the others count on")
+    parser.add_argument("--parallel", type=int, default=1, help="games at a time")
+    parser.add_argument("--turn-seconds", type=float, default=9, help="for each turn (on Kaggle 3)")
+    parser.add_argument("--overage", type=float, default=600, help="for all longer turns together (on Kaggle 60)")
+    parser.add_argument("--out", help="a CSV file: a row for each game and player")
+    parser.add_argument("--replays", help="a folder for a JSON replay of each game, for https://s2vis.lux-ai.org")
+    args = parser.parse_args()
+    try:
+        bots = main_file(args.a), main_file(args.b)
+        if min(args.games, args.parallel, args.steps) < 1:
+            raise Refused("--games, --parallel and --steps must be at least 1")
+        if args.replays:
+            Path(args.replays).mkdir(parents=True, exist_ok=True)
+        with open(args.out or os.devnull, "w", newline="") as file:  # if it cannot be written, no game is played
+            games = run(bots, args)
+            writer = csv.DictWriter(file, ["game", *games[0][0]])
+            writer.writeheader()
+            writer.writerows({"game": game, **row} for game, rows in enumerate(games) for row in rows)
+    except (Refused, OSError) as error:
+        print(f"\nmatch.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for index, name in enumerate((args.a, args.b)):
+        print("\n".join(summary([rows[(game + index) % 2] for game, rows in enumerate(games)], name)))
+
+
+def run(bots, args):
+    """Play all games; a list with the rows of `play` for each. In every second game the second bot is player_0."""
+    options = {"map_size": args.map_size, "min_factories": args.min_factories, "max_factories": args.max_factories}
+    one = functools.partial(play, **options, steps=args.steps, limits=(args.turn_seconds, args.overage))
+    with ProcessPoolExecutor(args.parallel) as pool:
+        games = {}
+        for game in range(args.games):
+            replay = args.replays and str(Path(args.replays, f"{game}.json"))
+            sides = bots[:: -1 if game % 2 else 1]
+            games[pool.submit(one, sides, args.seed + game // 2, replay=replay)] = game
+        finished = {}
+        try:
+            for future in tqdm(as_completed(games), total=args.games, unit="game"):
+                finished[games[future]] = future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error the others are not played
+    return [finished[game] for game in range(args.games)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Pack a trained run into an archive for Kaggle, and prove by a match that it plays.
+
+    python submission/pack.py runs/<run>
+    python submission/pack.py runs/<run> --out submission.tar.gz
+
+The archive holds main.py, hybrid_model.py, lux_wrapper.py and model.pt, the run's weights and arguments. It is unpacked
+into an empty folder, and plays there against itself on the official engine.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmark"), str(ROOT / "submission")]
+
+import match  # noqa: E402
+import torch  # noqa: E402
+from main import load_model  # noqa: E402
+
+from trajsep_ppo import Refused, load_checkpoint  # noqa: E402
+
+FILES = ("submission/main.py", "hybrid_model.py", "lux_wrapper.py")
+LARGEST = 2**20  # bytes of the archive
+KAGGLE = 3, 60  # seconds for a turn, and for all that is longer together
+
+
+def write_model(run, path):
+    """Write the weights and arguments of a run's newest checkpoint to `path`.
+
+    Raises:
+        Refused: if there is none, or if it holds no network of this game.
+    """
+    checkpoint, content, _ = load_checkpoint(run)
+    torch.save({key: content[key] for key in ("args", "model")}, path)
+    try:
+        load_model(path)
+    except Exception as error:
+        raise Refused(f"{checkpoint} holds no network for this game ({' '.join(str(error).split())[:120]})")
+
+
+def pack(run, folder):
+    """Make the archive of a run in an empty folder; its path.
+
+    Raises:
+        Refused: as `write_model` does, or if the archive is too large.
+    """
+    contents = Path(folder, "contents")
+    contents.mkdir()
+    write_model(run, contents / "model.pt")
+    for file in FILES:
+        shutil.copy(ROOT / file, contents)
+    archive = Path(shutil.make_archive(Path(folder, "archive"), "gztar", contents))
+    if (size := archive.stat().st_size) > LARGEST:
+        raise Refused(f"the archive has {size:,} bytes, more than {LARGEST:,}")
+    return archive
+
+
+def prove(archive, steps=1000):
+    """Unpack the archive and let it play against itself; the rows of `match.play`.
+
+    Raises:
+        Refused: if it fails or complains.
+    """
+    with TemporaryDirectory() as folder:
+        shutil.unpack_archive(archive, folder, "gztar")
+        bot = match.main_file(folder)
+        rows = match.play((bot, bot), seed=0, steps=steps, limits=KAGGLE)
+    for row in rows:
+        if failure := row["error"] or row["stderr"]:
+            raise Refused(f"the packed bot does not play as {row['player']}: {failure}")
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", help="folder of a run, or a checkpoint")
+    parser.add_argument("--out", default="submission.tar.gz", help="the archive")
+    parser.add_argument("--steps", type=int, default=1000, help="length of the match that proves it")
+    args = parser.parse_args()
+    try:
+        with TemporaryDirectory() as folder:
+            archive = pack(args.run, folder)
+            rows = prove(archive, args.steps)
+            shutil.copy(archive, args.out)
+    except (Refused, OSError) as error:
+        print(f"pack.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: {Path(args.out).stat().st_size:,} bytes; a match against itself:")
+    for row in rows:
+        print(match.line(row))
+
+
+if __name__ == "__main__":
+    main()

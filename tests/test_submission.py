@@ -1,0 +1,554 @@
+"""The bot sees and does what the training's wrapper does, never dies in mid-match, and plays from a packed archive."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import in_process, parameters_at_start
+
+import global_ppo
+import lux_wrapper as lux
+import trajsep_ppo
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "submission"), str(ROOT / "benchmark")]
+
+import main as bot  # noqa: E402
+import match as matches  # noqa: E402
+import pack as packing  # noqa: E402
+from luxai_runner.utils import to_json  # noqa: E402
+from luxai_s2.unit import UnitType  # noqa: E402
+
+MODEL = ROOT / "submission" / "model.pt"
+LIGHT, HEAVY = UnitType.LIGHT, UnitType.HEAVY
+
+
+class Game:
+    """A match of the official engine with the official runner's messages; `refused` are orders thrown away."""
+
+    def __init__(self, seed=7, **options):
+        self.engine = matches.Engine(**{"map_size": 24, "MIN_FACTORIES": 2, "MAX_FACTORIES": 2, **options})
+        self.engine.reset(seed=seed)
+        self.seen = self.engine.state.get_compressed_obs()
+        self.message, self.done = to_json(self.seen), False
+        self.seats = [Namespace(refused=0), Namespace(refused=0)]
+
+    def line(self, player="player_0"):
+        return json.dumps({"obs": self.message, "player": player, "step": self.engine.env_steps})
+
+    def step(self, orders, change=lambda state: None):
+        """Give the orders, as they come from JSON, of both players; `change(state)` alters the state after it."""
+        orders = [
+            {name: np.array(order) if isinstance(order, list) else order for name, order in json.loads(x).items()}
+            for x in map(json.dumps, orders)
+        ]
+        with matches.counted(self.seats):
+            _, _, terminations, _, _ = self.engine.step(dict(zip(lux.PLAYERS, orders)))
+        change(self.engine.state)
+        self.done = terminations["player_0"]
+        self.message = to_json(self.engine.state.get_change_obs(self.seen))
+        self.seen = self.engine.state.get_obs()
+        assert self.engine.complaints == [] and [seat.refused for seat in self.seats] == [0, 0]
+
+    def place(self, players):
+        """Play bidding and placement."""
+        while self.engine.state.real_env_steps < 0:
+            self.step([player.answer(self.line(name)) for name, player in zip(lux.PLAYERS, players)])
+
+    def add(self, player, kind, pos):
+        """A full robot of a player on a cell."""
+        unit = self.engine.add_unit(self.engine.state.teams[player], kind, np.array(pos))
+        unit.power = unit.battery_capacity
+        return unit
+
+
+class Idle:
+    """Places factories, and then does nothing."""
+
+    def answer(self, line):
+        obs = bot.Player.read(self, json.loads(line)["obs"])
+        if obs["real_env_steps"] >= 0:
+            return {}
+        orders = lux.early_phase_action(obs, json.loads(line)["player"])
+        return {name: order.tolist() if isinstance(order, np.ndarray) else order for name, order in orders.items()}
+
+    def __init__(self):
+        self.maps = {}
+
+
+@pytest.fixture
+def sure(monkeypatch):
+    """The bot takes the likeliest action."""
+    monkeypatch.setattr(bot, "SAMPLE", False)
+
+
+def test_parity(sure):
+    """Over a whole match, from both sides: the arrays and the likeliest actions of training and bot are the same."""
+    network, options = bot.load_model(MODEL)
+    stage = {"map_size": 48, "min_factories": 3, "max_factories": 3}
+    del options["clear_rubble"]  # that of the ice reward, the default
+    env, (match,) = in_process(1, **stage, **options)
+    obs, _ = env.reset(seed=5)
+    game = Game(match.seed, map_size=48, MIN_FACTORIES=3, MAX_FACTORIES=3)
+    players = [bot.Player(MODEL), bot.Player(MODEL)]
+    game.place(players)
+    steps, robots = 0, 0
+    while not game.done:
+        orders = [player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)]
+        own = {key: torch.from_numpy(array[0]) for key, array in obs.items()}
+        with torch.no_grad():
+            actions = network(own)[0].argmax(-1).numpy()
+        for row, player in enumerate(players):
+            for key, array in player.arrays.items():
+                np.testing.assert_array_equal(array[row], obs[key][0, row], f"{key} at step {steps}")
+            expected = match.encoder.orders(actions)[row]
+            assert orders[row] == {name: np.array(order).tolist() for name, order in expected.items()}
+        robots = max(robots, (obs["kind"] > lux.FACTORY).sum())
+        obs, _, terminated, _, _ = env.step(actions[None])
+        game.step(orders)
+        steps += 1
+        assert terminated[0] == game.done
+    assert steps > 150 and robots > 4
+    env.close()
+
+
+def test_same_match_again(monkeypatch):
+    """Actions are drawn from the policy, with the same numbers in every match, until the seed is another one."""
+    orders = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr(bot, "SEED", seed)
+        game, players, given = Game(), [bot.Player(MODEL), Idle()], []
+        game.place(players)
+        for _ in range(30):
+            given.append([player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)])
+            game.step(given[-1])
+        orders.append(given)
+    assert orders[0] == orders[1] != orders[2]
+
+
+# ------------------------------ Robots beyond the slots ------------------------------
+
+
+def encoded(game, encoder, out):
+    encoder.encode(game.engine.state.get_obs(), out)
+    return out
+
+
+def test_lost_and_built_at_the_limit():
+    """One robot more than slots: it is drawn, nobody steps onto it, and it gets the slot once that was seen empty."""
+    game, encoder = Game(), lux.LuxEncoder(24, 2, 2)
+    game.place([Idle(), Idle()])
+    encoder.reset(game.engine.state.get_obs())
+    out = encoder.arrays()
+    state = game.engine.state
+    (x, y) = next(iter(state.factories["player_0"].values())).pos.pos.tolist()
+    first, second = (game.add("player_0", LIGHT, (x + dx, y)) for dx in (1, -1))
+    encoded(game, encoder, out)
+    assert (
+        out["kind"][0].tolist() == [1, 1, lux.LIGHT, lux.LIGHT]
+        and not (encoder.slot_for_light | encoder.slot_for_heavy)[0].any()
+    )
+
+    game.engine.destroy_unit(first)
+    third = game.add("player_0", HEAVY, (x, y + 1))
+    second.pos.pos = np.array([x + 1, y + 1])  # beside the third
+    encoded(game, encoder, out)
+    assert out["kind"][0].tolist() == [1, 1, lux.NOBODY, lux.LIGHT]
+    assert encoder.robot_slot[0] == {second.unit_id: 3}
+    assert out["board"][0, x, y + 1, lux.CHANNEL["own_heavy"]] == 100
+    assert out["board"][1, x, y + 1, lux.CHANNEL["opponent_heavy"]] == 100
+    assert not out["action_mask"][0, 3, lux.LEFT] and out["action_mask"][0, 3, lux.UP : lux.LEFT].any()
+    assert not (encoder.slot_for_light | encoder.slot_for_heavy)[0].any()  # two robots are alive, whoever has a slot
+    assert encoder.orders(np.full((2, 4), lux.RIGHT))[0].keys() == {second.unit_id}
+
+    encoded(game, encoder, out)
+    assert out["kind"][0].tolist() == [1, 1, lux.HEAVY, lux.LIGHT]
+    assert encoder.robot_slot[0] == {second.unit_id: 3, third.unit_id: 2}
+    np.testing.assert_array_equal(out["position"][0, 2], [x, y + 1])
+
+
+def test_many_robots():
+    """The bot plays on among hundreds of robots of the other team: all are on its board, its own have slots."""
+    rng, game, players = np.random.default_rng(0), Game(map_size=48), [bot.Player(MODEL), Idle()]
+    game.place(players)
+    state, acted = game.engine.state, 0
+
+    def crowd(state):
+        free = np.argwhere(state.board.factory_occupancy_map == -1)
+        taken = {tuple(unit.pos.pos) for units in state.units.values() for unit in units.values()}
+        for cell in rng.permutation(free).tolist():
+            if len(state.units["player_1"]) < 300 and tuple(cell) not in taken:
+                game.add("player_1", (LIGHT, HEAVY)[rng.integers(2)], cell)
+
+    crowd(state)
+    game.message = to_json(state.get_change_obs(game.seen))
+    for _ in range(40):
+        orders = players[0].answer(game.line())
+        board = players[0].arrays["board"][0]
+        for kind, name in ((LIGHT, "light"), (HEAVY, "heavy")):
+            drawn = {tuple(cell) for cell in np.argwhere(board[..., lux.CHANNEL[f"opponent_{name}"]]).tolist()}
+            there = [unit for unit in state.units["player_1"].values() if unit.unit_type == kind]
+            assert drawn == {tuple(unit.pos.pos.tolist()) for unit in there}
+        acted += any("unit" in name for name in orders)
+        game.step([orders, {}], crowd)
+    assert len(state.units["player_1"]) == 300 and acted > 5
+    assert 0 < (players[0].arrays["kind"][0] > lux.FACTORY).sum() == len(state.units["player_0"])
+
+
+# ------------------------------ What cannot be read ------------------------------
+
+
+def broken(message, where, value):
+    """The message with another value at a place."""
+    message = json.loads(message)
+    place = message
+    for key in where[:-1]:
+        place = place[key]
+    place[where[-1]] = value
+    return json.dumps(message)
+
+
+OUTSIDE = {"unit_id": "unit_99", "team_id": 0, "power": 50, "unit_type": "LIGHT", "pos": [24, 3], "action_queue": []}
+OUTSIDE |= {"cargo": {"ice": 0, "ore": 0, "water": 0, "metal": 0}}
+BROKEN = {
+    "no JSON": lambda line: b"{'obs':",
+    "no text": lambda line: b"\xff\xfe\n",
+    "empty": lambda line: b"\n",
+    "no dict": lambda line: "[1, 2]",
+    "no observation": lambda line: '{"step": 3}',
+    "no robots": lambda line: broken(line, ["obs", "units"], None),
+    "another player": lambda line: broken(line, ["player"], "player_7"),
+    "a robot outside": lambda line: broken(line, ["obs", "units", "player_0", "unit_99"], OUTSIDE),
+    "a cell outside": lambda line: broken(line, ["obs", "board", "rubble", "99,99"], 5),
+    "no cell": lambda line: broken(line, ["obs", "board", "lichen", "x"], 5),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_malformed_turns(name, capfd):
+    """A turn that cannot be read costs its orders and a line on stderr; the turns after it are played."""
+    game, players, acted = Game(), [bot.Player(MODEL), Idle()], 0
+    game.place(players)
+    for turn in range(30):
+        if turn % 5 == 2:
+            assert players[0].answer(BROKEN[name](game.line())) == {}
+            assert capfd.readouterr().err.count("\n") == 1
+        orders = [player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)]
+        acted += turn > 20 and orders[0] != {}
+        game.step(orders)
+    assert capfd.readouterr().err == "" and acted > 2
+
+
+def test_malformed_first_turn(capfd):
+    """Without the first turn there is no map; but a bid is made, as without one the match would be lost at once."""
+    player = bot.Player(MODEL)
+    assert player.answer("?") == {"faction": "AlphaStrike", "bid": 0}
+    game, others = Game(), [Idle(), Idle()]
+    game.place(others)
+    assert player.answer(game.line()) == {}
+    assert capfd.readouterr().err.count("\n") == 2
+
+
+def test_unknown_fields_and_an_empty_team():
+    """What is unknown is ignored; and there are no orders for a team without factories and robots."""
+    game, player = Game(), bot.Player(MODEL)
+    game.place([player, Idle()])
+    message = broken(game.line(), ["obs", "board", "weather"], {"1,1": "rain"})
+    assert set(player.answer(broken(message, ["obs", "news"], [1, [2]]))) <= set(game.message["factories"]["player_0"])
+    assert player.answer(broken(game.line(), ["obs", "factories", "player_0"], {})) == {}
+    assert player.encoder is not None
+
+
+def test_arguments_of_a_model(tmp_path):
+    """The encoder's options are those of the training."""
+    for script, reward, options in (
+        (trajsep_ppo, "lichen", {"group_by": "cluster", "safe_masks": False}),
+        (global_ppo, "ice", {}),
+    ):
+        run = make_run(tmp_path / script.__name__, script.Args(max_robots=9, reward=reward, **options))
+        expected = {
+            "max_robots": 9,
+            "safe_masks": True,
+            "group_by": "entity",
+            "clear_rubble": reward == "lichen",
+        } | options
+        assert bot.load_model(run / "checkpoint_512.pt")[1] == expected
+
+
+def other_model(change):
+    content = torch.load(MODEL, weights_only=True)
+    change(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: None,
+        lambda path: path.write_bytes(b"no model"),
+        lambda path: path.write_bytes(MODEL.read_bytes()[:100_000]),
+        lambda path: torch.save(other_model(lambda c: c["model"].popitem()), path),
+        lambda path: torch.save(other_model(lambda c: c["model"]["stem.bias"].fill_(np.nan)), path),
+        lambda path: torch.save(other_model(lambda c: c["args"].update(group_by="the weather")), path),
+        lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    ],
+    ids=["missing", "no model", "truncated", "other network", "not finite", "other rule", "other content"],
+)
+def test_useless_model(write, tmp_path, capfd):
+    """A sentence on stderr; then factories are placed, and there are no orders."""
+    write(tmp_path / "model.pt")
+    players = [bot.Player(tmp_path / "model.pt"), Idle()]
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and "model.pt cannot be used, so there will be no orders" in err
+    game = Game()
+    game.place(players)
+    assert len(game.engine.state.factories["player_0"]) == 2
+    assert players[0].answer(game.line()) == {} and capfd.readouterr().err == ""
+
+
+# ------------------------------ The archive ------------------------------
+
+BLOCKED = (
+    "luxai_s2 luxai_runner luxai_s2_fast gymnasium pettingzoo tyro tensorboard tqdm matplotlib scipy pygame".split()
+)
+
+
+@pytest.fixture
+def only_numpy_and_torch(tmp_path, monkeypatch):
+    """Programs started from now on cannot import what Kaggle or another machine may not have."""
+    folder = tmp_path / "blocked"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({BLOCKED}))\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+
+
+def make_run(folder, script_args=None, **change):
+    """A run's folder with a checkpoint of an untrained network."""
+    folder.mkdir()
+    args = dataclasses.asdict(script_args or trajsep_ppo.Args())
+    torch.save({"args": args, "model": parameters_at_start(), **change}, folder / "checkpoint_512.pt")
+    return folder
+
+
+def test_archive(tmp_path, only_numpy_and_torch, monkeypatch):
+    """Made of a run, small, and plays from an empty folder on both sides with nothing but NumPy and PyTorch."""
+    out = tmp_path / "submission.tar.gz"
+    monkeypatch.setattr(
+        sys, "argv", ["pack.py", str(make_run(tmp_path / "run", step=9)), "--out", str(out), "--steps", "15"]
+    )
+    packing.main()
+    assert out.stat().st_size < 2**20
+    shutil.unpack_archive(out, tmp_path / "bot", "gztar")
+    assert sorted(os.listdir(tmp_path / "bot")) == ["hybrid_model.py", "lux_wrapper.py", "main.py", "model.pt"]
+    assert torch.load(tmp_path / "bot" / "model.pt", weights_only=True).keys() == {"args", "model"}
+    rows = matches.play([matches.main_file(tmp_path / "bot")] * 2, seed=3, steps=25)
+    assert [row["error"] + row["stderr"] for row in rows] == ["", ""]
+    assert [row["length"] for row in rows] == [25, 25] and min(row["robots"] for row in rows) > 0
+    assert [row["refused"] for row in rows] == [0, 0]
+
+
+def test_needs_are_blocked(tmp_path, only_numpy_and_torch):
+    """The test above would see a bot that needs more; and a bot that crashes loses and is quoted."""
+    (tmp_path / "main.py").write_text("import gymnasium")
+    rows = matches.play((str(tmp_path / "main.py"), "idle"), seed=3)
+    assert [row["result"] for row in rows] == ["loss", "win"]
+    assert rows[0]["error"] == "turn 0: ended with exit code 1" and "import of gymnasium" in rows[0]["stderr"]
+
+
+@pytest.mark.parametrize(
+    "make, sentence",
+    [
+        (lambda path: path.mkdir(), "there is no checkpoint in"),
+        (lambda path: make_run(path, model={"a": torch.zeros(3)}), "holds no network for this game"),
+        (
+            lambda path: make_run(path, waste=torch.zeros(9), model=dict(parameters_at_start(), a=torch.zeros(9))),
+            "no net",
+        ),
+    ],
+    ids=["no checkpoint", "another network", "a parameter more"],
+)
+def test_pack_refuses(make, sentence, tmp_path, monkeypatch, capsys):
+    make(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["pack.py", str(tmp_path / "run"), "--out", str(tmp_path / "x.tar.gz")])
+    with pytest.raises(SystemExit) as stop:
+        packing.main()
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "x.tar.gz").exists()
+
+
+def test_pack_refuses_what_is_too_large_or_does_not_play(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "LARGEST", 1000)
+    (tmp_path / "a").mkdir()
+    run = make_run(tmp_path / "run")
+    with pytest.raises(packing.Refused, match="bytes, more than 1,000"):
+        packing.pack(run, tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "main.py").write_text("for line in open(0): print('{}')")
+    archive = shutil.make_archive(tmp_path / "b", "gztar", tmp_path / "b")
+    with pytest.raises(packing.Refused, match="does not play as player_0"):
+        packing.prove(archive)
+
+
+def test_kaggle():
+    """Kaggle runs the text of main.py without __file__, and calls the last function that it defines."""
+    path, names, game = ROOT / "submission" / "main.py", {}, Game()
+    exec(compile(path.read_text(), path, "exec"), names)
+    agent = [value for value in names.values() if callable(value)][-1]
+    players, orders = [bot.Player(MODEL), Idle()], []
+    for step in range(20):
+        seen = Namespace(step=step, player="player_0", obs=json.dumps(game.message), remainingOverageTime=60)
+        orders = [player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)]
+        assert agent(seen, {"env_cfg": {}}) == orders[0]
+        game.step(orders)
+
+
+# ------------------------------ Matches ------------------------------
+
+
+def test_matches(tmp_path):
+    """The program: both sides of every map, rows, replays and the result."""
+    command = [
+        sys.executable,
+        ROOT / "benchmark" / "match.py",
+        "--a",
+        ROOT / "submission",
+        "--b",
+        "idle",
+        "--games",
+        "2",
+    ]
+    command += ["--map-size", "32", "--max-factories", "2", "--steps", "20", "--seed", "4", "--parallel", "2"]
+    command += ["--out", tmp_path / "games.csv", "--replays", tmp_path / "replays"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    with open(tmp_path / "games.csv") as file:
+        rows = list(csv.DictReader(file))
+    bots = [(row["game"], row["player"], row["seed"], Path(row["bot"]).name) for row in rows]
+    assert bots == [
+        ("0", "player_0", "4", "main.py"),
+        ("0", "player_1", "4", "idle"),
+        ("1", "player_0", "4", "idle"),
+        ("1", "player_1", "4", "main.py"),
+    ]
+    ours, theirs = ([row for row in rows if Path(row["bot"]).name == name] for name in ("main.py", "idle"))
+    assert all(int(row["robots"]) > 0 and row["error"] == "" and row["length"] == "20" for row in ours)
+    assert all(int(row["robots"]) == 0 and float(row["turn_max"]) == 0 for row in theirs)
+    assert "2 draws" in done.stdout or "win" in done.stdout
+    replay = json.loads((tmp_path / "replays" / "1.json").read_text())
+    assert len(replay["observations"]) == len(replay["actions"]) + 1 == 20 + 5 + 1
+    assert replay["observations"][0] == Game(4, map_size=32).message
+    assert "ice" in replay["observations"][0]["board"] and "ice" not in replay["observations"][1]["board"]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("import time\nfor line in open(0): time.sleep(60)", "was late: 0"),
+        ("for line in open(0): print('?', flush=True)", "cannot parse action"),
+        ('for line in open(0): print(\'{"faction": "Nobody", "bid": 0}\', flush=True)', "invalid faction name Nobody"),
+        ("import sys\nsys.stderr.write('one\\ntwo\\n')\nsys.exit(3)", "ended with exit code 3"),
+    ],
+    ids=["late", "no JSON", "wrong orders", "crashed"],
+)
+@pytest.mark.parametrize("player", [0, 1])
+def test_bots_that_fail(text, reason, player, tmp_path):
+    """They lose, whichever side they play, with the reason."""
+    (tmp_path / "main.py").write_text(text)
+    files = [matches.main_file(tmp_path), "idle"][:: -1 if player else 1]
+    rows = matches.play(files, seed=1, limits=(0.2, 0.2))
+    assert rows[player]["result"] == "loss" and rows[1 - player]["result"] == "win"
+    assert reason in rows[player]["error"] and rows[1 - player]["error"] == ""
+    if "exit code 3" in reason:
+        assert rows[player]["stderr"].splitlines()[-2:] == ["one", "two"]
+        assert [*matches.summary([rows[player]], "it")][-3:] == [
+            f"   failed in the game on map 1 as player_{player}, turn 0: ended with exit code 3",
+            "      one",
+            "      two",
+        ]
+
+
+def test_both_fail(tmp_path):
+    """Nobody wins, and each gets its own reason."""
+    for name in "XY":
+        (tmp_path / f"{name}.py").write_text(
+            f'for line in open(0): print(\'{{"faction": "{name}", "bid": 0}}\', flush=True)'
+        )
+    rows = matches.play([str(tmp_path / f"{name}.py") for name in "XY"], seed=1)
+    assert [row["result"] for row in rows] == ["draw", "draw"]
+    assert [row["error"].split()[-1] for row in rows] == ["X", "Y"]
+
+
+def test_refused_orders_are_counted():
+    """Of whose robot or factory it was."""
+    game = Game()
+    game.place([Idle(), Idle()])
+    (name,) = [*game.engine.state.factories["player_1"]][:1]
+    with matches.counted(game.seats):
+        for metal in (0, 1000):
+            game.engine.state.factories["player_1"][name].cargo.metal = metal
+            game.engine.step({"player_0": {}, "player_1": {name: 1}})
+    assert [seat.refused for seat in game.seats] == [0, 1]
+
+
+def test_who_wins():
+    """Most lichen; and a team that has lost its factories has lost."""
+
+    def play(lichen):
+        engine = Game().engine
+        seats = [matches.Seat("idle", player, 9, 600) for player in lux.PLAYERS]
+        engine.state.teams = {player: Namespace(factory_strains=[n]) for n, player in enumerate(lux.PLAYERS)}
+        for strain, amount in enumerate(lichen):
+            engine.state.board.lichen[strain, 0], engine.state.board.lichen_strains[strain, 0] = amount, strain
+        return [matches._row(engine, seat, 0, dict(zip(lux.PLAYERS, lichen))) for seat in seats]
+
+    assert [(row["result"], row["lichen"]) for row in play((5, 3))] == [("win", 5), ("loss", 3)]
+    assert [(row["result"], row["lichen"]) for row in play((4, 4))] == [("draw", 4), ("draw", 4)]
+
+
+def test_wilson():
+    """As in Brown, Cai and DasGupta's formula, computed by hand for 15 of 20."""
+    np.testing.assert_allclose(matches.wilson(0.75, 20), (0.5313, 0.8881), atol=1e-4)
+    assert matches.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "folder", "text.txt"])
+def test_wrong_paths(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.txt").touch()
+    command = [sys.executable, ROOT / "benchmark" / "match.py", "--a", tmp_path / name, "--b", "idle"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 2 and name in done.stderr
+
+
+def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
+    """What cannot work is said before the first game, and a bot that cannot be started ends the others."""
+    (tmp_path / "main.out").write_text("no program")
+    idle, broken = ["idle", "--games", "9"], [str(tmp_path), "--games", "9"]
+    for options, sentence in (
+        ([*idle, "--out", str(tmp_path / "nowhere" / "games.csv")], "No such file or directory"),
+        ([*idle, "--games", "0"], "--games, --parallel and --steps must be at least 1"),
+        (broken, "Permission denied"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["match.py", "--a", "idle", "--b", *options])
+        with pytest.raises(SystemExit) as stop:
+            matches.main()
+        captured = capsys.readouterr()
+        assert stop.value.code == 2 and sentence in captured.err and captured.out == ""
+
+
+def test_main_files(tmp_path):
+    """Of all languages that the official runner starts."""
+    for name in ("Main.java", "main.js", "main.out"):
+        (tmp_path / name[-2:]).mkdir()
+        (tmp_path / name[-2:] / name).touch()
+        assert matches.main_file(tmp_path / name[-2:]).endswith(name)
+        (tmp_path / name[-2:] / "main.py").touch()
+        assert matches.main_file(tmp_path / name[-2:]).endswith("main.py")
