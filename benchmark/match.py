@@ -304,7 +304,7 @@ def main():
             Path(args.replays).mkdir(parents=True, exist_ok=True)
         with open(args.out or os.devnull, "w", newline="") as file:  # if it cannot be written, no game is played
             games = run(bots, args)
-            writer = csv.DictWriter(file, ["game", *games[0][0]])
+            writer = csv.DictWriter(file, ["game", *games[0][0]], lineterminator="\n")
             writer.writeheader()
             writer.writerows({"game": game, **row} for game, rows in enumerate(games) for row in rows)
     except (Refused, OSError) as error:
