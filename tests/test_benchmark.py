@@ -31,8 +31,8 @@ TINY = SMALL + "--total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibatc
 
 def test_every_prefix_of_the_queue_is_a_result():
     jobs = ablation.queue(ablation.ARMS)
-    assert jobs[:4] == [("default", 1), ("global", 1), ("default", 2), ("global", 2)]
-    assert jobs[10:12] == [("separate", 1), ("global-reward", 1)]
+    assert jobs[:4] == [("default", 11), ("global", 11), ("default", 12), ("global", 12)]
+    assert jobs[10:12] == [("separate", 11), ("global-reward", 11)]
     assert len(jobs) == len(set(jobs)) == 2 * 5 + (len(ablation.ARMS) - 2) * 3
     others = [seed for arm, seed in jobs[10:]]
     assert others == sorted(others)  # a seed of all arms before the next one
