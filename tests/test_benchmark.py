@@ -99,7 +99,12 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     steps = [64, 64, 64, 64, *[128] * 4, *[192] * 4, *[256] * 8]
     assert [int(row["global_step"]) for row in rows] == steps
     assert [row["policy"] for row in rows] == ["sampled"] * 12 + ["greedy"] * 4 + ["sampled"] * 4
-    assert [(row["match_seed"], row["player"]) for row in rows[:4]] == [("0", "0"), ("0", "1"), ("1", "0"), ("1", "1")]
+    assert [(row["match_seed"], row["player"]) for row in rows[:4]] == [
+        ("2000", "0"),
+        ("2000", "1"),
+        ("2001", "0"),
+        ("2001", "1"),
+    ]
     assert all(row[key] for row in rows for key in ablation.COLUMNS)
     assert len(list(options["work"].glob("*/checkpoint_*.pt"))) == 1
 
@@ -109,7 +114,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     with pytest.raises(SystemExit, match="by another command"):
         ablation.main(**options | {"flags": SMALL})
     for other in ({"matches": 3}, {"first_map": 2}):
-        with pytest.raises(SystemExit, match="holds evaluations on 2 maps from map 0 on"):
+        with pytest.raises(SystemExit, match="holds evaluations on 2 maps from map 2000 on"):
             ablation.main(**options | other)
 
 
