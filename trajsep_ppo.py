@@ -176,7 +176,7 @@ def sample(probs):
 
 
 def keep_top(obs, active, scores, number):
-    """What is learned from, as `kind` and `active`: of each team's groups without kind 1 those of highest score."""
+    """(*) What is learned from, as `kind` and `active`: of each team's groups without kind 1 those of highest score."""
     robots = active & (group_sum((obs["kind"] == 1).float(), obs) == 0)
     best = torch.where(robots, scores, -torch.inf).topk(min(number, scores.shape[-1])).indices
     active = active & (~robots).scatter(-1, best, True)

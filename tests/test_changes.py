@@ -29,7 +29,7 @@ STATIC_CHANNEL = [
 CHANNEL_OF_A_STEP = [
     ('    "rubble",', '    "own_weak",  # robots of the team without power for an order'),
     (
-        '        maps, robots = out["board"], self.robots',
+        '        maps, robots = out["board"], self.everyone',
         '        weak = robots.power < ORDER_COST[robots.heavy]\n        maps[..., CHANNEL["own_weak"]] = 0\n'
         '        maps[robots.team, robots.x, robots.y, CHANNEL["own_weak"]] = weak * 100',
     ),
