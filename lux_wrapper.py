@@ -140,6 +140,23 @@ REWARD_PRESETS = {
     "ice": {},
     "lichen": {"lichen_grown": 0.002, "rubble_cleared": 0.004},
 }
+
+
+def weights_of(reward="ice", changes=None):
+    """The weight of each reward term: those of a preset, but for the changes, a dict of weights by term.
+
+    Raises:
+        LuxError: if there is no such preset.
+        ValueError: if there is no such term.
+    """
+    if reward not in REWARD_PRESETS:
+        raise LuxError(f"reward must be one of {', '.join(REWARD_PRESETS)}; got {reward}")
+    weights = REWARDS | REWARD_PRESETS[reward] | (changes or {})
+    if unknown := ", ".join(sorted(weights.keys() - REWARDS.keys())):
+        raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
+    return weights
+
+
 # Their places in the arrays, by name.
 CHANNEL = {name: place for place, name in enumerate(BOARD_CHANNELS)}
 COLUMN = {name: place for place, name in enumerate(FEATURES)}
@@ -548,8 +565,7 @@ class LuxEncoder:
         )
         free = (self.max_robots - np.bincount(self.everyone.team, minlength=B))[:, None]
         first = (heavies == 0) & can_heavy & self.safe_masks  # yet to build their first heavy robot: those come first
-        if self.safe_masks:
-            can_light &= ~first | (factories.metal >= METAL_COST.sum())
+        can_light &= ~first | (factories.metal >= METAL_COST.sum())
         # Enough slots even if every factory before it builds; those for first heavy robots are nobody else's.
         spare_slot = first.sum(1, keepdims=True) + (can_light | (can_heavy & ~first)).cumsum(1) <= free
         self.slot_for_light, self.slot_for_heavy = spare_slot, np.where(first, first.cumsum(1) <= free, spare_slot)
@@ -1104,11 +1120,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         import multiprocessing
 
         self.num_envs, self.render_mode = num_envs, render_mode
-        if reward not in REWARD_PRESETS:
-            raise LuxError(f"reward must be one of {', '.join(REWARD_PRESETS)}; got {reward}")
-        reward_weights = REWARDS | REWARD_PRESETS[reward] | (reward_weights or {})
-        if unknown := ", ".join(sorted(reward_weights.keys() - REWARDS.keys())):
-            raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
+        reward_weights = weights_of(reward, reward_weights)
         encoder_options = {
             "map_size": map_size,
             "max_factories": max_factories,

@@ -59,8 +59,8 @@ ARMS = {
     # Components
     "separate": SEPARATE,
     "global-reward": "trajsep_ppo.py --agent-reward-weight 0",
-    "shared-critic": f"{SEPARATE} --shared critic",
-    "shared-critic-reward": "trajsep_ppo.py --agent-reward-weight 0 --shared critic",  # their "global advantage"
+    "global-critic": f"{SEPARATE} --shared critic",
+    "global-critic-reward": "trajsep_ppo.py --agent-reward-weight 0 --shared critic",  # their "global advantage"
     "shared-ratio": f"{SEPARATE} --shared ratio",
     "shared-entropy": f"{SEPARATE} --shared entropy",
     "shared-dones": f"{SEPARATE} --shared dones",

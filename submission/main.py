@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
-from lux_wrapper import NUM_ACTIONS, PLAYERS, REWARD_PRESETS, REWARDS, LuxEncoder, early_phase_action  # noqa: E402
+from lux_wrapper import NUM_ACTIONS, PLAYERS, LuxEncoder, early_phase_action, weights_of  # noqa: E402
 
 SAMPLE = True  # draw actions from the policy; False: always take the likeliest one
 SEED = 0  # of the draws: the same match is played the same way again
@@ -39,8 +39,7 @@ def load_model(path):
     args, weights = content["args"], content["model"]
     options = {"max_robots": args["max_robots"], "safe_masks": args["safe_masks"]}
     options["group_by"] = args.get("group_by", "entity")  # the baseline has no groups
-    paid = REWARDS | REWARD_PRESETS[args.get("reward", "ice")]
-    options["clear_rubble"] = paid["rubble_cleared"] != 0
+    options["clear_rubble"] = weights_of(args.get("reward", "ice"))["rubble_cleared"] != 0
     network = HybridNet(LuxEncoder(**options).arrays(), NUM_ACTIONS)
     network.load_state_dict(weights)
     if not all(x.isfinite().all() for x in weights.values()):

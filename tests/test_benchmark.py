@@ -33,10 +33,12 @@ def test_every_prefix_of_the_queue_is_a_result():
     jobs = ablation.queue(ablation.ARMS)
     assert jobs[:4] == [("default", 11), ("global", 11), ("default", 12), ("global", 12)]
     assert jobs[10:12] == [("separate", 11), ("global-reward", 11)]
-    assert len(jobs) == len(set(jobs)) == 2 * 5 + (len(ablation.ARMS) - 2) * 3
+    assert len(jobs) == len(set(jobs)) == 2 * 5 + 35 * 3
     others = [seed for arm, seed in jobs[10:]]
     assert others == sorted(others)  # a seed of all arms before the next one
     assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
+    # The results/ folder has an arm by a flag that is gone, the mean of the team's advantages for all groups.
+    assert set(plot.ARMS) == set(ablation.ARMS) | {"global-advantage"}
     assert len(set(ablation.ARMS.values())) == len(ablation.ARMS)  # nothing is run twice
 
 
@@ -99,12 +101,8 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     steps = [64, 64, 64, 64, *[128] * 4, *[192] * 4, *[256] * 8]
     assert [int(row["global_step"]) for row in rows] == steps
     assert [row["policy"] for row in rows] == ["sampled"] * 12 + ["greedy"] * 4 + ["sampled"] * 4
-    assert [(row["match_seed"], row["player"]) for row in rows[:4]] == [
-        ("2000", "0"),
-        ("2000", "1"),
-        ("2001", "0"),
-        ("2001", "1"),
-    ]
+    teams = [(row["match_seed"], row["player"]) for row in rows[:4]]
+    assert teams == [("2000", "0"), ("2000", "1"), ("2001", "0"), ("2001", "1")]
     assert all(row[key] for row in rows for key in ablation.COLUMNS)
     assert len(list(options["work"].glob("*/checkpoint_*.pt"))) == 1
 

@@ -247,7 +247,7 @@ def test_the_engine_accepts_every_order_of_poor_teams(monkeypatch, counts, safe_
     counts[safe_masks] += count
 
 
-@pytest.mark.parametrize("seed, map_size", [(3, 48), (4, 48), (5, 32)])
+@pytest.mark.parametrize("seed, map_size", [(3, 48), (6, 48), (5, 32)])
 @pytest.mark.parametrize("safe_masks", [True, False])
 def test_the_engine_accepts_every_order_of_rich_teams(monkeypatch, counts, safe_masks, seed, map_size):
     """Crowds of robots, lichen to water, and stocks around every threshold."""
@@ -256,11 +256,11 @@ def test_the_engine_accepts_every_order_of_rich_teams(monkeypatch, counts, safe_
 
 
 def test_enough_was_tried(counts):
-    """Over 100,000 actions, many of every kind, were carried out (by the tests above), with both sets of masks."""
+    """Over 100,000 actions of every kind were carried out (by the tests above), with both sets of masks."""
     for safe_masks, count in counts.items():
         print(safe_masks, dict(count))
         for action in (*lux.ROBOT_ACTIONS, *lux.FACTORY_ACTIONS):
-            assert count[action] > 50, (safe_masks, action)
+            assert count[action] > 100, (safe_masks, action)
         assert count["actions"] > 0.4 * REQUIRED_ACTIONS
         assert count["stranded"] < 0.1 * count["actions"]
     assert counts[True]["actions"] + counts[False]["actions"] > REQUIRED_ACTIONS

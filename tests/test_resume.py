@@ -19,7 +19,7 @@ import torch
 from helpers import masked_random, parameters_at_start, scripted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_learning import train_on_toy
-from test_scripts import refused
+from test_scripts import refused, run
 
 import global_ppo
 import lux_wrapper as lux
@@ -325,6 +325,12 @@ def test_arguments_of_a_checkpoint_are_held_to_what_they_may_be(odd, tmp_path):
     run_dir = small_run(tmp_path / "run", args=dataclasses.asdict(trajsep_ppo.Args(**odd)))
     with pytest.raises(trajsep_ppo.Refused):
         trajsep_ppo.load_checkpoint(run_dir)
+
+
+def test_a_checkpoint_with_an_option_that_the_environment_does_not_know(tmp_path):
+    run_dir = small_run(tmp_path / "run", args=dataclasses.asdict(trajsep_ppo.Args(group_by="banana")))
+    process = run("trajsep_ppo", tmp_path, "--evaluate", str(run_dir))
+    assert process.returncode == 1 and "group_by must be one of" in process.stderr and "Traceback" not in process.stderr
 
 
 def test_a_checkpoint_does_not_say_what_to_do(tmp_path):
