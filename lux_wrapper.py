@@ -1466,13 +1466,14 @@ def _work(pipe, inherited, first, arrays, options):
                 break
             command, argument = message
             try:
-                pipe.send((True, getattr(matches, command)(argument)))
+                answer = True, getattr(matches, command)(argument)
             except LuxError as error:
-                pipe.send((False, str(error)))
+                answer = False, str(error)
             except Exception as error:
                 traceback.print_exc()
                 name = f"the worker process of matches {first} to {first + len(matches.matches) - 1}"
-                pipe.send((False, f"{name} failed: {type(error).__name__}: {error}"))
+                answer = False, f"{name} failed: {type(error).__name__}: {error}"
+            pipe.send(answer)
 
 
 def _view(memory, shape, dtype, part=slice(None)):
