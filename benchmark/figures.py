@@ -3,8 +3,8 @@
     python benchmark/figures.py                            # docs/result.png, docs/network.png
     python benchmark/figures.py --checkpoint runs/<run>    # and docs/trajectories.png, from a match of this run
 
-The result is that of benchmark/confirmation: three seeds of both scripts, on maps that were never looked at while flags
-were chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
+The result is that of benchmark/study: the seeds of both scripts that are there, on maps that were never looked at while
+flags were chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
 """
 
 import os
@@ -195,7 +195,7 @@ def main(checkpoint: Optional[Path] = None):
         checkpoint: a run, or one of its checkpoints, of which to draw a match.
     """
     DOCS.mkdir(exist_ok=True)
-    data, last = plot.load(ROOT / "benchmark" / "confirmation" / "ablation.csv")
+    data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
     draw_result(data, last, DOCS / "result.png")
     draw_network(DOCS / "network.png")
     if checkpoint:

@@ -116,5 +116,5 @@ def test_worked_examples():
 
 
 def test_result():
-    """The README's result is what the matches of the confirmation say."""
-    assert figures.results(*plot.load(ROOT / "benchmark" / "confirmation" / "ablation.csv")) in README
+    """The README's result is what the matches of the study say."""
+    assert figures.results(*plot.load(ROOT / "benchmark" / "study" / "ablation.csv")) in README
