@@ -23,6 +23,7 @@ Checkpoints and logs lie in --work; of an evaluated training only the last check
 import contextlib
 import csv
 import fcntl
+import importlib
 import json
 import multiprocessing
 import os
@@ -44,9 +45,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import global_ppo  # noqa: E402
 import trajsep_ppo  # noqa: E402
-from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import TEAM_METRICS  # noqa: E402
 
 # Arms of the authors have all of their own reward (weight 1) and differ in one thing from `separate`; the others differ
@@ -98,6 +97,18 @@ ARMS = {
     "lichen": "trajsep_ppo.py --reward lichen",
     "no-safe-masks": "trajsep_ppo.py --no-safe-masks",
     "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
+    "random-placement": "trajsep_ppo.py",
+    "large-heads": "trajsep_ppo.py",
+}
+# Arms for which there is no flag: (file, text, what stands there instead) of a copy of the programs.
+EDITS = {
+    "random-placement": (
+        "lux_wrapper.py",
+        "    score = placement_score(obs)\n",
+        '    score = np.random.default_rng(int(obs["board"]["rubble"].sum())).random(obs["board"]["ice"].shape)\n'
+        '    score[~obs["board"]["valid_spawns_mask"]] = -np.inf\n',
+    ),
+    "large-heads": ("hybrid_model.py", "std=0.01", "std=1"),
 }
 MAIN = ("default", "global")
 # Flags were chosen with seeds 1 to 10 on the maps 0 to 19, so the study has others. (1000 to 1019: `confirmation/`.)
@@ -105,7 +116,7 @@ FIRST_SEED, FIRST_MAP = 11, 2000
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
 # Environment steps after which a training is evaluated, in the main arms and in the others; and always the last.
 FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
-COARSE = (*range(4096, 24577, 4096), 32768, 49152, 65536)
+COARSE = (*range(4096, 16385, 4096), 24576, 32768, 49152)
 
 EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
 ICE, ALIVE, PLACED = "ice_transferred", "factories_alive", "factories_placed"
@@ -159,17 +170,35 @@ def play(agent, envs, greedy, first_map=0):
     return map_seeds, metrics
 
 
-def evaluate(paths, wanted, num_matches, first_map, pipe):
+def programs(arm, folder):
+    """Folder of the programs that an arm runs: this project's, or in `folder` a copy of them with the arm's edit."""
+    if arm not in EDITS:
+        return ROOT
+    name, old, new = EDITS[arm]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        if path.name == name:
+            assert old in text, f"{name} has no longer what the arm {arm} replaces"
+            text = text.replace(old, new)
+        (folder / path.name).write_text(text)
+    return folder
+
+
+def evaluate(folder, paths, wanted, num_matches, first_map, pipe):
     """Evaluate checkpoints of one training, each `wanted` (global step, policy), and send the rows of each."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     torch.set_num_threads(1)
-    envs = None
+    for name in ("trajsep_ppo", "global_ppo", "hybrid_model", "lux_wrapper"):  # those of the folder take their places
+        sys.modules.pop(name, None)
+    sys.path.insert(0, str(folder))
+    envs, scripts = None, {name: importlib.import_module(name) for name in ("trajsep_ppo", "global_ppo")}
     for step, policy in wanted:
         checkpoint = torch.load(paths[step], map_location="cpu", weights_only=True)
         if envs is None:
-            script = trajsep_ppo if "group_by" in checkpoint["args"] else global_ppo
+            script = scripts["trajsep_ppo" if "group_by" in checkpoint["args"] else "global_ppo"]
             envs = script.make_envs(script.Args(**checkpoint["args"]), num_matches, num_workers=0, held_out=True)
-            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+            agent = script.HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
         agent.load_state_dict(checkpoint["model"])
         rows = []
         for map_seed, metrics in zip(*play(agent, envs, policy == "greedy", first_map)):
@@ -301,7 +330,8 @@ class Work:
         say(arm, seed, f"training, see {folder / 'log'}")
         run = {"arm": arm, "seed": seed, "commit": commit(), "command": self.command(arm, seed)}
         script, *flags = shlex.split(run["command"])
-        command, environment = [sys.executable, str(ROOT / script), *flags], os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(programs(arm, folder / "programs") / script), *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(folder / "log", "w") as log:
             child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
             with self.running(child):
@@ -335,7 +365,8 @@ class Work:
             return
         spawn = multiprocessing.get_context("spawn")
         here, there = spawn.Pipe(duplex=False)
-        child = spawn.Process(target=evaluate, args=(paths, wanted, self.matches, self.first_map, there), daemon=True)
+        how = (programs(arm, folder / "programs"), paths, wanted, self.matches, self.first_map, there)
+        child = spawn.Process(target=evaluate, args=how, daemon=True)
         child.start()
         there.close()
         with self.running(child):

@@ -33,13 +33,14 @@ def test_every_prefix_of_the_queue_is_a_result():
     jobs = ablation.queue(ablation.ARMS)
     assert jobs[:4] == [("default", 11), ("global", 11), ("default", 12), ("global", 12)]
     assert jobs[10:12] == [("separate", 11), ("global-reward", 11)]
-    assert len(jobs) == len(set(jobs)) == 2 * 5 + 35 * 3
+    assert len(jobs) == len(set(jobs)) == 2 * 5 + 37 * 3
     others = [seed for arm, seed in jobs[10:]]
     assert others == sorted(others)  # a seed of all arms before the next one
     assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
     # The results/ folder has an arm by a flag that is gone, the mean of the team's advantages for all groups.
     assert set(plot.ARMS) == set(ablation.ARMS) | {"global-advantage"}
-    assert len(set(ablation.ARMS.values())) == len(ablation.ARMS)  # nothing is run twice
+    commands = [(ablation.ARMS[arm], ablation.EDITS.get(arm)) for arm in ablation.ARMS]
+    assert len(set(commands)) == len(commands)  # nothing is run twice
 
 
 def test_schedules():
