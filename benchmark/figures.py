@@ -36,7 +36,9 @@ def resampled(runs, metric, steps, seed=0):
     rng = np.random.default_rng(seed)
     seeds = rng.integers(len(values), size=(SAMPLES, len(values)))
     matches = rng.integers(values.shape[2], size=(SAMPLES, len(values), values.shape[2]))
-    return np.stack([values[s[:, None], :, m].mean((0, 1)) for s, m in zip(seeds, matches)])
+    drawn = np.ravel_multi_index((np.arange(SAMPLES)[:, None, None], seeds[..., None], matches), matches.shape)
+    times = np.bincount(drawn.ravel(), minlength=matches.size).reshape(SAMPLES, -1)  # how often each match is drawn
+    return times @ values.swapaxes(1, 2).reshape(times.shape[1], -1) / times.shape[1]
 
 
 def interval(samples):

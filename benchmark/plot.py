@@ -25,7 +25,7 @@ PANELS = {
     "ice_transferred": "ice transferred (per team)",
     "factories_alive": "factories alive (per team)",
 }
-METRICS = (*PANELS, "ice_per_factory", "factories_alive_share")
+METRICS = (*PANELS, "ice_per_factory", "factories_alive_share", "starting_factories")
 # arm -> (label, colour of Okabe and Ito's colour-blind safe palette, line style)
 ARMS = {
     "default": ("separate, own share 0.8 (default)", "#0072B2", "-"),

@@ -21,6 +21,7 @@ tuned="--first-map 0 --arms default global"  # on the maps on which flags were c
 
 plot=()
 study study
+python benchmark/study.py --results "$out/study" --out "$out/docs"
 study no_safe_masks $tuned --seeds 1 2 3 --flags=--no-safe-masks --schedule $early
 plot=(--no-published)
 study neurips_stage $tuned global-small-value-loss --seeds 1 2 3 --schedule $early \

@@ -1,0 +1,194 @@
+"""The page of the authors' study: its numbers and verdicts from made-up matches, and that it is what the data says."""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import ablation  # noqa: E402
+import plot  # noqa: E402
+import study  # noqa: E402
+
+KEPT = ROOT / "benchmark" / "study"
+
+
+def made_up(folder, arms):
+    """The two tables, with 10 matches an evaluation: {arm: {seed: {step: (full-length matches, ices by parity)}}}.
+
+    Even matches have 2 factories a team and odd ones 4; players have 100 ice more and less than the mean.
+    """
+    folder.mkdir(exist_ok=True)
+    with open(folder / "ablation.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ablation.COLUMNS, restval=0)
+        writer.writeheader()
+        for arm, seeds in arms.items():
+            for seed, steps in seeds.items():
+                for step, (full, ice) in steps.items():
+                    start = {"arm": arm, "seed": seed, "global_step": step, "train_seconds": 1, "policy": "sampled"}
+                    for match in range(10):
+                        row = {"match_seed": match, "starting_factories": 2 + match % 2 * 2}
+                        row["episode_length"] = 1000 if match < full else 500
+                        for player in range(2):
+                            team = {"player": player, "ice_transferred": ice[match % 2] + 200 * player - 100}
+                            writer.writerow(start | row | team)
+    with open(folder / "runs.csv", "w") as file:
+        file.write("arm,seed,steps,train_seconds,commit\n")
+        for arm, seeds in arms.items():
+            file.writelines(f"{arm},{seed},8192,600,abc{seed}\n" for seed in seeds)
+    return plot.load(folder / "ablation.csv")
+
+
+def both(steps):
+    """Two equal seeds."""
+    return {11: steps, 12: steps}
+
+
+ARMS = {
+    "separate": both({2048: (5, (1000, 1000)), 4096: (4, (1000, 1000)), 8192: (10, (4000, 16000))}),
+    "factories": both({2048: (0, (4000, 4000)), 4096: (0, (1000, 1000)), 8192: (10, (2000, 8000))}),
+    "kinds": both({4096: (0, (1000, 1000)), 8192: (5, (7000, 7000))}),
+    "robots": {
+        11: {4096: (0, (1000, 1000)), 8192: (0, (5000, 5000))},
+        12: {4096: (0, (1000, 1000)), 8192: (0, (9000, 9000))},
+    },
+    "global": both({4096: (0, (20000, 20000)), 8192: (0, (1000, 1000))}),
+    "cut off": {11: {4096: (0, (1, 1))}},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The page of the made-up arms."""
+    folder = tmp_path_factory.mktemp("study")
+    made_up(folder, ARMS)
+    study.main(folder, folder / "out")
+    said = (folder / "out" / "study.md").read_text()
+    pictures = {path.stem for path in (folder / "out" / "study").glob("*.png")}
+    assert pictures == {"trajectories", "groups", "rules", "baseline"}
+    assert all((f"study/{section.name}.png" in said) == (section.name in pictures) for section in study.SECTIONS)
+    return said
+
+
+def of_section(text, title):
+    """Text of a section, and its rows: first cell -> the others."""
+    text = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| **")]
+    return text, {first.split(":")[0].replace("*", ""): others for first, *others in rows}
+
+
+def test_numbers(text):
+    """Two seeds of 10 matches: half of the drawn ones have the larger ice, and 6 to 14 of 20 in 95% of the samples."""
+    _, rows = of_section(text, "Trajectories")
+    # 10,000 ice for 3 factories; the mean of the ratios would be 3,000. On the steps that all arms have, 40% are
+    # full-length at 4,096 and all at 8,192; of 20 drawn matches 4 to 12 at the first.
+    ours = ["10,000 (7,600 to 12,400)", "3,333", "1,000 (0)", "1,000", "28,672", "≤ 4,096", "49,152"]
+    assert rows["separate"] == ["2", "44,472 (12,065)", *ours, "7,851 (7,680 to 7,936)"]
+    # From none to all of the matches: a tenth of the way, and no spread.
+    ours = ["5,000 (3,800 to 6,200)", "1,667", "1,000 (0)", "1,000", "28,672", "4,506", "49,152", "7,987"]
+    assert rows["factories"] == ["2", "43,528 (11,327)", *ours]
+    # One seed in four samples is drawn twice.
+    assert rows["robots"][2] == "7,000 (5,000 to 9,000)" and rows["robots"][-4:] == ["98,304", "never"] + ["never"] * 2
+    assert rows["kinds"][5] == "750" and rows["kinds"][-1] == "never"
+
+
+def test_verdicts(text):
+    said, rows = of_section(text, "Trajectories")
+    # Maps are drawn for both: the difference is 2,000 on half of them and 8,000 on the others, which are 2 to 8 of 10.
+    # At 2,048 steps it is -3,000, at 4,096 nothing.
+    better = "+5,000 (+3,200 to +6,800): *holds*"
+    assert rows["separate above factories"] == ["+944", better, "+667 (+67 to +1,267): *holds*"]
+    worse = ["-2,000 (-3,800 to -200): *does not hold*", "-1,000 (-1,900 to -100): *does not hold*"]
+    assert rows["factories above kinds"] == ["+37,366", *worse]
+    equal = ["+0 (-2,000 to +2,000): *within the intervals*", "+0 (-1,000 to +1,000): *within the intervals*"]
+    assert rows["kinds above robots"] == ["+2,589", *equal]
+    both_ways = ["+6,000 (+4,000 to +8,000): *holds*", "-6,500 (-7,500 to -5,500): *does not hold*"]
+    assert rows["robots above global"] == ["+507", *both_ways]
+    final, pace = "holds 2, does not hold 1, within the intervals 1", "holds 1, does not hold 2, within the intervals 1"
+    assert f"By final ice: {final}. By pace: {pace}." in " ".join(said.split())
+    # Four pairs of this table, and separate above robots in two others, by 3,000 where seeds differ by 4,000.
+    assert "6 pairs so far. By final ice: holds 2, does not hold 1, within the intervals 3." in " ".join(text.split())
+
+
+def test_what_is_missing(text):
+    said, rows = of_section(text, "Trajectories")
+    assert "Not run yet: `default`, `cluster`." in said and "cut off" not in text
+    assert "Evaluations that all of these have: 4,096, 8,192 steps." in said
+    said, rows = of_section(text, "Number of groups of robots")
+    assert set(rows) == {"robots", "separate", "separate above robots"}
+    assert "Evaluations that all of these have: 4,096, 8,192 steps." in said
+    said, rows = of_section(text, "Flags of the baseline's own")
+    assert set(rows) == {"global"} and "holds" not in said  # a pair has two arms
+    said, _ = of_section(text, "Tables not run yet")
+    assert "- Lichen: `default`, `lichen`\n" in said and "- Own share of the reward: `default`, `share-75`" in said
+    assert "Trajectories" not in said
+    said = " ".join(text.split())
+    assert f"5 of {len(ablation.ARMS)} arms so far" in said
+    assert "11 trainings with seeds 11 to 12, 1.8 hours with one thread each, at commit `abc11`, `abc12`" in said
+
+
+def test_pairs_and_verdicts():
+    made = study.Study({(arm, "sampled"): {} for arm in ("default", "lichen", "no-safe-masks", "large-heads")}, 0)
+    sections = {section.name: section for section in study.SECTIONS}
+    assert made.order(sections["lichen"]) == [("default", "lichen")]  # theirs is below their separate arm
+    assert made.order(sections["ablation"]) == [("default", "large-heads"), ("large-heads", "no-safe-masks")]
+    assert made.order(sections["baseline"]) == [] == made.order(sections["share"])
+    assert [study.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1))] == [
+        "holds",
+        "does not hold",
+        "within the intervals",
+    ]
+    assert study.verdict(0, 0) == study.verdict(0, 1) == "within the intervals"
+
+
+def test_components(tmp_path):
+    """The README's table: 60,000 ice for 3 factories in the end and nothing before, so 10,000 is half of the way."""
+    rich = both({4096: (0, (0, 0)), 8192: (10, (30000, 90000))})
+    data, last = made_up(tmp_path, {"separate": rich, "global-critic-reward": ARMS["kinds"]})
+    rows = study.components(data, last).splitlines()[2:]
+    assert len(rows) == 2 and "| nothing | 60,000 (48,000 to 72,000) | 6,144 (" in rows[0] and " 44,472 |" in rows[0]
+    assert rows[1].endswith("| reward and value (as in MAPPO) | 7,000 (7,000 to 7,000) | never | 2,643 |")
+
+
+def test_every_arm_has_its_place():
+    arms = {arm for section in study.SECTIONS for arm in section.arms.split()}
+    assert arms == set(ablation.ARMS)
+    assert set(study.PUBLISHED) < arms and set(study.NAMES) < set(study.PUBLISHED)
+    assert set(study.SHARED) < set(study.PUBLISHED)
+    assert list(study.WHY) == [section.name for section in study.SECTIONS]
+    for section in study.SECTIONS:
+        assert {arm for pair in section.pairs for arm in pair} <= set(section.arms.split())
+
+
+def test_published_numbers():
+    """Both scripts hold those of some arms."""
+    for arm, theirs in plot.PUBLISHED.items():
+        ice, length = theirs["ice_transferred"], theirs["episode_length"]
+        *numbers, tenth, most = study.PUBLISHED[arm]
+        assert tuple(numbers) == (*ice, *length) and [*map(plot.step_text, (tenth, most))] == [
+            theirs[0.1],
+            theirs[0.95],
+        ]
+
+
+def test_bootstrap_draws_matches_within_seeds():
+    """The samples are means over drawn seeds, and over the matches drawn for each of them."""
+    rng = np.random.default_rng(1)
+    runs = {seed: {step: {"x": rng.normal(size=5)} for step in (1, 2)} for seed in range(3)}
+    made, rng = study.resampled(runs, "x", (1, 2)), np.random.default_rng(0)
+    values = np.array([[run[step]["x"] for step in (1, 2)] for run in runs.values()])
+    seeds, matches = (rng.integers(high, size=(study.SAMPLES, *size)) for high, size in ((3, (3,)), (5, (3, 5))))
+    for sample, drawn, at in zip(made, seeds, matches):
+        expected = np.mean([values[seed][:, place].mean(1) for seed, place in zip(drawn, at)], 0)
+        np.testing.assert_allclose(sample, expected)
+
+
+def test_the_page_shows_what_the_data_says():
+    """docs/study.md is what study.py makes of the matches that are kept."""
+    with open(KEPT / "runs.csv", newline="") as file:
+        made = study.page(*plot.load(KEPT / "ablation.csv"), list(csv.DictReader(file)))
+    assert made == (ROOT / "docs" / "study.md").read_text()
