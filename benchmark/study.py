@@ -166,9 +166,9 @@ SECTIONS = (
         "Ablation",
         "default no-positive-weight random-placement large-heads no-safe-masks",
         "What else is needed? Ours differ from `default`, theirs from their separate arm, which stands beside "
-        "`default` here. Two rows are not the same thing. Theirs without masks has none at all, ours keeps those of "
-        "the game's rules. Their scaling is of the network's first weights, ours of the heads' only. `no-positive-weight` "
-        "has no counterpart.",
+        "`default` here. Two rows are not the same thing: theirs without masks has none at all, ours keeps those of "
+        "the game's rules; and their scaling is of the network's first weights, ours of the heads' only. "
+        "`no-positive-weight` has no counterpart.",
         {"default": "separate"},
     ),
     Section(
@@ -273,7 +273,7 @@ def counted(verdicts):
 
 def label(arm):
     """What an arm is and how it is run; "theirs" is what the authors call it."""
-    edit = f", {EDITS[arm][0]} edited" if arm in EDITS else ""
+    edit = f", `{EDITS[arm][0]}` edited" if arm in EDITS else ""
     theirs = f'; theirs: "{NAMES[arm]}"' if arm in NAMES else ""
     return f"**{arm}**: {STYLES[arm][0]}{theirs}; `{ARMS[arm]}`{edit}"
 
@@ -417,7 +417,7 @@ one for all. Do their orders hold on this code, where one switch is changed at a
 evaluates them, `python benchmark/study.py` makes this page. Every match is in
 [`benchmark/study/ablation.csv`](../benchmark/study), and command, commit and time of every training in `runs.csv`
 beside it: {len(trainings)} trainings with seeds {seeds[0]} to {seeds[-1]}, {hours:.1f} hours with one thread each, at
-commit {commits}.
+the commits {commits}.
 
 ## What differs from the authors' runs
 
@@ -453,11 +453,13 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Path = ROOT / "docs"
         results: folder of ablation.csv and runs.csv.
         out: folder of study.md and of study/, the pictures.
     """
+    if missing := [name for name in ("ablation.csv", "runs.csv") if not (results / name).exists()]:
+        sys.exit(f"study.py: error: there is no {results / missing[0]}; benchmark/ablation.py makes it")
     data, last = load(results / "ablation.csv")
+    if not data:
+        sys.exit(f"study.py: error: no training in {results / 'ablation.csv'} is evaluated to its end")
     with open(results / "runs.csv", newline="") as file:
         trainings = list(csv.DictReader(file))
-    if not data:
-        sys.exit(f"study.py: error: there are no matches in {results / 'ablation.csv'}")
     (out / "study").mkdir(parents=True, exist_ok=True)
     (out / "study.md").write_text(page(data, last, trainings))
     study = Study(data, last)

@@ -128,7 +128,15 @@ def test_what_is_missing(text):
     assert "Trajectories" not in said
     said = " ".join(text.split())
     assert f"5 of {len(ablation.ARMS)} arms so far" in said
-    assert "11 trainings with seeds 11 to 12, 1.8 hours with one thread each, at commit `abc11`, `abc12`" in said
+    assert "11 trainings with seeds 11 to 12, 1.8 hours with one thread each, at the commits `abc11`, `abc12`" in said
+
+
+def test_one_sentence_for_what_is_wrong(tmp_path):
+    with pytest.raises(SystemExit, match="there is no .*ablation.csv; benchmark/ablation.py makes it"):
+        study.main(tmp_path, tmp_path)
+    made_up(tmp_path, {})
+    with pytest.raises(SystemExit, match="no training in .*ablation.csv is evaluated to its end"):
+        study.main(tmp_path, tmp_path)
 
 
 def test_pairs_and_verdicts():
