@@ -222,7 +222,7 @@ class Study:
         if over:
             mean = mean / curves(self.runs[arm], over, steps)[1].mean(0)
             samples = samples / self.samples(arm, over, steps)
-        found = [crossing(steps, values, level) for values in (mean, *samples)]
+        found = [crossing(steps, values, level - 1e-9) for values in (mean, *samples)]  # 0.95 may be 0.9499...
         said = [
             ("≤ " if step <= steps[0] else "") + step_text(step) for step in (found[0], *interval(np.array(found[1:])))
         ]
