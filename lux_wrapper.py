@@ -121,6 +121,11 @@ FEATURES = (
     *("own_factories", "opponent_factories"),  # alive, in fives
     *("is_day", "time_in_cycle", "time"),  # 0 to 1
 )
+LICHEN_FEATURES = (  # these follow where lichen is grown (grow_lichen)
+    *("clear_dx", "clear_dy", "clear_distance"),  # to the nearest rubble worth clearing without an own robot on it
+    "worth_clearing",  # the rubble here is
+    *("lichen_cells", "room_cells"),  # factories: of their strain, and bare ground that it can spread to, in fifties
+)
 # What is paid, the weights; a robot's terms are paid to it, a factory's to that factory.
 REWARDS = {
     "ice_dug": 0.004,  # robot: a unit of ice taken from the ground into the cargo
@@ -159,7 +164,7 @@ def weights_of(reward="ice", changes=None):
 
 # Their places in the arrays, by name.
 CHANNEL = {name: place for place, name in enumerate(BOARD_CHANNELS)}
-COLUMN = {name: place for place, name in enumerate(FEATURES)}
+COLUMN = {name: place for place, name in enumerate(FEATURES + LICHEN_FEATURES)}
 TERM = {name: place for place, name in enumerate(REWARDS)}
 
 
@@ -178,6 +183,7 @@ MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(
 WORST_MOVE = MOVE_COST_ONTO[:, 100]
 ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER, LICHEN_TO_SPREAD = 4, 5, 10, 20
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
+LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to the rubble that is worth clearing
 
 # ------------------------------------------------------------------------------------------------------
 # Official observations to arrays, actions to official orders
@@ -253,14 +259,15 @@ class LuxEncoder:
             3. building while an own robot stands there, building a light robot from the metal that the factory's first
                heavy one needs, and building into the last slots while others can build their first heavy one,
             4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore (nor,
-               with clear_rubble, ground beside an own factory or own lichen), ice and ore with full cargo,
+               with grow_lichen, is worth clearing), ice and ore with full cargo,
             5. digging, or stepping away from home, with less power left than the way back to the nearest own
                factory, were there no rubble on it, and an order there cost (a robot without power stands where it
                is until the sun shines),
             6. picking up less power than ten times what the order itself costs,
             7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
-        clear_rubble: see rule 4 above.
+        grow_lichen: also show the LICHEN_FEATURES, and let robots dig rubble that is worth clearing: that where lichen
+            of the team could grow next, beside own factories, own lichen, and bare ground that leads there.
         num_matches: how many matches.
 
     Raises:
@@ -274,7 +281,7 @@ class LuxEncoder:
         max_robots=6,
         group_by="entity",
         safe_masks=True,
-        clear_rubble=False,
+        grow_lichen=False,
         num_matches=1,
     ):
         rules = "entity cluster robots quadrants nearest-factory nearest-heavy factories kinds".split()
@@ -285,7 +292,8 @@ class LuxEncoder:
             raise LuxError(f"group_by {group_by} needs at least {least} robot slots, got {max_robots}")
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
-        self.group_by, self.safe_masks, self.clear_rubble = group_by, safe_masks, clear_rubble
+        self.group_by, self.safe_masks, self.grow_lichen = group_by, safe_masks, grow_lichen
+        self.num_features = len(FEATURES) + grow_lichen * len(LICHEN_FEATURES)
         self.side = map_size + 2  # of maps with a border of 1 cell
         self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
 
@@ -300,7 +308,7 @@ class LuxEncoder:
         self.lichen_counted = [None] * N  # the lichen that these are right for:
         self.water_costs = np.zeros((N, 2 * max_factories + 1), np.int64)
         # The features that depend on nothing but the cell and the factories alive; the others are 0.
-        self.ground = np.zeros((B, S, S, len(FEATURES)), np.float32)
+        self.ground = np.zeros((B, S, S, self.num_features), np.float32)
         self.factories_drawn = np.zeros((B, max_factories), bool)  # those that the next five show:
         self.factory_map = np.zeros((B, side, side), np.int64)  # slot + 1, with a border of 1 cell
         self.centre_map, self.closed = np.zeros((2, B, side, side), bool)  # closed: where a team may not go
@@ -317,7 +325,7 @@ class LuxEncoder:
         B, E, S = len(self.teams), self.num_entities, self.map_size
         return {
             "board": np.zeros((B, S, S, len(BOARD_CHANNELS)), np.uint8),
-            "features": np.zeros((B, E, len(FEATURES)), np.float32),
+            "features": np.zeros((B, E, self.num_features), np.float32),
             "position": np.zeros((B, E, 2), np.int64),
             "kind": np.zeros((B, E), np.int64),
             "group": np.zeros((B, E), np.int64),
@@ -369,6 +377,8 @@ class LuxEncoder:
             self._draw_factories(match, out)
         self.new[:] = False
         self._draw_step(np.stack(seen.rubble), out)
+        if self.grow_lichen:
+            self._draw_lichen_ground(out["board"])
 
         for key in ("features", "position", "kind", "action_mask"):
             out[key][:] = 0
@@ -535,6 +545,22 @@ class LuxEncoder:
         for drawn in self.robots_drawn:
             maps[drawn] = 100
 
+    def _draw_lichen_ground(self, maps):
+        """`room` and `to_clear` [B, side, side]: where lichen of a team can grow, and could next, but for rubble.
+
+        From the own factories and lichen on, LICHEN_REACH times, every neighbour that is bare is room too.
+        """
+        soil, rubble = np.zeros((2, *self.factory_map.shape), bool)
+        soil[:, 1:-1, 1:-1] = ~(self.ice | self.ore).repeat(2, 0) & (maps[..., CHANNEL["opponent_lichen"]] == 0)
+        soil &= (self.factory_map == 0) & (self.factory_map[self.opponent] == 0)
+        rubble[:] = (self.rubble > 0).repeat(2, 0)
+        bare, self.own_lichen = soil & ~rubble, np.zeros_like(soil)
+        self.own_lichen[:, 1:-1, 1:-1] = maps[..., CHANNEL["own_lichen"]] > 0
+        room = (self.factory_map > 0) | self.own_lichen
+        for _ in range(LICHEN_REACH):
+            room |= _and_beside(room) & bare
+        self.room, self.to_clear = room & (self.factory_map == 0), _and_beside(room) & soil & rubble
+
     # -- Features and masks ------------------------------------------------------------------------------
 
     def _encode_factories(self, out):
@@ -559,6 +585,8 @@ class LuxEncoder:
         features[..., COLUMN["group_heavies"]] = heavies / 5
         taken = self.robot_map[self.teams, factories.x + 1, factories.y + 1]
         features[..., COLUMN["centre_taken"]] = taken
+        if self.grow_lichen:
+            self._encode_lichen(features)
 
         can_light, can_heavy = (
             alive & (factories.metal >= METAL_COST[heavy]) & (factories.power >= POWER_COST[heavy]) for heavy in (0, 1)
@@ -573,12 +601,41 @@ class LuxEncoder:
         self.blocked_builds += ((can_light | can_heavy) & ~may_light & ~may_heavy).sum(1)
         if self.safe_masks:
             may_light, may_heavy = may_light & ~taken, may_heavy & ~taken
-        reserve = np.minimum(WATER_RESERVE, GAME_LENGTH - self.time).repeat(2)[:, None] if self.safe_masks else 0
-        cost = self._water_costs()[self.teams // 2, factories.strain]
+        cost, left = (
+            self._water_costs()[self.teams // 2, factories.strain],
+            (GAME_LENGTH - self.time).repeat(2)[:, None],
+        )
+        reserve = (
+            np.minimum(WATER_RESERVE, left) + self.grow_lichen * np.maximum(left - 1, 0) * cost // 2
+            if self.safe_masks
+            else 0
+        )
         mask = out["action_mask"][:, :width]
         mask[..., NOTHING] = alive
         mask[..., BUILD_LIGHT], mask[..., BUILD_HEAVY] = may_light, may_heavy
         mask[..., WATER] = alive & (factories.water > reserve) & (factories.water - cost >= reserve)
+
+    def _encode_lichen(self, features):
+        """The LICHEN_FEATURES of the factories."""
+        width = features.shape[1]
+        for name, cells in (("lichen_cells", self.own_lichen), ("room_cells", self.room)):
+            team, x, y = np.nonzero(cells[:, 1:-1, 1:-1])
+            number = np.bincount(team * width + self.nearest[team, x, y], minlength=len(features) * width)
+            features[..., COLUMN[name]] = number.reshape(-1, width) / 50
+
+    def _ways_to_clear(self, team, x, y):
+        """Way [R, 3] from robots to the nearest rubble worth clearing: dx, dy and distance in cells / 8, at most 1."""
+        way = np.tile(np.float32([0, 0, 1]), (len(team), 1))
+        teams, *cells = np.nonzero((self.to_clear & ~self.robot_map)[:, 1:-1, 1:-1])
+        first, last = (np.searchsorted(teams, np.arange(len(self.teams)), side) for side in ("left", "right"))
+        for of in np.flatnonzero(np.bincount(team, minlength=len(first)) * (last > first)):
+            mine = team == of
+            dx, dy = (to[first[of] : last[of]] - at[mine, None] for to, at in zip(cells, (x, y)))
+            nearest = (np.abs(dx) + np.abs(dy)).argmin(1)
+            dx, dy = (np.take_along_axis(d, nearest[:, None], 1)[:, 0] / 8 for d in (dx, dy))
+            way[mine] = np.stack([dx, dy, np.abs(dx) + np.abs(dy)], -1).clip(-1, 1)
+        way[self.to_clear[team, x + 1, y + 1]] = 0
+        return way
 
     def _water_costs(self):
         """By match and strain, upper bounds on the water that watering costs its factory: 1 for 10 cells to grow on.
@@ -620,13 +677,6 @@ class LuxEncoder:
         own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
         rubble, nearest = self.rubble.take(cells + match * self.side**2), self.nearest[team, x, y]
 
-        if self.clear_rubble:  # where own lichen could grow next, were there no rubble
-            i, j = (np.clip(at + step[1:, None], 0, self.map_size - 1) for at, step in ((x, DX), (y, DY)))
-            own = self.player_of_strain[match, self.strains[match, i, j]] == team % 2
-            own_lichen = own & (self.lichen[match, i, j] > 0)
-            self.can_grow = (own_lichen | (own_factory[1:] > 0)).any(0) & (own_factory[here] == 0) & ~closed[here]
-            self.can_grow &= ~(self.ice | self.ore)[match, x, y]
-
         features = self.ground[team, x, y]
         features[:, COLUMN["is_light"]], features[:, COLUMN["is_heavy"]] = heavy == 0, heavy
         for name, share in (("power", power / battery), ("ice", ice / cargo), ("ore", ore / cargo)):
@@ -636,6 +686,11 @@ class LuxEncoder:
         features[:, COLUMN["rubble_here"]] = rubble[here] / 100
         for name, action in ORDERS_UNDER_WAY.items():
             features[:, COLUMN[name]] = under_way == action
+
+        if self.grow_lichen:
+            features[:, columns("clear_dx", "clear_dy", "clear_distance")] = self._ways_to_clear(team, x, y)
+            self.can_grow = self.to_clear[team, x + 1, y + 1]
+            features[:, COLUMN["worth_clearing"]] = self.can_grow
 
         # What every action leaves of the power. An order that is under way goes on free; any other is paid for first.
         order_cost = ORDER_COST[heavy]
@@ -654,8 +709,8 @@ class LuxEncoder:
             own_lichen = (self.player_of_strain[match, self.strains[match, x, y]] == team % 2) & lichen
             to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
             to_clear = ((rubble[here] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
-            if self.clear_rubble:
-                to_clear |= (rubble[here] > 0) & self.can_grow
+            if self.grow_lichen:
+                to_clear |= self.can_grow & (heavy == 0)
             can_do[DIG] &= to_mine | to_clear
             can_do[PICK_UP] &= gain >= 10 * order_cost
             steps_home = self.steps_home[:, team, x, y]
@@ -749,6 +804,13 @@ def _way_to_nearest(cells):
     way[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
     way[..., 2] = np.abs(way[..., :2]).sum(-1)
     return np.clip(way / 8, -1, 1)
+
+
+def _and_beside(cells):
+    """Marked cells and their neighbours [..., H, W]; on the border nothing is marked."""
+    more = cells.copy()
+    more[..., 1:-1, 1:-1] |= cells[..., 2:, 1:-1] | cells[..., :-2, 1:-1] | cells[..., 1:-1, 2:] | cells[..., 1:-1, :-2]
+    return more
 
 
 def _log(amount):
@@ -932,7 +994,7 @@ class LuxMatch:
             pay("ice_delivered", who, brought[0])
             pay("ore_delivered", who, brought[1])
             pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
-            if encoder.clear_rubble:
+            if encoder.grow_lichen:
                 x, y = encoder.robots.x[rows], encoder.robots.y[rows]
                 cleared = encoder.rubble[self.index, x + 1, y + 1] - board.rubble[x, y]
                 pay("rubble_cleared", who, np.maximum(cleared, 0) * encoder.can_grow[rows])
@@ -1127,7 +1189,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             "max_robots": max_robots,
             "group_by": group_by,
             "safe_masks": safe_masks,
-            "clear_rubble": reward_weights["rubble_cleared"] != 0,
+            "grow_lichen": reward_weights["rubble_cleared"] != 0,
         }
         blank = LuxEncoder(**encoder_options).arrays()
         entities = blank["kind"].shape

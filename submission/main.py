@@ -39,7 +39,7 @@ def load_model(path):
     args, weights = content["args"], content["model"]
     options = {"max_robots": args["max_robots"], "safe_masks": args["safe_masks"]}
     options["group_by"] = args.get("group_by", "entity")  # the baseline has no groups
-    options["clear_rubble"] = weights_of(args.get("reward", "ice"))["rubble_cleared"] != 0
+    options["grow_lichen"] = weights_of(args.get("reward", "ice"))["rubble_cleared"] != 0
     network = HybridNet(LuxEncoder(**options).arrays(), NUM_ACTIONS)
     network.load_state_dict(weights)
     if not all(x.isfinite().all() for x in weights.values()):

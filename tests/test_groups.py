@@ -1,9 +1,8 @@
-"""Who shares a trajectory under each rule of grouping, and what the lichen preset allows and pays, by hand."""
+"""Who shares a trajectory under each rule of grouping, by hand."""
 
 import numpy as np
 import pytest
-from helpers import in_process
-from test_encoder import factory, heavy, nearest, official, robot, strain
+from test_encoder import factory, heavy, nearest, official, robot
 
 import lux_wrapper as lux
 
@@ -101,66 +100,3 @@ def test_groups(rule, with_heavies):
 def test_options_that_cannot_work(options, words):
     with pytest.raises(lux.LuxError, match=words):
         lux.LuxVecEnv(1, num_workers=0, **options)
-
-
-# A factory stands on 9 to 11 in both axes, so its edge is 8 and 12; strain 0 is its own, strain 1 the opponent's.
-PLACES = {  # cell of the robot, what else there is, whether rubble there is worth clearing with clear_rubble
-    "beside a factory": ((12, 10), {}, True),
-    "beside its other side": ((10, 8), {}, True),
-    "at its corner": ((12, 12), {}, False),
-    "two steps off": ((13, 10), {}, False),
-    "beside the opponent's factory": ((19, 17), {}, False),
-    "beside own lichen": ((15, 5), {"lichen": strain(0, [(15, 6)])}, True),
-    "beside own lichen, to the left": ((15, 5), {"lichen": strain(0, [(14, 5)])}, True),
-    "beside the opponent's lichen": ((15, 5), {"lichen": strain(1, [(15, 6)])}, False),
-    "at the map's edge": ((0, 0), {"lichen": strain(0, [(0, 1)])}, True),
-    "far from all": ((15, 5), {}, False),
-}
-
-
-@pytest.mark.parametrize("clear_rubble", [True, False])
-@pytest.mark.parametrize("place", PLACES)
-def test_rubble_to_clear(place, clear_rubble):
-    """Rubble may be dug where own lichen could grow next, if it is paid."""
-    (x, y), there, worth = PLACES[place]
-    obs = official([robot(x, y)], rubble={(x, y): 5}, **there)
-    encoder = lux.LuxEncoder(SIZE, FACTORIES, ROBOTS, clear_rubble=clear_rubble)
-    out = encoder.arrays()
-    encoder.reset(obs)
-    encoder.encode(obs, out)
-    assert out["action_mask"][0, FACTORIES, lux.DIG] == (worth and clear_rubble)
-    if clear_rubble:
-        assert encoder.can_grow[0] == worth
-        on_ice = official([robot(x, y)], rubble={(x, y): 5}, ice=[(x, y)], **there)
-        encoder.reset(on_ice)
-        encoder.encode(on_ice, out)
-        assert out["action_mask"][0, FACTORIES, lux.DIG] and not encoder.can_grow[0]
-
-
-@pytest.mark.parametrize("reward, paid", [("lichen", 0.004), ("ice", 0.0)])
-def test_reward_of_cleared_rubble(reward, paid):
-    """A light robot clears 2 a dig beside its factory, and what is left in the end; elsewhere nothing is paid."""
-    env, (match,) = in_process(1, reward=reward, safe_masks=False, max_robots=6)
-    obs, _ = env.reset(seed=5)
-    actions = np.zeros(obs["kind"].shape, np.int64)
-    actions[0, 0, 0] = lux.BUILD_LIGHT
-    obs, *_ = env.step(actions)
-    (unit,) = match.engine.state.units["player_0"].values()
-    slot, board = match.encoder.max_factories, match.engine.state.board
-    centre = next(iter(match.engine.state.factories["player_0"].values())).pos
-    for cell, worth in (((2, 0), True), ((3, 0), False)):
-        unit.pos.pos = np.array([centre.x + cell[0], centre.y + cell[1]])
-        board.rubble[unit.pos.x, unit.pos.y] = 3
-        board.ice[unit.pos.x, unit.pos.y] = board.ore[unit.pos.x, unit.pos.y] = 0
-        match.encoder.ice[:], match.encoder.ore[:] = board.ice, board.ore
-        actions[:] = 0
-        obs, *_ = env.step(actions)  # the robot is seen where it is now
-        for amount in (2, 1):
-            actions[0, 0, slot] = lux.DIG
-            obs, rewards, *_ = env.step(actions)
-            assert rewards[0, 0, slot] == pytest.approx(paid * amount * worth)
-    env.close()
-
-
-def test_presets():
-    assert lux.REWARD_PRESETS == {"ice": {}, "lichen": {"lichen_grown": 0.002, "rubble_cleared": 0.004}}

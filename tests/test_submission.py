@@ -95,7 +95,7 @@ def test_parity(sure):
     """Over a whole match, from both sides: the arrays and the likeliest actions of training and bot are the same."""
     network, options = bot.load_model(MODEL)
     stage = {"map_size": 48, "min_factories": 3, "max_factories": 3}
-    del options["clear_rubble"]  # that of the ice reward, the default
+    del options["grow_lichen"]  # that of the ice reward, the default
     env, (match,) = in_process(1, **stage, **options)
     obs, _ = env.reset(seed=5)
     game = Game(match.seed, map_size=48, MIN_FACTORIES=3, MAX_FACTORIES=3)
@@ -279,7 +279,7 @@ def test_arguments_of_a_model(tmp_path):
             "max_robots": 9,
             "safe_masks": True,
             "group_by": "entity",
-            "clear_rubble": reward == "lichen",
+            "grow_lichen": reward == "lichen",
         } | options
         assert bot.load_model(run / "checkpoint_512.pt")[1] == expected
 
