@@ -122,7 +122,7 @@ FEATURES = (
     *("is_day", "time_in_cycle", "time"),  # 0 to 1
 )
 LICHEN_FEATURES = (  # these follow where lichen is grown (grow_lichen)
-    *("clear_dx", "clear_dy", "clear_distance"),  # to the nearest rubble worth clearing without an own robot on it
+    *("clear_dx", "clear_dy", "clear_distance"),  # to rubble worth clearing: that which would be gone first
     "worth_clearing",  # the rubble here is
     *("lichen_cells", "room_cells"),  # factories: of their strain, and bare ground that it can spread to, in fifties
 )
@@ -132,7 +132,7 @@ REWARDS = {
     "ore_dug": 0.0004,  # robot: a unit of ore taken from the ground into the cargo
     "ice_delivered": 0.004,  # robot: a unit of ice that reached a factory of the team
     "ore_delivered": 0.0008,  # robot: a unit of ore that reached a factory of the team
-    "rubble_cleared": 0.0,  # robot: a unit of rubble dug away where lichen of its team could grow next
+    "rubble_cleared": 0.0,  # robot: of rubble that is worth clearing, the share that a dig takes away
     "robot_lost": -0.05,  # robot: being destroyed (times 0.1 for a light robot)
     "water_made": 0.004,  # factory: a unit of water refined from ice (4 ice)
     "metal_made": 0.004,  # factory: a unit of metal refined from ore (5 ore)
@@ -143,7 +143,13 @@ REWARDS = {
 # The weights that differ from these in `LuxVecEnv(reward=)`.
 REWARD_PRESETS = {
     "ice": {},
-    "lichen": {"lichen_grown": 0.002, "rubble_cleared": 0.004},
+    "lichen": {
+        "lichen_grown": 0.01,
+        "rubble_cleared": 0.2,
+        "ore_dug": 0.004,
+        "ore_delivered": 0.004,
+        "metal_made": 0.01,
+    },
 }
 
 
@@ -179,6 +185,7 @@ METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
 CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
 MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
 DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
+DIG_RUBBLE = np.array([2, 20])
 MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)  # [kind, rubble]
 WORST_MOVE = MOVE_COST_ONTO[:, 100]
 ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER, LICHEN_TO_SPREAD = 4, 5, 10, 20
@@ -624,18 +631,43 @@ class LuxEncoder:
             features[..., COLUMN[name]] = number.reshape(-1, width) / 50
 
     def _ways_to_clear(self, team, x, y):
-        """Way [R, 3] from robots to the nearest rubble worth clearing: dx, dy and distance in cells / 8, at most 1."""
+        """Way [R, 3] from robots to the rubble worth clearing that a light one would have cleared first: dx, dy and
+        distance in cells / 8, at most 1. Rubble under another own robot is left to that."""
         way = np.tile(np.float32([0, 0, 1]), (len(team), 1))
-        teams, *cells = np.nonzero((self.to_clear & ~self.robot_map)[:, 1:-1, 1:-1])
+        teams, *cells = np.nonzero(self.to_clear[:, 1:-1, 1:-1])
+        digs = self.rubble[teams // 2, cells[0] + 1, cells[1] + 1] / DIG_RUBBLE[0]
+        occupied = self.robot_map[teams, cells[0] + 1, cells[1] + 1] * 10**6
         first, last = (np.searchsorted(teams, np.arange(len(self.teams)), side) for side in ("left", "right"))
         for of in np.flatnonzero(np.bincount(team, minlength=len(first)) * (last > first)):
-            mine = team == of
-            dx, dy = (to[first[of] : last[of]] - at[mine, None] for to, at in zip(cells, (x, y)))
-            nearest = (np.abs(dx) + np.abs(dy)).argmin(1)
-            dx, dy = (np.take_along_axis(d, nearest[:, None], 1)[:, 0] / 8 for d in (dx, dy))
-            way[mine] = np.stack([dx, dy, np.abs(dx) + np.abs(dy)], -1).clip(-1, 1)
-        way[self.to_clear[team, x + 1, y + 1]] = 0
+            mine, there = np.flatnonzero(team == of), slice(first[of], last[of])
+            dx, dy = (to[there] - at[mine, None] for to, at in zip(cells, (x, y)))
+            steps = np.abs(dx) + np.abs(dy)
+            time = steps + digs[there] + np.where(steps > 0, occupied[there], 0)
+            best = np.arange(len(mine)), time.argmin(1)
+            free = time[best] < 10**6
+            way[mine[free]] = np.clip(np.stack([dx[best], dy[best], steps[best]], -1) / 8, -1, 1)[free]
         return way
+
+    def _threats(self, team, heavy, power, cells, at_home):
+        """Whether a robot of the opponent could destroy the robots after each of their actions, bool [A, R].
+
+        A heavy robot destroys a light one. Of two of a kind the one that moves wins, or if both do the more power.
+
+        Args:
+            team, heavy, power [R]: of the robots.
+            cells [5, R]: numbers of their own cell and those beside, in maps [B, side, side].
+            at_home: where these are of an own factory, which no robot of the opponent enters.
+        """
+        others = self.everyone
+        powers = np.full((2, len(self.teams), self.side, self.side), -1)  # of opponents, light and heavy
+        powers[others.heavy, others.team ^ 1, others.x + 1, others.y + 1] = others.power
+        near = cells[:, None] + self.beside[1:, :, None].reshape(1, 4, 1)  # [5, 4, R]
+        lights, heavies = (kind.take(near, mode="clip").max(1) for kind in powers)
+        same = np.where(heavy, heavies, lights)
+        wins = same >= np.where(np.arange(5)[:, None] == STAY, 0, power)
+        crushed = (heavy == 0) & ((heavies >= 0) | (powers[1].take(cells) >= 0))
+        threat = (wins | crushed) & ~at_home
+        return threat[[STAY, UP, RIGHT, DOWN, LEFT, *[STAY] * (len(ROBOT_ACTIONS) - 5)]]
 
     def _water_costs(self):
         """By match and strain, upper bounds on the water that watering costs its factory: 1 for 10 cells to grow on.
@@ -717,6 +749,9 @@ class LuxEncoder:
             way_home = steps_home * MOVE_COST[heavy] + (np.minimum(steps_home, 2) + 1) * order_cost
             can_do[MOVES] &= (left[MOVES] >= way_home[MOVES]) | (steps_home[MOVES] < steps_home[here])
             can_do[DIG] &= left[DIG] >= way_home[here]
+            if self.grow_lichen:
+                safe = can_do & ~self._threats(team, heavy, power, cells_of_team, own_factory > 0)
+                can_do = np.where(safe.any(0), safe, can_do)
         can_do[STAY] |= ~can_do.any(0)
 
         out["features"][team, slot] = features
@@ -996,8 +1031,9 @@ class LuxMatch:
             pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
             if encoder.grow_lichen:
                 x, y = encoder.robots.x[rows], encoder.robots.y[rows]
-                cleared = encoder.rubble[self.index, x + 1, y + 1] - board.rubble[x, y]
-                pay("rubble_cleared", who, np.maximum(cleared, 0) * encoder.can_grow[rows])
+                there = encoder.rubble[self.index, x + 1, y + 1]
+                share = np.maximum(there - board.rubble[x, y], 0) / np.maximum(there, 1)
+                pay("rubble_cleared", who, share * encoder.can_grow[rows])
         who = np.nonzero(encoder.alive[teams])
         ice, ore, strain = (getattr(encoder.factories, name)[teams][who] for name in ("ice", "ore", "strain"))
         refined = arrived[who].T + (ice, ore) - _cargo(factories)

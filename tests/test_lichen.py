@@ -70,9 +70,10 @@ def test_ground(seed):
             row = dict(zip(lux.COLUMN, out["features"][player, slot]))
             assert row["worth_clearing"] == (cell in worth)
             steps = {c: abs(c[0] - x) + abs(c[1] - y) for c in worth if c == cell or c not in taken}
-            assert row["clear_distance"] == min(1, min(steps.values()) / 8)
-            ways = [(c[0] - x, c[1] - y) for c in steps if steps[c] == min(steps.values())]
-            assert (row["clear_dx"], row["clear_dy"]) in [tuple(np.clip(np.array(w) / 8, -1, 1)) for w in ways]
+            time = {c: n + obs["board"]["rubble"][c] / 2 for c, n in steps.items()}
+            soonest = [c for c in time if time[c] == min(time.values())]
+            way = tuple(row[f"clear_{name}"] for name in ("dx", "dy", "distance"))
+            assert way in [tuple(np.clip(np.array([c[0] - x, c[1] - y, steps[c]]) / 8, -1, 1)) for c in soonest]
             digs = out["action_mask"][player, slot, lux.DIG]
             if cell in worth:
                 assert digs == (unit["unit_type"] == "LIGHT")
@@ -145,9 +146,9 @@ def test_rubble_to_clear(place, grow_lichen):
         assert out["action_mask"][0, FACTORIES, lux.DIG] and not encoder.can_grow[0]
 
 
-@pytest.mark.parametrize("reward, paid", [("lichen", 0.004), ("ice", 0.0)])
+@pytest.mark.parametrize("reward, paid", [("lichen", 0.2), ("ice", 0.0)])
 def test_reward_of_cleared_rubble(reward, paid):
-    """A light robot clears 2 a dig beside its factory, and what is left in the end; elsewhere nothing is paid."""
+    """A light robot clears 2 of 3 beside its factory, and then all that is left; elsewhere nothing is paid."""
     env, (match,) = in_process(1, reward=reward, safe_masks=False, max_robots=6)
     obs, _ = env.reset(seed=5)
     actions = np.zeros(obs["kind"].shape, np.int64)
@@ -164,12 +165,60 @@ def test_reward_of_cleared_rubble(reward, paid):
         match.encoder.ice[:], match.encoder.ore[:] = board.ice, board.ore
         actions[:] = 0
         obs, *_ = env.step(actions)  # the robot is seen where it is now
-        for amount in (2, 1):
+        for share in (2 / 3, 1):
             actions[0, 0, slot] = lux.DIG
             obs, rewards, *_ = env.step(actions)
-            assert rewards[0, 0, slot] == pytest.approx(paid * amount * worth)
+            assert rewards[0, 0, slot] == pytest.approx(paid * share * worth)
     env.close()
 
 
+def beaten(own, moves, other, comes):
+    """Whether a robot (heavy, power) is destroyed by one of the opponent where both end up."""
+    if own[0] != other[0]:
+        return other[0]
+    return comes and (not moves or other[1] >= own[1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_threats(seed):
+    """Crowds of both teams: no robot does what an opponent could destroy it for, unless it can do nothing else."""
+    rng = np.random.default_rng(seed)
+    cells = [(8 + index // 8, 3 + index % 8) for index in rng.permutation(64) if not (1 < index // 8 < 4)][:12]
+    kinds = [(bool(rng.integers(2)), int(rng.integers(80, 90))) for _ in cells]
+    units = [
+        robot(*cell, "HEAVY" if big else "LIGHT", 10 * power if big else power)
+        for cell, (big, power) in zip(cells, kinds)
+    ]
+    kinds = [(big, 10 * power if big else power) for big, power in kinds]
+    masks = []
+    for grow_lichen in (True, False):
+        encoder = lux.LuxEncoder(SIZE, FACTORIES, ROBOTS, grow_lichen=grow_lichen)
+        obs, out = official(units[:6], theirs=units[6:], ice=cells), encoder.arrays()
+        encoder.reset(obs)
+        encoder.encode(obs, out)
+        masks.append(out["action_mask"])
+    home = footprint(factory(10, 10)), footprint(factory(19, 19))
+    found = 0
+    for index, (x, y) in enumerate(cells):
+        player, slot = index // 6, FACTORIES + index % 6
+        others = range(6, 12) if player == 0 else range(6)
+        allowed, free = (mask[player, slot] for mask in masks)
+        safe = free.copy()
+        for action in np.flatnonzero(free):
+            moves = lux.UP <= action <= lux.LEFT
+            goal = (x + lux.DX[action], y + lux.DY[action]) if moves else (x, y)
+            for other in others:
+                distance = abs(goal[0] - cells[other][0]) + abs(goal[1] - cells[other][1])
+                if distance <= 1 and goal not in home[player]:
+                    safe[action] &= not beaten(kinds[index], moves, kinds[other], comes=distance == 1)
+        found += (safe != free).any()
+        assert (allowed == (safe if safe.any() else free)).all(), (index, allowed, free, safe)
+    assert found > 0
+
+
 def test_presets():
-    assert lux.REWARD_PRESETS == {"ice": {}, "lichen": {"lichen_grown": 0.002, "rubble_cleared": 0.004}}
+    """All of a preset's terms are there, and it can be changed."""
+    assert lux.weights_of() == lux.REWARDS
+    lichen = lux.weights_of("lichen")
+    assert lichen.keys() == lux.REWARDS.keys() and lichen["lichen_grown"] == 0.01 and lichen["ice_dug"] == 0.004
+    assert lux.weights_of("lichen", {"ice_dug": 1})["ice_dug"] == 1
