@@ -857,12 +857,13 @@ def _log(amount):
 # ------------------------------------------------------------------------------------------------------
 
 
-def early_phase_action(obs, player):
+def early_phase_action(obs, player, grow_lichen=False):
     """The order of `player` while factories are placed: a bid of 0, then its factories one by one.
 
     Args:
         obs: official observation with `real_env_steps` below 0.
         player: "player_0" or "player_1".
+        grow_lichen: see `placement_score`.
 
     Returns:
         An official action; {} where it is the other player's turn.
@@ -873,13 +874,13 @@ def early_phase_action(obs, player):
     team = obs["teams"][player]
     if team["place_first"] != (turn % 2 == 1) or team["factories_to_place"] == 0:
         return {}
-    score = placement_score(obs)
+    score = placement_score(obs, grow_lichen)
     spawn = np.array(np.unravel_index(np.argmax(score), score.shape))
     share = team["factories_to_place"]  # water and metal are shared out evenly
     return {"spawn": spawn, "water": team["water"] // share, "metal": team["metal"] // share}
 
 
-def placement_score(obs):
+def placement_score(obs, grow_lichen=False):
     """How good each cell is as the centre of the next factory, from Gaussian filters over the board.
 
     Ice counts most, and most of all ice at the factory's edge, which a robot can mine without walking
@@ -888,6 +889,7 @@ def placement_score(obs):
 
     Args:
         obs: an official observation of the placement phase.
+        grow_lichen: whether rubble farther off, which would have to be cleared for lichen, counts against too.
 
     Returns:
         [H, W] float; -inf where the game forbids a factory.
@@ -908,6 +910,7 @@ def placement_score(obs):
         - 0.0004 * gaussian_filter(board["rubble"], 2.0)
         - 0.6 * gaussian_filter(factories, 6.0)
         - 1.0 * way_to_ice
+        - 0.0004 * grow_lichen * gaussian_filter(board["rubble"], 4.0)
     )
     return np.where(board["valid_spawns_mask"], score, -np.inf)
 
@@ -960,7 +963,7 @@ class LuxMatch:
         self.seed = self.next_seed() if seed is None else seed
         obs = self.engine.reset(seed=self.seed)[0]["player_0"]
         while obs["real_env_steps"] < 0:
-            actions = {player: early_phase_action(obs, player) for player in PLAYERS}
+            actions = {player: early_phase_action(obs, player, self.encoder.grow_lichen) for player in PLAYERS}
             obs = self.engine.step(actions)[0]["player_0"]
         self.placed = np.array([len(obs["factories"][player]) for player in PLAYERS])
         self.totals = np.zeros((2, len(TERM)))
@@ -1083,6 +1086,14 @@ class LuxMatch:
             "right_of_way": self.encoder.right_of_way[self.teams].copy(),
             "blocked_builds": self.encoder.blocked_builds[self.teams].copy(),
         }
+
+
+def write_gif(path, frames):
+    """Write pictures [H, W, 3] uint8 as an animation."""
+    from PIL import Image
+
+    first, *others = [Image.fromarray(frame).quantize(64) for frame in frames]
+    first.save(path, "GIF", save_all=True, append_images=others, duration=50, loop=0)
 
 
 @functools.cache
@@ -1517,18 +1528,12 @@ class _Matches:
             self.arrays["terminated"][index] = metrics is not None
             if metrics is not None:
                 if index == 0 and self.video:
-                    self._write_video()
+                    write_gif(self.video, self.frames)
+                    self.video = None  # the matches that come after it are not drawn
                 match.reset()
             return metrics
 
         return self._each(play)
-
-    def _write_video(self):
-        from PIL import Image
-
-        first, *others = [Image.fromarray(frame).quantize(64) for frame in self.frames]
-        first.save(self.video, "GIF", save_all=True, append_images=others, duration=50, loop=0)
-        self.video = None  # the matches that come after it are not drawn
 
     def _each(self, play):
         """Play, then encode; list of (match index, what `play` returned) for those where that was something."""

@@ -104,7 +104,7 @@ ARMS = {
 EDITS = {
     "random-placement": (
         "lux_wrapper.py",
-        "    score = placement_score(obs)\n",
+        "    score = placement_score(obs, grow_lichen)\n",
         '    score = np.random.default_rng(int(obs["board"]["rubble"].sum())).random(obs["board"]["ice"].shape)\n'
         '    score[~obs["board"]["valid_spawns_mask"]] = -np.inf\n',
     ),

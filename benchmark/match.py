@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
+os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import luxai_s2.env  # noqa: E402
@@ -36,8 +37,15 @@ from luxai_runner.bot import Bot  # noqa: E402
 from luxai_runner.ext_to_command import ext_to_command  # noqa: E402
 from luxai_runner.utils import to_json  # noqa: E402
 
-from lux_wrapper import PLAYERS, early_phase_action  # noqa: E402
+from lux_wrapper import PLAYERS, early_phase_action, write_gif  # noqa: E402
 
+VIEWER = """<!DOCTYPE html>
+<meta charset="utf-8">
+<title>Lux AI Season 2</title>
+<script>window.episode = EPISODE</script>
+<script type="module" crossorigin src="https://s2vis.lux-ai.org/index.js"></script>
+<div id="root"></div>
+"""
 STDERR_LINES = 5  # of a bot that fails, the last ones are shown
 
 
@@ -163,7 +171,7 @@ def play(files, seed, map_size=48, min_factories=2, max_factories=5, steps=1000,
         seed: of the map.
         steps: when it ends at the latest, placement not counted.
         limits: seconds for a turn, and for all that is longer together; the official runner's.
-        replay: path of a JSON file for the official viewer.
+        replay: path without suffix, for a .json and .html of the official viewer and a .gif of the engine's pictures.
 
     Returns:
         A dict for each player: player, bot, seed, result, lichen, length, ice, factories, robots, refused, error,
@@ -188,7 +196,7 @@ async def _play(engine, seats, seed, replay):
         seen = engine.state.get_compressed_obs()
         rewards, done = dict.fromkeys(PLAYERS, 0), False
         infos = dict.fromkeys(PLAYERS, {"env_cfg": dataclasses.asdict(engine.env_cfg)})
-        obs, record = to_json(seen), {"observations": [to_json(seen)], "actions": []}
+        obs, record, frames = to_json(seen), {"observations": [to_json(seen)], "actions": []}, []
         while not done:
             orders = {
                 seat.player: await seat.act(engine, obs, rewards[seat.player], infos[seat.player]) for seat in seats
@@ -209,12 +217,17 @@ async def _play(engine, seats, seed, replay):
             if replay:
                 record["observations"].append(obs)
                 record["actions"].append(to_json(orders))
+                if engine.state.real_env_steps % 4 == 0:
+                    frames.append(engine.render())
     finally:
         for bot in bots:
             await bot.proc.cleanup()
     if replay:
         record["metadata"] = {"seed": seed, "players": {seat.player: seat.file for seat in seats}}
-        Path(replay).write_text(json.dumps(record))
+        text = json.dumps(record)
+        Path(f"{replay}.json").write_text(text)
+        Path(f"{replay}.html").write_text(VIEWER.replace("EPISODE", text))
+        write_gif(f"{replay}.gif", frames)
     return rewards
 
 
@@ -294,7 +307,9 @@ def main():
     parser.add_argument("--turn-seconds", type=float, default=9, help="for each turn (on Kaggle 3)")
     parser.add_argument("--overage", type=float, default=600, help="for all longer turns together (on Kaggle 60)")
     parser.add_argument("--out", help="a CSV file: a row for each game and player")
-    parser.add_argument("--replays", help="a folder for a JSON replay of each game, for https://s2vis.lux-ai.org")
+    parser.add_argument(
+        "--replays", help="a folder for each game's replay: JSON, HTML (with the viewer of s2vis.lux-ai.org), and GIF"
+    )
     args = parser.parse_args()
     try:
         bots = main_file(args.a), main_file(args.b)
@@ -321,7 +336,7 @@ def run(bots, args):
     with ProcessPoolExecutor(args.parallel) as pool:
         games = {}
         for game in range(args.games):
-            replay = args.replays and str(Path(args.replays, f"{game}.json"))
+            replay = args.replays and str(Path(args.replays, str(game)))
             sides = bots[:: -1 if game % 2 else 1]
             games[pool.submit(one, sides, args.seed + game // 2, replay=replay)] = game
         finished = {}

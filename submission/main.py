@@ -61,7 +61,7 @@ class Player:
 
     def __init__(self, model=HERE / "model.pt"):
         torch.set_num_threads(1)
-        self.turn, self.maps, self.encoder = 0, {}, None
+        self.turn, self.maps, self.encoder, self.options = 0, {}, None, {}
         self.generator = torch.Generator().manual_seed(SEED)
         try:
             self.network, self.options = load_model(model)
@@ -101,7 +101,7 @@ class Player:
     def orders(self, obs, player):
         """Official orders of one player, as LuxEncoder and `early_phase_action` give them."""
         if obs["real_env_steps"] < 0:
-            return early_phase_action(obs, player)
+            return early_phase_action(obs, player, self.options.get("grow_lichen", False))
         if self.network is None:
             return {}
         if self.encoder is None:

@@ -1446,7 +1446,7 @@ class Played:
                         self.count[player, "decides", objection] += alone and (
                             self.options["safe_masks"] or not is_rule
                         )
-            for name, column in lux.COLUMN.items():
+            for column, name in enumerate(lux.FEATURES):
                 self.values[player, name] |= set(view["features"][:, column].round(4).tolist())
             for name, channel in CHANNEL.items():
                 self.count[player, "channel", name] += int(view["board"][..., channel].any())

@@ -18,6 +18,7 @@ from helpers import in_process, parameters_at_start
 import global_ppo
 import lux_wrapper as lux
 import trajsep_ppo
+from hybrid_model import HybridNet
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "submission"), str(ROOT / "benchmark")]
@@ -95,8 +96,8 @@ def test_parity(sure):
     """Over a whole match, from both sides: the arrays and the likeliest actions of training and bot are the same."""
     network, options = bot.load_model(MODEL)
     stage = {"map_size": 48, "min_factories": 3, "max_factories": 3}
-    del options["grow_lichen"]  # that of the ice reward, the default
-    env, (match,) = in_process(1, **stage, **options)
+    reward = "lichen" if options.pop("grow_lichen") else "ice"
+    env, (match,) = in_process(1, reward=reward, **stage, **options)
     obs, _ = env.reset(seed=5)
     game = Game(match.seed, map_size=48, MIN_FACTORIES=3, MAX_FACTORIES=3)
     players = [bot.Player(MODEL), bot.Player(MODEL)]
@@ -336,7 +337,9 @@ def make_run(folder, script_args=None, **change):
     """A run's folder with a checkpoint of an untrained network."""
     folder.mkdir()
     args = dataclasses.asdict(script_args or trajsep_ppo.Args())
-    torch.save({"args": args, "model": parameters_at_start(), **change}, folder / "checkpoint_512.pt")
+    encoder = lux.LuxEncoder(max_robots=args["max_robots"], grow_lichen=args["reward"] == "lichen")
+    parameters = HybridNet(encoder.arrays(), lux.NUM_ACTIONS).state_dict()
+    torch.save({"args": args, "model": parameters, **change}, folder / "checkpoint_512.pt")
     return folder
 
 
