@@ -132,7 +132,7 @@ REWARDS = {
     "ore_dug": 0.0004,  # robot: a unit of ore taken from the ground into the cargo
     "ice_delivered": 0.004,  # robot: a unit of ice that reached a factory of the team
     "ore_delivered": 0.0008,  # robot: a unit of ore that reached a factory of the team
-    "rubble_cleared": 0.0,  # robot: of rubble that is worth clearing, the share that a dig takes away
+    "rubble_cleared": 0.0,  # robot: a unit of rubble dug away that was worth clearing
     "robot_lost": -0.05,  # robot: being destroyed (times 0.1 for a light robot)
     "water_made": 0.004,  # factory: a unit of water refined from ice (4 ice)
     "metal_made": 0.004,  # factory: a unit of metal refined from ore (5 ore)
@@ -145,7 +145,7 @@ REWARD_PRESETS = {
     "ice": {},
     "lichen": {
         "lichen_grown": 0.01,
-        "rubble_cleared": 0.2,
+        "rubble_cleared": 0.02,
         "ore_dug": 0.004,
         "ore_delivered": 0.004,
         "metal_made": 0.01,
@@ -1034,9 +1034,8 @@ class LuxMatch:
             pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
             if encoder.grow_lichen:
                 x, y = encoder.robots.x[rows], encoder.robots.y[rows]
-                there = encoder.rubble[self.index, x + 1, y + 1]
-                share = np.maximum(there - board.rubble[x, y], 0) / np.maximum(there, 1)
-                pay("rubble_cleared", who, share * encoder.can_grow[rows])
+                cleared = encoder.rubble[self.index, x + 1, y + 1] - board.rubble[x, y]
+                pay("rubble_cleared", who, np.maximum(cleared, 0) * encoder.can_grow[rows])
         who = np.nonzero(encoder.alive[teams])
         ice, ore, strain = (getattr(encoder.factories, name)[teams][who] for name in ("ice", "ore", "strain"))
         refined = arrived[who].T + (ice, ore) - _cargo(factories)
