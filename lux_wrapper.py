@@ -265,16 +265,20 @@ class LuxEncoder:
             2. stepping onto the centre of an own factory (robots appear there),
             3. building while an own robot stands there, building a light robot from the metal that the factory's first
                heavy one needs, and building into the last slots while others can build their first heavy one,
-            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore (nor,
-               with grow_lichen, is worth clearing), ice and ore with full cargo,
+            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore (but
+               with grow_lichen light robots may clear what is worth it), ice and ore with full cargo,
             5. digging, or stepping away from home, with less power left than the way back to the nearest own
                factory, were there no rubble on it, and an order there cost (a robot without power stands where it
                is until the sun shines),
             6. picking up less power than ten times what the order itself costs,
-            7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
+            7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end; with grow_lichen,
+               nor for watering as much at every second step to the end,
+            8. with grow_lichen, ending a step where a robot of the opponent could destroy this one, unless it can
+               wherever it goes.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
-        grow_lichen: also show the LICHEN_FEATURES, and let robots dig rubble that is worth clearing: that where lichen
-            of the team could grow next, beside own factories, own lichen, and bare ground that leads there.
+        grow_lichen: also show the LICHEN_FEATURES, and change rules 4, 7 and 8 for matches that lichen decides. Rubble is
+            worth clearing where lichen of the team could grow next: beside own factories, own lichen, and bare ground
+            that leads there.
         num_matches: how many matches.
 
     Raises:
@@ -608,15 +612,11 @@ class LuxEncoder:
         self.blocked_builds += ((can_light | can_heavy) & ~may_light & ~may_heavy).sum(1)
         if self.safe_masks:
             may_light, may_heavy = may_light & ~taken, may_heavy & ~taken
-        cost, left = (
-            self._water_costs()[self.teams // 2, factories.strain],
-            (GAME_LENGTH - self.time).repeat(2)[:, None],
-        )
-        reserve = (
-            np.minimum(WATER_RESERVE, left) + self.grow_lichen * np.maximum(left - 1, 0) * cost // 2
-            if self.safe_masks
-            else 0
-        )
+        cost = self._water_costs()[self.teams // 2, factories.strain]
+        left = (GAME_LENGTH - self.time).repeat(2)[:, None]
+        reserve = np.minimum(WATER_RESERVE, left) if self.safe_masks else 0
+        if self.safe_masks and self.grow_lichen:
+            reserve = reserve + (left - 1) * cost // 2
         mask = out["action_mask"][:, :width]
         mask[..., NOTHING] = alive
         mask[..., BUILD_LIGHT], mask[..., BUILD_HEAVY] = may_light, may_heavy

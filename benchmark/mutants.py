@@ -44,7 +44,7 @@ TESTS = {  # file -> its tests, the fastest first
     "hybrid_model.py": ("test_model.py",),
     "trajsep_ppo.py": SCRIPT_TESTS,
     "global_ppo.py": SCRIPT_TESTS,
-    "lux_wrapper.py": ("test_groups.py", "test_encoder.py", "test_changes.py", "test_wrapper.py"),
+    "lux_wrapper.py": ("test_lichen.py", "test_groups.py", "test_encoder.py", "test_changes.py", "test_wrapper.py"),
 }
 COLUMNS = ("file", "what", "caught", "test", "seconds", "code")
 

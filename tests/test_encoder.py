@@ -1030,6 +1030,9 @@ def test_placement_score():
         seen = plain(obs)
         expected = [[score(seen, x, y) for y in range(shape[1])] for x in range(shape[0])]
         np.testing.assert_allclose(lux.placement_score(obs), expected, rtol=1e-9)
+        far = [[gaussian_sum(seen["board"]["rubble"], x, y, 4.0) for y in range(shape[1])] for x in range(shape[0])]
+        for_lichen = lux.placement_score(obs, grow_lichen=True)
+        np.testing.assert_allclose(for_lichen, np.array(expected) - 0.0004 * np.array(far), rtol=1e-9)
         assert np.isneginf(expected).any()
 
 

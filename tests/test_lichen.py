@@ -216,6 +216,51 @@ def test_threats(seed):
     assert found > 0
 
 
+def test_rubble_under_another_robot():
+    """It is left to that one, even if nothing else is there to clear."""
+    for other, way in (({(12, 14): 40}, (-2, 4, 6)), ({}, None)):
+        obs = official([robot(13, 10), robot(14, 10)], rubble={(13, 10): 2} | other)
+        encoder = lux.LuxEncoder(SIZE, FACTORIES, ROBOTS, grow_lichen=True)
+        out = encoder.arrays()
+        encoder.reset(obs)
+        encoder.encode(obs, out)
+        found = out["features"][0, FACTORIES : FACTORIES + 2, lux.columns("clear_dx", "clear_dy", "clear_distance")].T
+        assert found.tolist() == [[0, 0, 0], [0, 0, 1] if way is None else [steps / 8 for steps in way]]
+
+
+def test_in_danger_everywhere():
+    """A robot that an opponent could destroy whatever it does may do all that it could without them."""
+    heavies = [heavy(*cell) for cell in ((5, 4), (5, 6), (3, 5), (7, 5))]
+    for last in range(4):
+        obs = official([robot(5, 5)], theirs=heavies[: last + 1], ice=[(5, 5)])
+        encoder = lux.LuxEncoder(SIZE, FACTORIES, ROBOTS, grow_lichen=True)
+        out = encoder.arrays()
+        encoder.reset(obs)
+        encoder.encode(obs, out)
+        may = {name for name, may in zip(lux.ROBOT_ACTIONS, out["action_mask"][0, FACTORIES]) if may}
+        everything = {"stay", "move_up", "move_right", "move_down", "move_left", "dig"}
+        safe = [{"move_down", "move_left", "move_right"}, {"move_left", "move_right"}, {"move_right"}, everything]
+        assert may == safe[last]
+
+
+def test_placement():
+    """Factories of a match that is paid for lichen stand where lichen counts in the placement, and others do not."""
+    places = {}
+    for reward in ("ice", "lichen"):
+        env, (match,) = in_process(1, reward=reward, map_size=48)
+        env.reset(seed=3)
+        own = [[tuple(f.pos.pos) for f in match.engine.state.factories[name].values()] for name in lux.PLAYERS]
+        obs = match.engine.reset(seed=match.seed)[0]["player_0"]
+        while obs["real_env_steps"] < 0:
+            orders = {name: lux.early_phase_action(obs, name, grow_lichen=reward == "lichen") for name in lux.PLAYERS}
+            obs = match.engine.step(orders)[0]["player_0"]
+        again = [[tuple(f["pos"]) for f in obs["factories"][name].values()] for name in lux.PLAYERS]
+        assert own == again
+        places[reward] = own
+        env.close()
+    assert places["ice"] != places["lichen"]
+
+
 def test_presets():
     """All of a preset's terms are there, and it can be changed."""
     assert lux.weights_of() == lux.REWARDS
