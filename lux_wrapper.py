@@ -276,9 +276,9 @@ class LuxEncoder:
             8. with grow_lichen, ending a step where a robot of the opponent could destroy this one, unless it can
                wherever it goes.
             And where two own robots are told to step onto one cell, the first goes and the others wait.
-        grow_lichen: also show the LICHEN_FEATURES, and change rules 4, 7 and 8 for matches that lichen decides. Rubble is
-            worth clearing where lichen of the team could grow next: beside own factories, own lichen, and bare ground
-            that leads there.
+        grow_lichen: also show the LICHEN_FEATURES, and change rules 4, 7 and 8 for matches that lichen decides. Rubble
+            is worth clearing where lichen of the team could grow next: beside own factories, own lichen, and bare
+            ground that leads there.
         num_matches: how many matches.
 
     Raises:
