@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and print the rows of its table of results.
+"""Draw the pictures of the README and print its tables of results and of matches.
 
     python benchmark/figures.py                            # docs/result.png, docs/network.png
     python benchmark/figures.py --checkpoint runs/<run>    # and docs/trajectories.png, from a match of this run
@@ -7,6 +7,7 @@ The result is that of benchmark/study: the seeds of both scripts that are there,
 flags were chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
 """
 
+import csv
 import os
 import sys
 from pathlib import Path
@@ -190,8 +191,33 @@ def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
     plt.close(figure)
 
 
+OPPONENTS = {  # file of benchmark/matches/ -> what it is called
+    "idle": "`idle`, which places its factories and then does nothing",
+    "python": "official Python kit",
+    "rl": "official RL kit, its trained model",
+    "andrii": "[andrii0yerko/lux-ai-s2-2023](https://github.com/andrii0yerko/lux-ai-s2-2023), 76th of 646",
+}
+
+
+def matches(folder):
+    """The rows of the README's table of matches: the bot of submission/ against each opponent."""
+    head = ["opponent", "games", "won, drawn, lost", "lichen", "its lichen", "ice", "its ice", "orders refused"]
+    rows = []
+    for name, opponent in OPPONENTS.items():
+        with open(folder / f"{name}.csv", newline="") as file:
+            both = list(csv.DictReader(file))
+        ours, theirs = ([row for row in both if (row["bot"] == "submission") == mine] for mine in (True, False))
+        means = [
+            f"{np.mean([float(row[key]) for row in side]):,.0f}" for key in ("lichen", "ice") for side in (ours, theirs)
+        ]
+        count = [sum(row["result"] == result for row in ours) for result in ("win", "draw", "loss")]
+        refused = sum(int(row["refused"]) for row in ours)
+        rows.append([opponent, str(len(ours)), ", ".join(map(str, count)), *means, str(refused)])
+    return plot.table(head, rows)
+
+
 def main(checkpoint: Optional[Path] = None):
-    """Draw everything, and print the table.
+    """Draw everything, and print the tables.
 
     Args:
         checkpoint: a run, or one of its checkpoints, of which to draw a match.
@@ -204,6 +230,7 @@ def main(checkpoint: Optional[Path] = None):
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         draw_trajectories(checkpoint, DOCS / "trajectories.png")
     print(results(data, last))
+    print(matches(ROOT / "benchmark" / "matches"))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 
 import figures  # noqa: E402
 import plot  # noqa: E402
+import study  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -118,3 +119,17 @@ def test_worked_examples():
 def test_result():
     """The README's result is what the matches of the study say."""
     assert figures.results(*plot.load(ROOT / "benchmark" / "study" / "ablation.csv")) in README
+
+
+def test_components():
+    """The README's table of components is what the matches of the study say, and it has all its arms."""
+    made = study.components(*plot.load(ROOT / "benchmark" / "study" / "ablation.csv"))
+    assert len(made.splitlines()) == 2 + len(study.SHARED)
+    assert made in README
+
+
+def test_matches():
+    """So is the table of the bot's matches."""
+    made = figures.matches(ROOT / "benchmark" / "matches")
+    assert len(made.splitlines()) == 2 + len(figures.OPPONENTS)
+    assert made in README
