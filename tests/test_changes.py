@@ -97,7 +97,7 @@ def side_by_side(mine, steps, weights=1.0, **options):
         assert env.observation_space.contains(obs)
         for names, numbers, key in (
             (lux.CHANNEL, mine.CHANNEL, "board"),
-            (lux.COLUMN, mine.COLUMN, "features"),
+            ({name: lux.COLUMN[name] for name in lux.FEATURES}, mine.COLUMN, "features"),
             ({name: place for place, name in enumerate(lux.ROBOT_ACTIONS)}, None, "action_mask"),
         ):
             for name, place in names.items():
