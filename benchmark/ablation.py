@@ -118,6 +118,8 @@ SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
 FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
 COARSE = (*range(4096, 16385, 4096), 24576, 32768, 49152)
 
+SAVE_EVERY = 4  # updates between two checkpoints of a training
+
 EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
 ICE, ALIVE, PLACED = "ice_transferred", "factories_alive", "factories_placed"
 OTHERS = [key for key in TEAM_METRICS if key not in ("r", ICE, ALIVE, PLACED)]
@@ -307,7 +309,7 @@ class Work:
             child.terminate()
 
     def command(self, arm, seed):
-        speed = "--num-workers 0 --eval-episodes 0 --save-every 4"
+        speed = f"--num-workers 0 --eval-episodes 0 --save-every {SAVE_EVERY}"
         return f"{ARMS[arm]} --seed {seed} {speed} {self.flags}".strip()
 
     def do(self, job):
@@ -344,6 +346,9 @@ class Work:
             raise Failed(f"the training failed with exit code {code}:\n  " + "\n  ".join(end))
         paths = saved(folder)
         last = torch.load(paths[max(paths)], weights_only=True)
+        every = SAVE_EVERY * last["args"]["num_envs"] * last["args"]["num_steps"]
+        if lost := set(range(every, last["global_step"], every)) - paths.keys():
+            raise Failed(f"{len(lost)} checkpoints were removed before they were kept; was this program suspended?")
         run |= {"steps": last["global_step"], "train_seconds": round(last["train_seconds"], 1)}
         run["parameters"] = sum(x.numel() for x in last["model"].values())
         self.results.add_run(run)

@@ -128,6 +128,17 @@ def test_one_sentence_for_what_is_wrong(tmp_path, capfd):
     assert "--gamma must be between 0 and 1" in capfd.readouterr().out  # the end of the script's log
 
 
+def test_lost_checkpoints(tmp_path, capfd, monkeypatch):
+    """A training whose checkpoints were removed before they were kept is not evaluated at others instead."""
+    keep = ablation.keep
+    monkeypatch.setattr(ablation, "SAVE_EVERY", 1)
+    monkeypatch.setattr(ablation, "keep", lambda folder: any(folder.glob("runs/*/*_256.pt")) and keep(folder))
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        ablation.main(arms=("global",), seeds=(1,), out=tmp_path / "out", work=tmp_path / "work", flags=TINY)
+    assert "2 checkpoints were removed before they were kept" in capfd.readouterr().out
+    assert not (tmp_path / "out" / "runs.csv").exists()
+
+
 def made_up(folder, lengths):
     """ablation.csv with 10 matches an evaluation: {arm: {seed: {step: lengths of the matches}}}."""
     with open(folder / "ablation.csv", "w", newline="") as file:
