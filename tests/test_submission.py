@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import in_process, parameters_at_start
+from PIL import Image
 
 import global_ppo
 import lux_wrapper as lux
@@ -449,6 +450,10 @@ def test_matches(tmp_path):
     assert len(replay["observations"]) == len(replay["actions"]) + 1 == 20 + 5 + 1
     assert replay["observations"][0] == Game(4, map_size=32).message
     assert "ice" in replay["observations"][0]["board"] and "ice" not in replay["observations"][1]["board"]
+    page = (tmp_path / "replays" / "1.html").read_text()
+    assert json.loads(page.split("window.episode = ")[1].split("</script>")[0]) == replay
+    with Image.open(tmp_path / "replays" / "1.gif") as film:
+        assert 3 < film.n_frames <= 7 and film.size == (400, 400)  # every fourth step; those alike are one
 
 
 @pytest.mark.parametrize(
