@@ -661,7 +661,7 @@ class LuxEncoder:
         others = self.everyone
         powers = np.full((2, len(self.teams), self.side, self.side), -1)  # of opponents, light and heavy
         powers[others.heavy, others.team ^ 1, others.x + 1, others.y + 1] = others.power
-        near = cells[:, None] + self.beside[1:, :, None].reshape(1, 4, 1)  # [5, 4, R]
+        near = cells[:, None] + self.beside[1:]  # [5, 4, R]
         lights, heavies = (kind.take(near, mode="clip").max(1) for kind in powers)
         same = np.where(heavy, heavies, lights)
         wins = same >= np.where(np.arange(5)[:, None] == STAY, 0, power)
