@@ -196,6 +196,7 @@ OPPONENTS = {  # file of benchmark/matches/ -> what it is called
     "python": "official Python kit",
     "rl": "official RL kit, its trained model",
     "andrii": "[andrii0yerko/lux-ai-s2-2023](https://github.com/andrii0yerko/lux-ai-s2-2023), 76th of 646",
+    "bart": "[BartvonMeijenfeldt/LuxAISeason2Bot](https://github.com/BartvonMeijenfeldt/LuxAISeason2Bot), 15th",
 }
 
 

@@ -441,8 +441,8 @@ the commits {commits}.
 - **A pair** names first the arm that is above the other for the authors. It *holds* if the 95% interval of our
   difference is above 0, it *does not hold* if that is below 0, else it is *within the intervals*. The maps are the same
   for both arms and are drawn together, so the arms' own intervals may overlap where a pair holds.
-- Three seeds are few, so intervals are rather too narrow. Of forty pairs without a difference one would hold by chance,
-  and one would not hold."""
+- Three seeds are few, so intervals are rather too narrow, and those of an arm with one seed are over matches alone. Of
+  forty pairs without a difference one would hold by chance, and one would not hold."""
     return wrapped(text)
 
 
