@@ -10,8 +10,8 @@ is not run again, nor is a finished evaluation. A training that was cut off begi
 
 Trainings run side by side, each with one thread, and are evaluated after they have ended, so that no evaluation is in
 their wall time; what runs beside them still slows them. Every evaluation plays the same held-out maps, --matches of
-them from --first-map on, once each, with actions sampled from the policy, and at the end of the training with the
-likeliest actions too.
+them from --first-map on, once each, with actions sampled from the policy, and of the two main arms at the end of the
+training with the likeliest actions too.
 
     written to --out
     ablation.csv    a row for every player of every evaluated match; lengths are in steps, the rest as in the README
@@ -114,10 +114,10 @@ MAIN = ("default", "global")
 # Flags were chosen with seeds 1 to 10 on the maps 0 to 19, so the study has others. (1000 to 1019: `confirmation/`.)
 FIRST_SEED, FIRST_MAP = 11, 2000
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
-# Environment steps after which a training is evaluated, in the main arms and in the others; and always the last.
+# Environment steps after which a training is evaluated, in the main arms and in the others; and always the last, where
+# the main arms play with the likeliest actions too.
 FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
-COARSE = (*range(4096, 16385, 4096), 24576, 32768, 49152)
-
+COARSE = (4096, 8192, 16384, 24576, 49152)
 SAVE_EVERY = 4  # updates between two checkpoints of a training
 
 EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
@@ -263,9 +263,9 @@ class Results:
         self._write("ablation.csv", COLUMNS, [row for key in sorted(self.evaluations) for row in self.evaluations[key]])
 
     def complete(self, arm, seed):
-        """Whether nothing is left to do: the greedy evaluation of the last checkpoint is the last one made."""
-        run = self.runs.get((arm, seed))
-        return run is not None and (arm, seed, int(run["steps"]), "greedy") in self.evaluations
+        """Whether nothing is left to do: the evaluation of the last checkpoint is the last one made."""
+        run, policy = self.runs.get((arm, seed)), "greedy" if arm in MAIN else "sampled"
+        return run is not None and (arm, seed, int(run["steps"]), policy) in self.evaluations
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -364,7 +364,7 @@ class Work:
         paths = saved(folder)
         last, schedule = max(paths), self.schedule or (FINE if arm in MAIN else COARSE)
         steps = {min(step for step in paths if step >= wanted) for wanted in schedule if wanted <= last} | {last}
-        wanted = [(step, "sampled") for step in sorted(steps)] + [(last, "greedy")]
+        wanted = [(step, "sampled") for step in sorted(steps)] + [(last, "greedy")] * (arm in MAIN)
         wanted = [key for key in wanted if (arm, seed, *key) not in self.results.evaluations]
         if self.over():
             return
