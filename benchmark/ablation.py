@@ -15,7 +15,8 @@ training with the likeliest actions too.
 
     written to --out
     ablation.csv    a row for every player of every evaluated match; lengths are in steps, the rest as in the README
-    runs.csv        a row for every training: its command, commit, seconds, steps and parameters
+    runs.csv        a row for every training: its command, commit, seconds, steps and parameters, and of two metrics
+                    that it logged the mean over all updates: share of clipped ratios, explained variance of the values
 
 Checkpoints and logs lie in --work; of an evaluated training only the last checkpoint is kept there.
 """
@@ -41,6 +42,7 @@ from typing import Optional
 import numpy as np
 import torch
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -125,7 +127,8 @@ ICE, ALIVE, PLACED = "ice_transferred", "factories_alive", "factories_placed"
 OTHERS = [key for key in TEAM_METRICS if key not in ("r", ICE, ALIVE, PLACED)]
 MATCH = ("match_seed", "player", "starting_factories", "episode_length", ICE, ALIVE)
 COLUMNS = (*EVALUATION, *MATCH, "episodic_return", *OTHERS)
-RUN_COLUMNS = ("arm", "seed", "steps", "train_seconds", "parameters", "commit", "command")
+LOSSES = ("clipfrac", "explained_variance")
+RUN_COLUMNS = ("arm", "seed", "steps", "train_seconds", "parameters", *LOSSES, "commit", "command")
 
 
 class Failed(Exception):
@@ -292,6 +295,12 @@ def keep(folder):
             os.link(path, folder / path.name)
 
 
+def logged(folder):
+    """Mean over all updates of some metrics that the training in this folder logged."""
+    events = EventAccumulator(str(next(folder.glob("runs/*"))), size_guidance={"scalars": 0}).Reload()
+    return {key: f"{np.mean([x.value for x in events.Scalars(f'losses/{key}')]):.4g}" for key in LOSSES}
+
+
 class Work:
     """Trains and evaluates; `stop` ends it, and the processes that it has started with it."""
 
@@ -350,7 +359,7 @@ class Work:
         if lost := set(range(every, last["global_step"], every)) - paths.keys():
             raise Failed(f"{len(lost)} checkpoints were removed before they were kept; was this program suspended?")
         run |= {"steps": last["global_step"], "train_seconds": round(last["train_seconds"], 1)}
-        run["parameters"] = sum(x.numel() for x in last["model"].values())
+        run |= {"parameters": sum(x.numel() for x in last["model"].values())} | logged(folder)
         self.results.add_run(run)
         (folder / "run.json").write_text(json.dumps(run, indent=1))  # marks the training as finished
         say(arm, seed, f"trained {run['steps']:,} steps in {run['train_seconds']:.0f} s")

@@ -1,4 +1,4 @@
-"""Draw the pictures of the README and print its tables of results and of matches.
+"""Draw the pictures of the README, print its tables of results and of matches and the first of docs/results.md.
 
     python benchmark/figures.py                            # docs/result.png, docs/network.png
     python benchmark/figures.py --checkpoint runs/<run>    # and docs/trajectories.png, from a match of this run
@@ -67,6 +67,38 @@ def results(data, last):
     head = ["", "episode length", "ice per team", "ice per starting factory", "95% of matches full-length by step"]
     rows = [[f"`{SCRIPTS[arm][0]}`", *row(runs, last, steps)] for arm, runs in arms.items()]
     rows.append(["the authors, all separate", AUTHORS["length"], AUTHORS["ice"], "-", AUTHORS["full"]])
+    return plot.table(head, rows)
+
+
+def comparison(data, last):
+    """The first table of docs/results.md: both scripts, means over seeds (lowest to highest), and their ratio."""
+    both = [data[arm, "sampled"] for arm in SCRIPTS]
+    rows = []
+
+    def add(what, seeds, text):
+        said = [f"{text(np.mean(x))} ({text(min(x))} to {text(max(x))})" for x in seeds]
+        rows.append([what, *said, f"{np.mean(seeds[1]) / np.mean(seeds[0]):.2g}"])
+
+    levels = {
+        "steps to a mean length of 500": ("episode_length", 500),
+        "steps to 95% full-length matches": ("full_length", 0.95),
+        "steps to 10,000 ice per starting factory": ("ice_per_factory", 10000),
+    }
+    for what, (metric, level) in levels.items():
+        curves = [plot.curves(runs, metric) for runs in both]
+        add(
+            what, [[plot.crossing(steps, values, level) for values in seeds] for steps, seeds in curves], plot.step_text
+        )
+    ends = [[run[last] for run in runs.values()] for runs in both]
+    ratios = {
+        "final ice per starting factory, mean of each team's": lambda end: end["ice_per_factory"].mean(),
+        "the same, mean ice over mean factories": lambda end: (
+            end["ice_transferred"].mean() / end["starting_factories"].mean()
+        ),
+    }
+    for what, ratio in ratios.items():
+        add(what, [[ratio(end) for end in seeds] for seeds in ends], "{:,.0f}".format)
+    head = ["", *(f"`{script}`" for script, _ in SCRIPTS.values()), "baseline over method"]
     return plot.table(head, rows)
 
 
@@ -230,7 +262,7 @@ def main(checkpoint: Optional[Path] = None):
     if checkpoint:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         draw_trajectories(checkpoint, DOCS / "trajectories.png")
-    print(results(data, last))
+    print(results(data, last), comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
 
 

@@ -14,16 +14,14 @@ mkdir -p "$out"
 
 study() {  # study FOLDER FLAGS...: train, evaluate, figures and tables
     python benchmark/ablation.py --out "$out/$1" --work "$out/work/$1" "${@:2}"
-    python benchmark/plot.py --results "$out/$1" "${plot[@]}"
+    python benchmark/plot.py --results "$out/$1"
 }
 early="2048 4096 6144 8192 10240 12288 14336 16384 20480 24576 32768 49152"
 tuned="--first-map 0 --arms default global"  # on the maps on which flags were chosen
 
-plot=()
 study study
 python benchmark/study.py --results "$out/study" --out "$out/docs"
 study no_safe_masks $tuned --seeds 1 2 3 --flags=--no-safe-masks --schedule $early
-plot=(--no-published)
 study neurips_stage $tuned global-small-value-loss --seeds 1 2 3 --schedule $early \
     --flags="--map-size 64 --min-factories 4 --max-factories 10 --max-robots 40"
 study robots_8 $tuned --seeds 1 2 3 --flags="--max-robots 8" --schedule 2048 4096 6144 8192 10240 12288 14336 16384 24576 49152

@@ -22,7 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
-from ablation import ARMS, EDITS, FIRST_MAP  # noqa: E402
+from ablation import ARMS, EDITS, FIRST_MAP, LOSSES  # noqa: E402
 from figures import SAMPLES, interval, resampled  # noqa: E402
 from plot import ARMS as STYLES  # noqa: E402
 from plot import common, crossing, curves, load, plt, step_text, table  # noqa: E402
@@ -76,7 +76,8 @@ NAMES = {
     "no-safe-masks": "no invalid-action masks",
     "large-heads": "no scaling of the first weights",
 }
-# Why a table came out as it did, at most two sentences each, under the name of the section.
+# Why a table came out as it did, at most two sentences each, under the name of the section; shown where all its arms
+# have data. {clipfrac[arm]} is what runs.csv has of an arm, its mean over seeds.
 WHY = {
     "trajectories": "",
     "groups": "",
@@ -372,9 +373,18 @@ def names(arms):
     return ", ".join(f"`{arm}`" for arm in arms)
 
 
+def logged(trainings, key):
+    """What runs.csv has under this name, for each arm the mean over its seeds, as text."""
+    values = {}
+    for row in trainings:
+        values.setdefault(row["arm"], []).append(float(row[key]))
+    return {arm: f"{np.mean(seeds):.0%}" for arm, seeds in values.items()}
+
+
 def page(data, last, trainings):
     """The text of docs/study.md; `trainings` are the rows of runs.csv."""
     study, parts, verdicts = Study(data, last), [], ([], [])
+    losses = {key: logged(trainings, key) for key in LOSSES}
     left_out = {section.title: section.arms.split() for section in SECTIONS}
     for section, arms, steps in sections(study):
         missing = [arm for arm in left_out.pop(section.title) if arm not in arms]
@@ -385,8 +395,8 @@ def page(data, last, trainings):
         parts.append(results(study, section, arms, steps))
         parts.append(wrapped(f"Evaluations that all of these have: {', '.join(f'{step:,}' for step in steps)} steps."))
         parts.append(f"![Episode length and ice against environment steps](study/{section.name}.png)")
-        parts += [compared] * bool(final) + [wrapped(WHY[section.name])] * bool(WHY[section.name])
-        parts += [wrapped(f"Not run yet: {names(missing)}.")] * bool(missing)
+        parts += [compared] * bool(final)
+        parts.append(wrapped(f"Not run yet: {names(missing)}." if missing else WHY[section.name].format_map(losses)))
         if not section.pairs:
             verdicts[0].extend(final)
             verdicts[1].extend(pace)

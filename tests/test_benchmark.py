@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import ablation  # noqa: E402
+import figures  # noqa: E402
 import mutants  # noqa: E402
 import plot  # noqa: E402
 
@@ -37,8 +38,7 @@ def test_every_prefix_of_the_queue_is_a_result():
     others = [seed for arm, seed in jobs[10:]]
     assert others == sorted(others)  # a seed of all arms before the next one
     assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
-    # The results/ folder has an arm by a flag that is gone, the mean of the team's advantages for all groups.
-    assert set(plot.ARMS) == set(ablation.ARMS) | {"global-advantage"}
+    assert set(plot.ARMS) == set(ablation.ARMS)
     commands = [(ablation.ARMS[arm], ablation.EDITS.get(arm)) for arm in ablation.ARMS]
     assert len(set(commands)) == len(commands)  # nothing is run twice
 
@@ -90,6 +90,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     assert len(rows) % 4 == 0 and 4 <= len(rows) < 20  # 2 matches x 2 players an evaluation
     run = rows_of(options["out"] / "runs.csv")
     assert [run[0][key] for key in ("arm", "seed", "steps")] == ["global", "3", "256"]
+    assert 0 <= float(run[0]["clipfrac"]) <= 1 >= float(run[0]["explained_variance"])
 
     options |= {"arms": ("global",), "seeds": (3,), "parallel": 1, "flags": TINY}
     ablation.main(**options, minutes=0)
@@ -167,10 +168,8 @@ def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
     slow = {1: {1024: [200] * 10, 2048: [200] * 10, 4096: [200, 600] * 5}}
     cut_off = {1: {1024: full}}  # its last checkpoint is not evaluated yet
     made_up(tmp_path, {"default": default, "global": slow, "separate": slow, "cluster": cut_off})
-    with open(tmp_path / "runs.csv", "w") as file:
-        file.write("arm,seed,parameters\ndefault,1,142978\n")
     plot.main(tmp_path)
-    assert {path.name for path in tmp_path.glob("*.png")} == {"ablation.png", "sweep.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"ablation.png"}
     cells, section = {}, ""  # (section, first cell) -> the other cells
     for line in (tmp_path / "ablation.md").read_text().splitlines():
         section = line if line.startswith("## ") else section
@@ -179,38 +178,24 @@ def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
             cells[section, first] = others
     name, final, speed = plot.ARMS["default"][0], "## Final policy, sampled actions", "## Speed of learning"
     # 10,000 ice + 100 or 200 by seed, a quarter of that per factory
-    ours = "1,000 (0; 0) | - | 10,150 (50; 71) | 2,538 (12; 18) | - | 4.00 (0.00; 0.00) | 1.00 (0.00; 0.00)"
-    assert " | ".join(cells[final, name]) == f"2 | - | {ours}"
-    row = "1 | 466 (302) | 400 (200; -) | 3,066 (2,996) | 4,100 (2,000; -)"
-    assert " | ".join(cells[final, "global trajectory"][:5]) == row
+    row = "2 | 1,000 (0; 0) | 10,150 (50; 71) | 2,538 (12; 18) | 4.00 (0.00; 0.00) | 1.00 (0.00; 0.00)"
+    assert " | ".join(cells[final, name]) == row
+    assert " | ".join(cells[final, "global trajectory"][:3]) == "1 | 400 (200; -) | 4,100 (2,000; -)"
     # Full-length: seed 1 has 10% at 2048, which is 5% of both; both have all at 4096. Length 500: from 200 at 1024 to
     # 460, 600 and in the mean 530 at 2048; seed 1 gets there between 2048 and 4096.
-    row = "2 | - | 4,096 (2,048 to 4,096) | - | 4,096 | 1,955 (1,792 to 2,200) | never | 41 (41 to 41)"
+    row = "2 | 4,096 (2,048 to 4,096) | 4,096 | 1,955 (1,792 to 2,200) | never | 41 (41 to 41)"
     assert " | ".join(cells[speed, name]) == row
-    assert cells[speed, "global trajectory"][1:7] == ["102,400", "never", "never", "never", "never", "never"]
-    goals = "## Goals, and what the default arm reached"
-    assert cells[goals, "10% of matches full-length by step"] == ["8,192", "4,096", "met"]
-    assert cells[goals, "final ice per starting factory"] == ["15,000", "2,538", "missed"]
-    assert cells[goals, "steps to mean length 500, global over separate"] == ["3x", "more than 2.1x", "missed"]
-    assert cells[goals, "parameters"] == ["at most 203,000", "142,978", "met"]
+    assert cells[speed, "global trajectory"][1:5] == ["never"] * 4
     assert cells["## Final policy, likeliest actions", name][1] == "1,000 (0; 0)"
-    ours = "- | 1,000 ± 0 | - | 10,150 ± 71 | 2,538 ± 18 | - / - | 4,096 / 4,096"
-    assert " | ".join(cells["## The published table and ours", name]) == f"2 | {ours}"
-    both = cells["## The published table and ours", "global trajectory"]
-    assert both[1:5] == ["466", "400", "3,066", "4,100"] and both[-2:] == ["102,400 / never", "never / never"]
-    assert "by cluster" not in capfd.readouterr().out
-
-    plot.main(tmp_path, published=False)
-    text = capfd.readouterr().out
-    assert "authors" not in text and "goal" not in text.lower() and "ours" not in text.replace("Ours: ", "")
-    assert "| arm | seeds | episode length | ice per team | per starting factory |" in text
     row = "2 | 1,000 ± 0 | 10,150 ± 71 | 2,538 ± 18 | 4,096 / 4,096"
-    assert f"| {name} | {row} |" in text
+    assert " | ".join(cells["## All arms", name]) == row
+    assert cells["## All arms", "global trajectory"] == ["1", "400", "4,100", "1,025", "never / never"]
+    assert "by cluster" not in capfd.readouterr().out
 
 
 def test_the_page_of_results_shows_what_the_data_says():
-    """Its table of arms is what plot.py makes of the matches that are kept."""
-    made = plot.summary(*plot.load(plot.RESULTS / "ablation.csv"))
+    """Its first table is what figures.py makes of the matches that are kept."""
+    made = figures.comparison(*plot.load(plot.RESULTS / "ablation.csv"))
     assert made in (ROOT / "docs" / "results.md").read_text()
 
 

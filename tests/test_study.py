@@ -37,9 +37,9 @@ def made_up(folder, arms):
                             team = {"player": player, "ice_transferred": ice[match % 2] + 200 * player - 100}
                             writer.writerow(start | row | team)
     with open(folder / "runs.csv", "w") as file:
-        file.write("arm,seed,steps,train_seconds,commit\n")
+        file.write("arm,seed,steps,train_seconds,clipfrac,explained_variance,commit\n")
         for arm, seeds in arms.items():
-            file.writelines(f"{arm},{seed},8192,600,abc{seed}\n" for seed in seeds)
+            file.writelines(f"{arm},{seed},8192,600,0.{seed},0.5,abc{seed}\n" for seed in seeds)
     return plot.load(folder / "ablation.csv")
 
 
@@ -131,6 +131,19 @@ def test_what_is_missing(text):
     assert "11 trainings with seeds 11 to 12, 1.8 hours with one thread each, at the commits `abc11`, `abc12`" in said
 
 
+def test_why(tmp_path, monkeypatch):
+    """The explanation of a whole table has the means over seeds of what its trainings logged."""
+    why = {"lichen": "clipped {clipfrac[default]}, explained {explained_variance[lichen]}", "baseline": "whole"}
+    monkeypatch.setattr(study, "WHY", study.WHY | why)
+    default = ARMS["separate"] | {17: ARMS["separate"][11]}
+    made_up(tmp_path, {"default": default, "lichen": ARMS["separate"], "global": ARMS["global"]})
+    study.main(tmp_path, tmp_path)
+    said, _ = of_section((tmp_path / "study.md").read_text(), "Lichen")
+    assert said.rstrip().endswith("clipped 13%, explained 50%")  # 0.11, 0.12 and 0.17
+    said, _ = of_section((tmp_path / "study.md").read_text(), "Flags of the baseline's own")
+    assert "whole" not in said
+
+
 def test_one_sentence_for_what_is_wrong(tmp_path):
     with pytest.raises(SystemExit, match="there is no .*ablation.csv; benchmark/ablation.py makes it"):
         study.main(tmp_path, tmp_path)
@@ -170,17 +183,6 @@ def test_every_arm_has_its_place():
     assert list(study.WHY) == [section.name for section in study.SECTIONS]
     for section in study.SECTIONS:
         assert {arm for pair in section.pairs for arm in pair} <= set(section.arms.split())
-
-
-def test_published_numbers():
-    """Both scripts hold those of some arms."""
-    for arm, theirs in plot.PUBLISHED.items():
-        ice, length = theirs["ice_transferred"], theirs["episode_length"]
-        *numbers, tenth, most = study.PUBLISHED[arm]
-        assert tuple(numbers) == (*ice, *length) and [*map(plot.step_text, (tenth, most))] == [
-            theirs[0.1],
-            theirs[0.95],
-        ]
 
 
 def test_bootstrap_draws_matches_within_seeds():
