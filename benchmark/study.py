@@ -79,15 +79,55 @@ NAMES = {
 # Why a table came out as it did, at most two sentences each, under the name of the section; shown where all its arms
 # have data. {clipfrac[arm]} is what runs.csv has of an arm, its mean over seeds.
 WHY = {
-    "trajectories": "",
-    "groups": "",
-    "rules": "",
-    "samples": "",
-    "components": "",
-    "share": "",
-    "lichen": "",
-    "ablation": "",
-    "baseline": "",
+    "trajectories": """
+        Robots need trajectories of their own; factories, which earn an eighth of what robots earn for the same
+        ice, can share one. The ratio of a group is the product of its members', so the more share it the more
+        of the ratios are clipped ({clipfrac[separate]} over a whole training with `separate`,
+        {clipfrac[robots]} with `robots`, {clipfrac[kinds]} with `kinds`, {clipfrac[global]} with `global`), and
+        its advantage tells each member what all have done.
+    """,
+    "groups": """
+        The fewer share an advantage, the more of it is a robot's own, and the faster it learns. In the end
+        little of that is left: our teams have at most six robots, so that a group of `mod-2` has three, while
+        those of the authors are larger.
+    """,
+    "rules": """
+        Robots near the same heavy robot are the few that work beside it, those of a quadrant or of a factory
+        are more. The finer the groups the faster all learn, and in the end most of these are close to each
+        other.
+    """,
+    "samples": """
+        Who learns from the highest advantages alone learns what went well and never what went badly: `top-1`
+        and `top-2` are on their way at first and then fall back, while the highest *absolute* advantage, which
+        is of both signs, does not. Robots drawn at random are a fair sample, only a smaller one, so they are
+        slower and end as well.
+    """,
+    "components": """
+        The reward matters most and the ratio next: where all are paid the team's mean nothing says who earned
+        it, and a joint ratio is clipped in {clipfrac[shared-ratio]} of the cases where a member's own is in
+        {clipfrac[separate]}. One value for the whole team explains {explained_variance[global-critic]} of the
+        variance of the returns, one for each {explained_variance[separate]}; entropy and dones may be shared,
+        as the first is only a bonus and deaths are rare.
+    """,
+    "share": """
+        As long as half of the reward is the own, the advantage tells who earned it, and what is the team's is
+        the same for all. At 0 nothing tells it.
+    """,
+    "lichen": """
+        Our preset changes what is seen and masked too: water is saved for the end, and light robots clear
+        rubble. Ice is dug as before, by the heavy ones.
+    """,
+    "ablation": """
+        Placement decides most: a factory placed at random is far from ice, and its first robot does not find it
+        in time; the second layer of masks holds what we know of the game, and without it learning is later and
+        ends lower. Heads of gain 1 do no harm here, where the authors scale all of the first weights, nor is an
+        early weight on positive rewards needed.
+    """,
+    "baseline": """
+        A wide clip helps the baseline to its first long matches, as its ratio is a product over the team
+        ({clipfrac[global]} of them are clipped at 0.2), and makes what follows unsteady. Neither that, nor
+        longer rollouts, nor a smaller value loss brings it near the method.
+    """,
 }
 REFERENCES = ("separate", "default")  # what arms are compared with: a table of nothing else is left out
 SHARED = {  # arm -> what the whole team has in common, in the README's table
@@ -451,6 +491,8 @@ the commits {commits}.
 - **A pair** names first the arm that is above the other for the authors. It *holds* if the 95% interval of our
   difference is above 0, it *does not hold* if that is below 0, else it is *within the intervals*. The maps are the same
   for both arms and are drawn together, so the arms' own intervals may overlap where a pair holds.
+- **Below each table** stands how we read it, with two metrics of the trainings, means over all of their updates: the
+  share of ratios that were clipped, and the share of the variance of the returns that the values explained.
 - Three seeds are few, so intervals are rather too narrow, and those of an arm with one seed are over matches alone. Of
   forty pairs without a difference one would hold by chance, and one would not hold."""
     return wrapped(text)
