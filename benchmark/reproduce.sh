@@ -4,7 +4,7 @@
 #     bash benchmark/reproduce.sh [FOLDER]
 #
 # It goes on where it was stopped, but for the measurements of speed and reliability, which begin anew; nothing else
-# should run beside those. Ten hours are an estimate, from 115 trainings of the study at two and a half minutes each.
+# should run beside those. Ten hours are an estimate: the study, 121 trainings and their evaluations, takes about four of them.
 # What each folder is for is said in benchmark/README.md, and there too how the few numbers come about that are not made
 # here: what was tuned, and matches against bots that must be fetched first.
 set -euo pipefail

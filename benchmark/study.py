@@ -97,17 +97,15 @@ WHY = {
         other.
     """,
     "samples": """
-        Who learns from the highest advantages alone learns what went well and never what went badly: `top-1`
-        and `top-2` are on their way at first and then fall back, while the highest *absolute* advantage, which
-        is of both signs, does not. Robots drawn at random are a fair sample, only a smaller one, so they are
-        slower and end as well.
+        Who learns from the highest advantages alone learns what went well and never what went badly: `top-1`, `top-2`
+        and `top-4` fall behind after a good start, the highest *absolute* advantage, which is of both signs, does not.
+        Robots drawn at random are a fair sample, only a smaller one, and so are slower.
     """,
     "components": """
-        The reward matters most and the ratio next: where all are paid the team's mean nothing says who earned
+        By pace the reward matters most and the ratio next: where all are paid the team's mean nothing says who earned
         it, and a joint ratio is clipped in {clipfrac[shared-ratio]} of the cases where a member's own is in
         {clipfrac[separate]}. One value for the whole team explains {explained_variance[global-critic]} of the
-        variance of the returns, one for each {explained_variance[separate]}; entropy and dones may be shared,
-        as the first is only a bonus and deaths are rare.
+        variance of the members' returns, one for each {explained_variance[separate]}; entropy and dones may be shared.
     """,
     "share": """
         As long as half of the reward is the own, the advantage tells who earned it, and what is the team's is
@@ -118,10 +116,9 @@ WHY = {
         rubble. Ice is dug as before, by the heavy ones.
     """,
     "ablation": """
-        Placement decides most: a factory placed at random is far from ice, and its first robot does not find it
-        in time; the second layer of masks holds what we know of the game, and without it learning is later and
-        ends lower. Heads of gain 1 do no harm here, where the authors scale all of the first weights, nor is an
-        early weight on positive rewards needed.
+        Placement decides most: a factory placed at random may be far from ice. The second layer of masks holds what we
+        know of the game, so without it learning begins later and ends lower; heads that begin with gain 1 are uneven in
+        the first steps and end as well, and the early weight on positive rewards is not needed.
     """,
     "baseline": """
         A wide clip helps the baseline to its first long matches, as its ratio is a product over the team
