@@ -460,15 +460,17 @@ def introduction(study, verdicts, trainings):
     commits = names(sorted({row["commit"] for row in trainings}))
     final, pace = map(counted, verdicts)
     answer = f". By final ice: {final}. By pace: {pace}." * bool(verdicts[0]) or "."
-    answer += f"\n\n{ANSWER.strip()}" * (set(study.runs) == set(ARMS))
+    whole = set(study.runs) == set(ARMS)
+    answer += f"\n\n{ANSWER.strip()}" * whole
+    so_far = "" if whole else " so far"
     text = f"""# The authors' study, on this code
 
 **Question.** The authors' thesis compares ways to assign credit to the members of a team, from a trajectory for each to
 one for all. Do their orders hold on this code, where one switch is changed at a time?
 
-**Answer.** Compared are neighbours in the tables of the authors, {len(verdicts[0])} pairs so far{answer}
+**Answer.** Compared are neighbours in the tables of the authors, {len(verdicts[0])} pairs{so_far}{answer}
 
-**Evidence.** {len(set(study.runs) & set(ARMS))} of {len(ARMS)} arms so far. `python benchmark/ablation.py` trains and
+**Evidence.** {len(set(study.runs) & set(ARMS))} of {len(ARMS)} arms{so_far}. `python benchmark/ablation.py` trains and
 evaluates them, `python benchmark/study.py` makes this page. Every match is in
 [`benchmark/study/ablation.csv`](../benchmark/study), and command, commit and time of every training in `runs.csv`
 beside it: {len(trainings)} trainings with seeds {seeds[0]} to {seeds[-1]}, {hours:.1f} hours with one thread each, at
