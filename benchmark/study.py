@@ -124,8 +124,8 @@ WHY = {
     """,
     "ablation": """
         Placement decides most: a factory placed at random may be far from ice. The second layer of masks holds what we
-        know of the game, so without it learning begins later and ends lower; heads that begin with gain 1 are uneven in
-        the first steps and end as well, and the early weight on positive rewards is not needed.
+        know of the game, so without it learning begins later and ends lower; heads that begin with gain 1 are slow
+        for some seeds and end nearly as well, and the early weight on positive rewards is not needed.
     """,
     "baseline": """
         A wide clip helps the baseline to its first long matches, as its ratio is a product over the team
