@@ -266,9 +266,9 @@ class Results:
         self._write("ablation.csv", COLUMNS, [row for key in sorted(self.evaluations) for row in self.evaluations[key]])
 
     def complete(self, arm, seed):
-        """Whether nothing is left to do: the evaluation of the last checkpoint is the last one made."""
-        run, policy = self.runs.get((arm, seed)), "greedy" if arm in MAIN else "sampled"
-        return run is not None and (arm, seed, int(run["steps"]), policy) in self.evaluations
+        """Whether nothing is left to do: the last evaluation of the last checkpoint is made."""
+        run = self.runs.get((arm, seed))
+        return run is not None and (arm, seed, int(run["steps"]), in_the_end(arm)[-1]) in self.evaluations
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -281,6 +281,11 @@ def commit():
     commands = ("git rev-parse --short HEAD", "git status --porcelain --untracked-files=no -- *.py")
     said = [subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout for command in commands]
     return (said[0].strip() or "unknown") + ("-dirty" if said[1] else "")
+
+
+def in_the_end(arm):
+    """The policies with which the last checkpoint of an arm is evaluated, in this order."""
+    return ("sampled", "greedy") if arm in MAIN else ("sampled",)
 
 
 def saved(folder):
@@ -373,7 +378,7 @@ class Work:
         paths = saved(folder)
         last, schedule = max(paths), self.schedule or (FINE if arm in MAIN else COARSE)
         steps = {min(step for step in paths if step >= wanted) for wanted in schedule if wanted <= last} | {last}
-        wanted = [(step, "sampled") for step in sorted(steps)] + [(last, "greedy")] * (arm in MAIN)
+        wanted = [(step, "sampled") for step in sorted(steps - {last})] + [(last, policy) for policy in in_the_end(arm)]
         wanted = [key for key in wanted if (arm, seed, *key) not in self.results.evaluations]
         if self.over():
             return

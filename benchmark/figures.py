@@ -72,34 +72,39 @@ def results(data, last):
 
 def comparison(data, last):
     """The first table of docs/results.md: both scripts, means over seeds (lowest to highest), and their ratio."""
-    both = [data[arm, "sampled"] for arm in SCRIPTS]
+
+    def reached(metric, level):
+        """Function: runs -> the step at which each seed has a level."""
+
+        def steps_of(runs):
+            steps, seeds = plot.curves(runs, metric)
+            return [plot.crossing(steps, values, level) for values in seeds]
+
+        return steps_of
+
+    def final(metric, over=None):
+        """Function: runs -> what each seed has in the end, or its ratio to another metric."""
+
+        def mean(runs, key):
+            return plot.curves(runs, key, [last])[1][:, 0]
+
+        return lambda runs: mean(runs, metric) / (mean(runs, over) if over else 1)
+
+    number, share = "{:,.0f}".format, "{:.0%}".format
+    measures = {
+        "steps to a mean length of 500": (plot.step_text, reached("episode_length", 500)),
+        "steps to 95% full-length matches": (plot.step_text, reached("full_length", 0.95)),
+        "steps to 10,000 ice per starting factory": (plot.step_text, reached("ice_per_factory", 10000)),
+        "final ice per starting factory, mean of each team's": (number, final("ice_per_factory")),
+        "the same, mean ice over mean factories": (number, final("ice_transferred", "starting_factories")),
+        "teams that lose a factory": (share, final("loses_factory")),
+    }
     rows = []
-
-    def add(what, seeds, text):
-        said = [f"{text(np.mean(x))} ({text(min(x))} to {text(max(x))})" for x in seeds]
-        rows.append([what, *said, f"{np.mean(seeds[1]) / np.mean(seeds[0]):.2g}"])
-
-    levels = {
-        "steps to a mean length of 500": ("episode_length", 500),
-        "steps to 95% full-length matches": ("full_length", 0.95),
-        "steps to 10,000 ice per starting factory": ("ice_per_factory", 10000),
-    }
-    for what, (metric, level) in levels.items():
-        curves = [plot.curves(runs, metric) for runs in both]
-        add(
-            what, [[plot.crossing(steps, values, level) for values in seeds] for steps, seeds in curves], plot.step_text
-        )
-    ends = [[run[last] for run in runs.values()] for runs in both]
-    ratios = {
-        "final ice per starting factory, mean of each team's": lambda end: end["ice_per_factory"].mean(),
-        "the same, mean ice over mean factories": lambda end: (
-            end["ice_transferred"].mean() / end["starting_factories"].mean()
-        ),
-    }
-    for what, ratio in ratios.items():
-        add(what, [[ratio(end) for end in seeds] for seeds in ends], "{:,.0f}".format)
-    head = ["", *(f"`{script}`" for script, _ in SCRIPTS.values()), "baseline over method"]
-    return plot.table(head, rows)
+    for what, (text, measure) in measures.items():
+        seeds = [measure(data[arm, "sampled"]) for arm in SCRIPTS]
+        said = [f"{text(np.mean(each))} ({text(min(each))} to {text(max(each))})" for each in seeds]
+        rows.append([what, *said, f"{np.mean(seeds[1]) / np.mean(seeds[0]):#.2g}"])
+    return plot.table(["", *(f"`{script}`" for script, _ in SCRIPTS.values()), "baseline over method"], rows)
 
 
 def draw_result(data, last, path):

@@ -84,6 +84,8 @@ def load(path):
             rows.sort(key=lambda row: (int(row["match_seed"]), row["player"]))
             metrics = {key: np.array([float(row[key]) for row in rows]).reshape(-1, 2).mean(1) for key in METRICS}
             metrics["full_length"] = metrics["episode_length"] >= 1000
+            kept = np.array([float(row["factories_alive_share"]) for row in rows])
+            metrics["loses_factory"] = (kept < 1).reshape(-1, 2).mean(1)  # share of its two teams
             metrics["train_seconds"] = np.array([float(rows[0]["train_seconds"])])
             data.setdefault((arm, policy), {}).setdefault(seed, {})[step] = metrics
     return data, last

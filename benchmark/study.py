@@ -417,7 +417,7 @@ def names(arms):
     return ", ".join(f"`{arm}`" for arm in arms)
 
 
-def logged(trainings, key):
+def shares(trainings, key):
     """What runs.csv has under this name, for each arm the mean over its seeds, as text."""
     values = {}
     for row in trainings:
@@ -428,7 +428,7 @@ def logged(trainings, key):
 def page(data, last, trainings):
     """The text of docs/study.md; `trainings` are the rows of runs.csv."""
     study, parts, verdicts = Study(data, last), [], ([], [])
-    losses = {key: logged(trainings, key) for key in LOSSES}
+    losses = {key: shares(trainings, key) for key in LOSSES}
     left_out = {section.title: section.arms.split() for section in SECTIONS}
     for section, arms, steps in sections(study):
         missing = [arm for arm in left_out.pop(section.title) if arm not in arms]
@@ -460,7 +460,7 @@ def introduction(study, verdicts, trainings):
     commits = names(sorted({row["commit"] for row in trainings}))
     final, pace = map(counted, verdicts)
     answer = f". By final ice: {final}. By pace: {pace}." * bool(verdicts[0]) or "."
-    whole = set(study.runs) == set(ARMS)
+    whole = set(ARMS) <= set(study.runs)
     answer += f"\n\n{ANSWER.strip()}" * whole
     so_far = "" if whole else " so far"
     text = f"""# The authors' study, on this code

@@ -193,6 +193,40 @@ def test_tables_and_figures_of_known_numbers(tmp_path, capfd):
     assert "by cluster" not in capfd.readouterr().out
 
 
+def test_comparison_of_known_numbers(tmp_path):
+    """Steps are means over seeds of where each gets there; shares are of teams."""
+    full = [1000] * 10
+    default = {1: {1024: [200] * 10, 2048: full, 4096: full}, 2: {1024: [200] * 10, 2048: [200] * 10, 4096: full}}
+    slow = {1: {1024: [400] * 10, 2048: [400] * 10, 4096: [400] * 9 + [1900]}}  # a mean of 550
+    made_up(tmp_path, {"default": default, "global": slow})
+    rows = [
+        line.strip("| ").split(" | ") for line in figures.comparison(*plot.load(tmp_path / "ablation.csv")).splitlines()
+    ]
+    table = {first: others for first, *others in rows[2:]}
+    # 3/8 of the way from 200 to 1,000, within 1,024 and within 2,048 steps; two thirds of that from 400 to 550.
+    row = ["2,112 (1,408 to 2,816)", "3,413 (3,413 to 3,413)", "1.6"]
+    assert table["steps to a mean length of 500"] == row
+    assert table["steps to 95% full-length matches"][:2] == ["2,995 (1,997 to 3,994)", "never (never to never)"]
+    assert table["steps to 10,000 ice per starting factory"][0] == "never (never to never)"
+    # A quarter of 10,100, 10,200 and 5,600 ice.
+    row = ["2,538 (2,525 to 2,550)", "1,400 (1,400 to 1,400)", "0.55"]
+    assert table["final ice per starting factory, mean of each team's"] == row
+    assert table["the same, mean ice over mean factories"] == row
+    assert table["teams that lose a factory"][:2] == ["0% (0% to 0%)", "90% (90% to 90%)"]
+
+
+def test_complete(tmp_path):
+    """The main arms are played with the likeliest actions too, last; the others are not."""
+    results = ablation.Results(tmp_path)
+    for arm, policies in (("global", ["sampled", "greedy"]), ("separate", ["sampled"])):
+        assert [*ablation.in_the_end(arm)] == policies and not results.complete(arm, 1)
+        results.add_run({"arm": arm, "seed": 1, "steps": 256})
+        for step, policy in ((128, "sampled"), *((256, policy) for policy in policies)):
+            assert not results.complete(arm, 1)
+            results.add_evaluation(arm, 1, step, 1.0, policy, [])
+        assert results.complete(arm, 1) and not results.complete(arm, 2)
+
+
 def test_the_page_of_results_shows_what_the_data_says():
     """Its first table is what figures.py makes of the matches that are kept."""
     made = figures.comparison(*plot.load(plot.RESULTS / "ablation.csv"))

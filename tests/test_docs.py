@@ -1,5 +1,6 @@
 """The README and the pages in docs/ say what is: hunks, line numbers, commands, links, tables and worked examples."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -78,7 +79,7 @@ def commands():
 def test_commands(page, command):
     """Every command of the pages names a program that is there, and flags that it has."""
     words = shlex.split(command.replace("runs/<run>", "runs/run").replace("<first machine>", "host"))
-    program, *rest = words
+    program, *rest = words[words[0].startswith("OMP_NUM_THREADS=") :]
     if program == "torchrun":
         (start,) = [index for index, word in enumerate(rest) if word.endswith("_ppo.py")]
         program, rest = "python", rest[start:]
@@ -126,6 +127,14 @@ def test_components():
     made = study.components(*plot.load(ROOT / "benchmark" / "study" / "ablation.csv"))
     assert len(made.splitlines()) == 2 + len(study.SHARED)
     assert made in README
+
+
+def test_lichen():
+    """So are the lichen of the bot in self-play, and that of the same training with other threads, and by default."""
+    runs = ("lichen_run/one_thread", "default_run/first_command", "lichen_run/two_threads")
+    for run in runs:
+        summary = json.loads((ROOT / "benchmark" / run / "evaluation.json").read_text())["summary"]
+        assert f"{summary['lichen']['mean']:,.0f}" in README
 
 
 def test_matches():
