@@ -2,13 +2,14 @@
 
     python global_ppo.py
 
-`--resume runs/<run>` goes on with a run, `--evaluate runs/<run>` plays it on held-out maps. To share the work among
-two processes, write `torchrun --standalone --nproc-per-node 2` in place of `python`.
+`--resume runs/<run>` continues a run, `--evaluate runs/<run>` plays it on held-out maps; other flags override its
+own. For two processes, write `torchrun --standalone --nproc-per-node 2` in place of `python`.
 
-One shared encoder reads the map. The team has one reward (the sum over its entities), one value, one advantage, one
-probability ratio (the product over its entities) and one entropy (their sum); in trajsep_ppo.py every group has.
-The two are the same program, and every place in which they differ is marked with (*).
-Read `Args`, the functions of the method, and `train`: collect, advantages, update. The rest runs it.
+One shared encoder reads the map. The team has one reward (the sum over its entities), one value, one
+advantage, one probability ratio (the product over its entities) and one entropy (their sum), where
+in trajsep_ppo.py every group has its own.
+The two scripts are the same program: (*) marks every difference.
+Read `Args`, the functions of the method, and `train`: collect, advantages, update.
 Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.
 
 Source: Takács, Magyar, Gulyás, "Scalable Distributed Reinforcement Learning in Multi-Agent Environments"
@@ -21,9 +22,9 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 from zipfile import ZipFile
@@ -32,17 +33,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from PIL import Image
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from hybrid_model import HybridNet
-from lux_wrapper import LuxError, LuxVecEnv
 
 # The processes of torchrun share every rollout and every minibatch
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
 @dataclass
@@ -51,57 +51,48 @@ class Args:
     exp_name: str = Path(__file__).stem  # first part of the run's name
     seed: int = 1
     cuda: bool = True  # use a GPU if there is one
-    track: bool = False  # log to Weights & Biases too (pip install wandb)
-    capture_video: bool = False  # draw one evaluation match into video.gif
+    track: bool = False  # also log to Weights & Biases (pip install wandb)
+    capture_video: bool = False  # draw a match on the first held-out map into video.gif
     evaluate: str | None = None  # evaluate this run or checkpoint instead of training
-    resume: str | None = None  # go on with this run or checkpoint
-    eval_episodes: int = 20  # matches of the evaluation at the end, on held-out maps
+    resume: str | None = None  # continue this run or checkpoint
+    eval_episodes: int = 20  # matches of the final evaluation, on held-out maps
     save_every: int = 20  # updates between two checkpoints
 
-    # The game
+    # The environment
+    env_id: str = "lux_wrapper:LuxVecEnv"  # module:class
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # options: name value ...
     num_workers: int | None = None  # processes that play the matches; default: one per core
-    map_size: int = 48  # side of the board in cells (season 2: 48, NeurIPS stage: 64)
-    min_factories: int = 2  # fewest factories per team (season 2: 2, NeurIPS stage: 4)
-    max_factories: int = 5  # most factories per team (season 2: 5, NeurIPS stage: 10)
-    max_robots: int = 6  # robot slots per team; nothing is built while they are full
-    safe_masks: bool = True  # also mask orders that are legal but plainly ruinous
-    reward: str = "ice"  # what is paid: ice, or lichen too (REWARD_PRESETS of lux_wrapper.py)
 
     # The algorithm
-    total_timesteps: int = 102400  # environment steps, added up over the matches
+    total_timesteps: int = 102400  # environment steps, summed over the matches
     learning_rate: float = 1e-3  # learning rate at the start
-    num_envs: int = 16  # matches played at a time, by all processes together
+    num_envs: int = 16  # matches played in parallel, by all processes together
     num_steps: int = 32  # steps of each match in a rollout
-    anneal_lr: bool = True  # the learning rate falls linearly to 0
-    anneal_ent: bool = True  # the entropy coefficient falls linearly to 0
+    anneal_lr: bool = True  # anneal the learning rate linearly to 0
+    anneal_ent: bool = True  # anneal the entropy coefficient linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation
     num_minibatches: int = 8  # minibatches of a rollout; each has steps of every match
     update_epochs: int = 2  # passes over a rollout
     norm_adv: bool = True  # normalize the advantages of each minibatch
     clip_coef: float = 0.2  # clipping coefficient of the surrogate objective
-    ent_coef: float = 0.003  # coefficient of the entropy, at the start
+    ent_coef: float = 0.003  # entropy coefficient at the start
     vf_coef: float = 0.1  # coefficient of the value loss
     max_grad_norm: float = 2.0  # largest norm of the gradient
     target_kl: float | None = None  # KL divergence that ends the passes over a rollout
-    positive_reward_weight: float = 1.1  # weight of positive rewards, falls linearly to 1
+    positive_reward_weight: float = 1.1  # weight of positive rewards, annealed linearly to 1
 
 
 # ------------------------------ The method ------------------------------
 
 
 def make_envs(args, num_envs, **options):
-    """The vector environment; all that the rest of this file knows of the game is its arrays."""
-    return LuxVecEnv(
-        num_envs,
-        map_size=args.map_size,
-        min_factories=args.min_factories,
-        max_factories=args.max_factories,
-        max_robots=args.max_robots,
-        safe_masks=args.safe_masks,
-        reward=args.reward,
-        **options,
-    )
+    """The vector environment of --env-id. The rest of this file knows of the game only its arrays."""
+    module, _, name = args.env_id.partition(":")
+    try:
+        return getattr(import_module(module), name)(num_envs, **options, **args.env_kwargs)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise Refused(f"--env-id {args.env_id}: {error}")
 
 
 def to_tensors(obs, device):
@@ -109,66 +100,73 @@ def to_tensors(obs, device):
     return {key: torch.as_tensor(array, device=device).flatten(0, 1) for key, array in obs.items()}
 
 
-# (*) Entities to groups: the entity axis is reduced
 def group_sum(x, obs):
-    """Sum over the entities of each team: [..., E] per entity to [..., G] per group, with G = 1."""
+    """(*) Sum over the entities of each team: [..., E] per entity to [..., G] per group, with G = 1."""
     return torch.where(obs["kind"] > 0, x, 0).sum(-1, keepdim=True)
 
 
-def group_value(value, team_value, obs, args):
-    """Value of each group [..., G]: the team's."""
+def group_value(value, team_value, obs):
+    """(*) Value of each group [..., G]: the team's."""
     return team_value[..., None]
 
 
 def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
     """Generalized advantage estimation for trajectories that begin and end at any step: [T, B, G], 0 where inactive.
 
-    rewards [T, B, G] are of the actions, values and active [T + 1, B, G] of the observations, the last one included.
-    A group that is inactive in the next observation has ended, as has every group of a match that is done [T, B].
+    rewards [T, B, G] belong to actions, values and active [T + 1, B, G] to observations, the last one included.
+    A group has ended if it is inactive in the next observation or if its match is done [T, B].
     """
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
-        goes_on = active[t + 1] & active[t] & ~dones[t, :, None]
-        delta = rewards[t] + gamma * torch.where(goes_on, values[t + 1], 0) - values[t]
-        last = torch.where(active[t], delta + gamma * gae_lambda * torch.where(goes_on, last, 0), 0)
+        continues = active[t + 1] & active[t] & ~dones[t, :, None]
+        delta = rewards[t] + gamma * torch.where(continues, values[t + 1], 0) - values[t]
+        last = torch.where(active[t], delta + gamma * gae_lambda * torch.where(continues, last, 0), 0)
         advantages[t] = last
     return advantages
 
 
 def masked_mean(x, mask, count=None):
-    """Mean of x where mask, even if the rest is NaN; with the `count` of all processes, its part of their mean."""
+    """Mean of x where mask, even if the rest is NaN; with the `count` of all processes, a share of their mean."""
     count = mask.sum() if count is None else count
     return torch.where(mask, x, 0).sum() / count.clamp(min=1)
 
 
-def all_moments(x, mask):
-    """Number of cells where mask, and mean and variance of x there, over all processes."""
-    x = torch.where(mask, x, 0).double()  # precise enough for the variance to be a difference
-    count, total, squares = together(torch.stack([mask.sum(), x.sum(), (x**2).sum()]))
-    mean = total / count.clamp(min=1)
-    variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
-    return count.float(), mean.float(), variance.float()
-
-
-def sample(probs):
-    """An action for every entity; each process draws noise for all processes, so that several act as one would."""
-    noise = torch.empty((WORLD_SIZE, *probs.shape), device=probs.device).exponential_()
-    return (probs / noise[RANK]).argmax(-1)
-
-
 def train(args, run_dir, device, checkpoint=None):
-    """Train, from a checkpoint on if there is one, and return the agent; logs and checkpoints go to run_dir."""
+    """Train, from a checkpoint if one is given, and return the agent. Logs and checkpoints go to run_dir."""
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True
-    num_envs = args.num_envs // WORLD_SIZE  # those of this process
+    num_envs = args.num_envs // WORLD_SIZE  # of this process
     envs = make_envs(args, num_envs, num_workers=args.num_workers, first_match=RANK * num_envs)
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
-    for parameter in agent.parameters():  # the first process's: machines round differently
-        together(parameter.data.mul_(RANK == 0))
+    for parameter in agent.parameters():  # as in the first process: machines round differently
+        all_sum(parameter.data.mul_(RANK == 0))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    next_obs, global_step, seconds = restore(checkpoint, args, agent, optimizer, envs)
-    writer = start_log(args, run_dir, agent, device, global_step) if RANK == 0 else None
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    seconds = checkpoint["train_seconds"] if checkpoint else 0
+    try:
+        if checkpoint:
+            agent.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            torch.set_rng_state(checkpoint["torch_rng"])
+            torch.cuda.manual_seed_all(args.seed + global_step)  # only a CPU continues exactly
+        if matches := checkpoint and checkpoint["matches"]:
+            own = matches[RANK * len(matches) // WORLD_SIZE : (RANK + 1) * len(matches) // WORLD_SIZE]
+            next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in own])
+        else:
+            next_obs, _ = envs.reset(seed=args.seed + global_step)
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f"the checkpoint does not fit the flags: {shorten(str(error), 120)}")
+    if RANK == 0:
+        if args.track:
+            import wandb
+
+            name = Path(run_dir).name
+            wandb.init(id=name, name=name, resume="allow", config=vars(args), sync_tensorboard=True)
+        writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        print(f"training on {device}, writing to {run_dir}, from step {global_step} of {args.total_timesteps} on")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -185,16 +183,22 @@ def train(args, run_dir, device, checkpoint=None):
     num_updates = args.total_timesteps // rollout_steps
     start_time = time.time() - seconds
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
-    game = envs.metadata["name"]
-    signals, stopped = [], []  # here; known to all processes
-    catch_signals(signals)
+    signals = []  # SIGINT and SIGTERM that this process received
+    stopped = []  # and all processes: they stop after the same update
 
+    def note(number, _):
+        signals.append(number)
+        if WORLD_SIZE == 1:  # a second Ctrl-C ends at once; torchrun sends each one twice
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
     for update in range(global_step // rollout_steps + 1, num_updates + 1):
         if stopped:
             break
         elapsed = (update - 1) / num_updates
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - elapsed) * args.learning_rate
+        learning_rate = (1 - elapsed) * args.learning_rate if args.anneal_lr else args.learning_rate
+        optimizer.param_groups[0]["lr"] = learning_rate
         ent_coef = (1 - elapsed) * args.ent_coef if args.anneal_ent else args.ent_coef
         positive_weight = args.positive_reward_weight + (1 - args.positive_reward_weight) * elapsed
         episodes = []
@@ -211,24 +215,25 @@ def train(args, run_dir, device, checkpoint=None):
             action = sample(policy.probs)
             actions[step] = action
             logprobs[step] = group_sum(policy.log_prob(action), step_obs)
-            values[step] = group_value(value, team_value, step_obs, args)
+            values[step] = group_value(value, team_value, step_obs)
             active[step] = group_sum(torch.ones_like(value), step_obs) > 0
 
             env_actions = action.view(num_envs, -1, E).cpu().numpy()  # waits for the device
             env_obs, reward, terminated, truncated, infos = envs.step(env_actions)
             reward = torch.as_tensor(reward, device=device).flatten(0, 1)
             reward = torch.where(reward > 0, reward * positive_weight, reward)
-            # The rewards belong to the entities that acted, so to the observation before the step.
+            # Rewards belong to the entities that acted: to the observation before the step.
             rewards[step] = group_sum(reward, step_obs)  # (*)
             dones[step] = torch.as_tensor(terminated | truncated, device=device).repeat_interleave(B // num_envs)
             next_obs = to_tensors(env_obs, device)
             for match in np.flatnonzero(infos.get("_episode", ())):
-                episodes.append((global_step, {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}))
+                episode = {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}
+                episodes.append((global_step, episode))
 
         # ADVANTAGES
         with torch.no_grad():
             _, value, team_value = agent(next_obs)
-            values[-1] = group_value(value, team_value, next_obs, args)
+            values[-1] = group_value(value, team_value, next_obs)
             active[-1] = group_sum(torch.ones_like(value), next_obs) > 0
             advantages = compute_gae(rewards, values, active, dones, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
@@ -239,17 +244,18 @@ def train(args, run_dir, device, checkpoint=None):
         batch = {key: x.flatten(0, 1) for key, x in batch.items()}
         clipfracs = []
         for _ in range(args.update_epochs):
-            # Every team's steps are shuffled on their own: each minibatch has as many of each team and process.
+            # Each team's steps are shuffled separately: a minibatch has as many of every team and process.
             order = torch.rand((args.num_steps, WORLD_SIZE, B), device=device).argsort(0)[:, RANK]
             for rows in (order * B + torch.arange(B, device=device)).chunk(args.num_minibatches):
                 mb = {key: x.index_select(0, rows.flatten()) for key, x in batch.items()}
-                mb_active, mb_advantage = mb["active"], mb["advantage"]
+                mb_active = mb["active"]
+                mb_advantage = mb["advantage"]
                 count, mean, variance = all_moments(mb_advantage, mb_active)
                 logits, value, team_value = agent(mb)
                 policy = Categorical(logits=logits, validate_args=False)
                 newlogprob = group_sum(policy.log_prob(mb["action"]), mb)
                 entropy = group_sum(policy.entropy(), mb)
-                newvalue = group_value(value, team_value, mb, args)
+                newvalue = group_value(value, team_value, mb)
                 logratio = torch.where(mb_active, newlogprob - mb["logprob"], 0)
                 ratio = logratio.exp()
                 approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)  # joschu.net/blog/kl-approx.html
@@ -270,12 +276,13 @@ def train(args, run_dir, device, checkpoint=None):
                 metrics = torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
                 if WORLD_SIZE > 1:  # one message adds up the metrics and gradients of all processes
                     grads = [p.grad for p in agent.parameters() if p.grad is not None]
-                    sums = together(torch.cat([metrics, *[grad.flatten() for grad in grads]]))
+                    sums = all_sum(torch.cat([metrics, *[grad.flatten() for grad in grads]]))
                     metrics, *parts = sums.split([len(metrics), *[grad.numel() for grad in grads]])
                     for grad, part in zip(grads, parts):
                         grad.copy_(part.view_as(grad))
                 norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                losses = dict(zip(LOSSES, torch.cat([metrics, norm[None]]).tolist()))  # waits for the device
+                names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
+                losses = dict(zip(names, torch.cat([metrics, norm[None]]).tolist()))  # waits for the device
                 if not np.isfinite([*losses.values()]).all():
                     raise FloatingPointError(f"the loss or its gradient is not a finite number in update {update}")
                 clipfracs.append(losses["clipfrac"])
@@ -284,28 +291,27 @@ def train(args, run_dir, device, checkpoint=None):
                 break
 
         # LOG AND SAVE
-        errors = batch["return"] - batch["value"]
-        residual, total = (all_moments(x, batch["active"])[2] for x in (errors, batch["return"]))
+        _, _, residual = all_moments(batch["return"] - batch["value"], batch["active"])
+        _, _, total = all_moments(batch["return"], batch["active"])
         losses |= {"clipfrac": np.mean(clipfracs), "explained_variance": 1 - (residual / total).item()}
-        episodes, stopped = (sum(lists, []) for lists in zip(*together((episodes, signals))))
+        episodes = gather(episodes)
+        stopped = gather(signals)
         saving = update % args.save_every == 0 or update == num_updates or stopped
-        matches = sum(together(envs.state()), []) if saving and hasattr(envs, "state") else None
+        matches = gather(envs.state()) if saving and hasattr(envs, "state") else []
         if RANK > 0:
             continue
         for episode_step, episode in episodes:
             for key, x in episode.items():
-                name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key, f"{game}/{key}")
-                writer.add_scalar(name, x, episode_step)
-        writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
+                name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key)
+                writer.add_scalar(name or f"{envs.metadata['name']}/{key}", x, episode_step)
+        writer.add_scalar("charts/learning_rate", learning_rate, global_step)
         writer.add_scalar("charts/ent_coef", ent_coef, global_step)
         writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
         for name, x in losses.items():
             writer.add_scalar(f"losses/{name}", x, global_step)
         progress.update(rollout_steps)
-        if episodes:  # of their metrics the first ones say most
-            progress.set_postfix({key: f"{np.mean([x[key] for _, x in episodes]):.1f}" for key in [*episode][:4]})
         if saving:
-            writer.flush()  # a run that goes on from here finds all that was logged
+            writer.flush()  # a run that continues from here finds all that was logged
             content = {
                 "args": asdict(args),
                 "model": agent.state_dict(),
@@ -313,33 +319,42 @@ def train(args, run_dir, device, checkpoint=None):
                 "global_step": global_step,
                 "train_seconds": time.time() - start_time,
                 "torch_rng": torch.get_rng_state(),
-                "matches": matches and [{k: torch.as_tensor(x) for k, x in match.items()} for match in matches],
+                "matches": [{key: torch.as_tensor(x) for key, x in match.items()} for match in matches],
             }
-            torch.save(content, file := io.BytesIO())
-            write_atomically(f"{run_dir}/checkpoint_{global_step}.pt", file.getbuffer())
-            for earlier in checkpoints(run_dir)[:-2]:
-                earlier.unlink()
+            torch.save(content, buffer := io.BytesIO())
+            unfinished = Path(run_dir, "checkpoint.tmp")  # a full disk or a kill costs no earlier checkpoint
+            unfinished.write_bytes(buffer.getbuffer())
+            unfinished.replace(Path(run_dir, f"checkpoint_{global_step}.pt"))
+            for path in checkpoints(run_dir)[:-2]:
+                path.unlink()
 
     progress.close()
     envs.close()
     if RANK == 0:
         writer.close()
-    # Signals that came since count too; and all processes wait here until the last checkpoint is written.
-    if stopped := sum(together(signals), []):
+    if stopped := gather(signals):  # late ones too; here all wait until the last checkpoint is written
         if RANK == 0:
-            print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {run_dir}")
+            print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
         sys.exit(128 + stopped[0])
     return agent
 
 
 @torch.no_grad()
-def evaluate(agent, args, device, video=None):
-    """Play held-out matches, each once, with sampled actions: dict metric -> a number for each (mean of the teams)."""
-    envs = make_envs(args, args.eval_episodes, num_workers=args.num_workers, held_out=True, video=video)
+def evaluate(agent, args, device, frames=None):
+    """Play held-out matches, each once, with sampled actions: dict metric -> a number for each (mean of the teams).
+
+    If `frames` is a list, it receives pictures of the first match.
+    """
+    drawn = {} if frames is None else {"render_mode": "rgb_array"}
+    envs = make_envs(args, args.eval_episodes, num_workers=args.num_workers, held_out=True, **drawn)
     generator = torch.Generator(device).manual_seed(0)
     finished = [None] * args.eval_episodes
     obs, _ = envs.reset(seed=0)
+    step = 0
     while None in finished:
+        if drawn and step % 4 == 0:
+            frames.append(Image.fromarray(envs.render()[0]))
+        step += 1
         logits, _, _ = agent(to_tensors(obs, device))
         action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
         obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
@@ -350,7 +365,49 @@ def evaluate(agent, args, device, video=None):
     return {key: [episode[key] for episode in finished] for key in finished[0]}
 
 
-# --------------- Nothing below is about the method ---------------
+# --------------- Nothing below is about the method: several processes, checks, checkpoints ---------------
+
+
+def sample(probs):
+    """This is Categorical.sample(); each process draws the noise of all, so that several act as one would."""
+    noise = torch.empty((WORLD_SIZE, *probs.shape), device=probs.device).exponential_()
+    return (probs / noise[RANK]).argmax(-1)
+
+
+def all_moments(x, mask):
+    """This is the number of cells where mask, and the mean and variance of x there, over all processes."""
+    x = torch.where(mask, x, 0).double()  # precise enough for the variance to be a difference
+    count, total, squares = all_sum(torch.stack([mask.sum(), x.sum(), (x**2).sum()]))
+    mean = total / count.clamp(min=1)
+    variance = (squares / count.clamp(min=1) - mean**2).clamp(min=0)
+    return count.float(), mean.float(), variance.float()
+
+
+def all_sum(x):
+    """Sum of a tensor over all processes, in place."""
+    try:
+        if WORLD_SIZE > 1:
+            dist.all_reduce(x)
+    except RuntimeError:
+        raise ConnectionError("another process of this training has died")
+    return x
+
+
+def gather(rows):
+    """The lists of all processes, joined."""
+    lists = [rows] * WORLD_SIZE
+    try:
+        if WORLD_SIZE > 1:
+            dist.all_gather_object(lists, rows)
+    except RuntimeError:
+        raise ConnectionError("another process of this training has died")
+    return sum(lists, [])
+
+
+def checkpoints(run_dir):
+    """Paths of the checkpoints of a run, the newest last."""
+    paths = {path.stem.removeprefix("checkpoint_"): path for path in Path(run_dir).glob("checkpoint_*.pt")}
+    return [paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)]
 
 
 class Refused(Exception):
@@ -358,184 +415,90 @@ class Refused(Exception):
 
 
 def check_args(args):
-    """Raise Refused if arguments of the command line or of a checkpoint cannot work."""
+    """Raise Refused if flags cannot work."""
     for low, high, names in (
-        (1, 10**9, "total_timesteps num_envs num_steps num_minibatches update_epochs save_every max_robots"),
+        (1, 10**9, "num_envs num_steps num_minibatches update_epochs save_every"),
+        (args.num_envs * args.num_steps, 10**9, "total_timesteps"),
         (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
         (0, 10**9, "ent_coef vf_coef target_kl num_workers eval_episodes"),
         (0, 1, "gamma gae_lambda"),
         (0, 2**32 - 1, "seed"),
-        (24, 64, "map_size"),
-        (1, 10, "min_factories"),
-        (args.min_factories, 10, "max_factories"),
     ):
         for name in names.split():
             value = getattr(args, name)
-            if not (value is getattr(Args, name) is None or low <= value <= high):
+            if value is not None and not low <= value <= high:
                 raise Refused(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     for wrong, message in (
         (args.num_envs % WORLD_SIZE, f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes"),
         (args.num_steps % args.num_minibatches, f"--num-steps {args.num_steps} does not divide by --num-minibatches"),
-        (args.total_timesteps < args.num_envs * args.num_steps, "--total-timesteps is less than one rollout"),
         ("--cuda" in sys.argv and not torch.cuda.is_available(), "--cuda needs a GPU and a PyTorch with CUDA"),
-        (args.track and not find_spec("wandb"), "--track needs Weights and Biases: pip install wandb"),
+        (args.resume and args.evaluate, "--resume trains and --evaluate does not: give one of them"),
     ):
         if wrong:
             raise Refused(message)
 
 
-def together(x):
-    """Over all processes of torchrun: the sum of a tensor, in place; of anything else a list of what each one has."""
-    everyones = [x] * WORLD_SIZE
-    try:
-        if WORLD_SIZE > 1 and isinstance(x, torch.Tensor):
-            dist.all_reduce(x)
-        elif WORLD_SIZE > 1:
-            dist.all_gather_object(everyones, x)
-    except RuntimeError:
-        raise ConnectionError("another process of this training has died")
-    return x if isinstance(x, torch.Tensor) else everyones
-
-
-def catch_signals(caught):
-    """Only note SIGINT and SIGTERM from now on, in the list `caught`; after the first one SIGINT ends at once."""
-
-    def note(number, _):
-        caught.append(number)
-        if WORLD_SIZE == 1:  # torchrun passes on what the terminal has sent to all already
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-
-
-def start_log(args, run_dir, agent, device, global_step):
-    """A writer of TensorBoard events, which --track sends to W&B too; those after `global_step` are dropped."""
-    if args.track:
-        import wandb
-
-        name = os.path.basename(run_dir)
-        wandb.init(id=name, name=name, resume="allow", config=vars(args), sync_tensorboard=True, save_code=True)
-    print(f"{sum(p.numel() for p in agent.parameters()):,} parameters, on {device}, writing to {run_dir}", end=", ")
-    print(f"from step {global_step} of {args.total_timesteps} on")
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-    table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    return writer
-
-
-def write_atomically(path, content):
-    """Write bytes to another file and rename it: a full disk or a kill never costs what was there before."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}); what was there before is kept")
-
-
-def checkpoints(run_dir):
-    """Paths of the checkpoints of a run, the newest last."""
-    return sorted(Path(run_dir).glob("checkpoint_[0-9]*.pt"), key=lambda path: int(path.stem.split("_")[1]))
-
-
-def load_checkpoint(path):
-    """Path, content (tensors and plain values only) and Args of a checkpoint, or of a run's newest intact one."""
-    paths, message = checkpoints(path) if os.path.isdir(path) else [Path(path)], f"there is no checkpoint in {path}"
-    for path in reversed(paths):
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            intact = ZipFile(path).testzip() is None  # torch.load checks no sums
-            if not (intact and all(x.isfinite().all() for x in checkpoint["model"].values())):
-                raise ValueError("wrong checksum or parameters")
-            args = Args(**{name: x for name, x in checkpoint["args"].items() if hasattr(Args, name)})
-            args.resume = args.evaluate = None
-            check_args(args)
-            return path, checkpoint, args
-        except Exception as error:  # a damaged file can raise anything
-            message = f"{path} is damaged or no checkpoint of this script ({shorten(repr(error), 120)})"
-            if path != paths[0] and RANK == 0:
-                print(f"{message}; the one before it is used", file=sys.stderr)
-    raise Refused(message)
-
-
-def restore(checkpoint, args, agent, optimizer, envs):
-    """Put back what a checkpoint holds, if there is one; the observation, step and seconds to go on from."""
-    if checkpoint is None:
-        return envs.reset(seed=args.seed)[0], 0, 0
-    try:
-        agent.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        global_step = int(checkpoint["global_step"])
-        torch.cuda.manual_seed_all(args.seed + global_step)  # only a CPU goes on to the last bit
-        matches = [{key: x.numpy() for key, x in match.items()} for match in checkpoint["matches"] or ()]
-        mine = matches[RANK * envs.num_envs : (RANK + 1) * envs.num_envs]  # none if the environment has no state()
-        next_obs, _ = envs.load_state(mine) if mine else envs.reset(seed=args.seed + global_step)
-        return next_obs, global_step, float(checkpoint["train_seconds"])
-    except Exception as error:
-        message = f"the checkpoint does not fit its arguments ({shorten(repr(error), 120)})"
-        raise error if isinstance(error, LuxError) else Refused(message)
-
-
 if __name__ == "__main__":
-    args, checkpoint, run_dir = tyro.cli(Args, console_outputs=RANK == 0), None, None
+    sys.path.insert(0, os.getcwd())  # --env-id is looked for here first, then beside this script
+    args = tyro.cli(Args, console_outputs=RANK == 0)
+    run_dir = Path("runs", f"{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
+    checkpoint = None
     try:
-        if flag := "resume" if args.resume else "evaluate" if args.evaluate else None:
-            path, checkpoint, trained = load_checkpoint(getattr(args, flag))
-            if flag == "resume" and checkpoint["args"].keys() != asdict(args).keys():
-                raise Refused(f"{path} was made by another script or version")
-            args = tyro.cli(Args, default=trained)
-            may_change = "cuda num_workers track capture_video eval_episodes save_every total_timesteps".split()
-            for name, kept in asdict(trained).items():
-                if getattr(args, name) != kept and name not in (flag, *may_change):
-                    raise Refused(f"--{name.replace('_', '-')} cannot be changed with --{flag}; this run has {kept}")
-            args.resume = None
-            if flag == "evaluate" or path in checkpoints(path.parent)[-1:]:  # an older one begins a new run
+        if source := args.resume or args.evaluate:
+            *earlier, path = checkpoints(source) or [Path(source)]
+            try:
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                saved = Args(**checkpoint["args"])
+                intact = ZipFile(path).testzip() is None and asdict(saved) == checkpoint["args"]
+            except Exception:  # a damaged file can raise anything
+                intact = False
+            if not intact:
+                hint = f"; the one before it is {earlier[-1]}" if earlier else ""
+                raise Refused(f"{path} is damaged, or no checkpoint of this script and version{hint}")
+            args = tyro.cli(Args, default=replace(saved, env_kwargs={}))  # other flags override the run's
+            args.env_kwargs = saved.env_kwargs | args.env_kwargs
+            if args.evaluate or path in checkpoints(path.parent)[-1:]:  # an older one begins a new run
                 run_dir = path.parent
         check_args(args)
+        args.resume = None
         device = torch.device("cuda", LOCAL_RANK) if args.cuda and torch.cuda.is_available() else torch.device("cpu")
-        if WORLD_SIZE > 1 and not args.evaluate:
-            try:
-                dist.init_process_group(timeout=timedelta(minutes=2))  # gloo for CPUs, NCCL for GPUs
-            except (RuntimeError, ValueError) as error:
-                why = "cannot meet the other processes: are MASTER_ADDR and MASTER_PORT right?"
-                raise ConnectionError(f"{why} ({shorten(str(error), 120)})")
-        if RANK == 0 and run_dir is None:
-            while (run_dir := Path("runs", f"{args.exp_name}__{args.seed}__{int(time.time())}")).exists():
-                time.sleep(0.1)  # another run began in this second
-            try:
-                run_dir.mkdir(parents=True)
-                (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=1))
-            except OSError as error:
-                raise Refused(f"cannot write to {run_dir.absolute()} ({error.strerror})")
         if args.evaluate:
             envs = make_envs(args, 1, num_workers=0)
             agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
             try:
                 agent.load_state_dict(checkpoint["model"])
             except RuntimeError as error:
-                raise Refused(f"{path} holds another network ({shorten(repr(error), 120)})")
+                raise Refused(f"{path} does not fit the flags: {shorten(str(error), 120)}")
         else:
+            if WORLD_SIZE > 1:
+                try:
+                    dist.init_process_group(timeout=timedelta(minutes=2))  # gloo for CPUs, NCCL for GPUs
+                except (RuntimeError, ValueError) as error:
+                    why = shorten(str(error), 120)
+                    raise ConnectionError(f"cannot meet the processes at MASTER_ADDR and MASTER_PORT: {why}")
             agent = train(args, run_dir, device, checkpoint)
             if WORLD_SIZE > 1:
                 dist.destroy_process_group()
                 if RANK > 0:
                     os._exit(0)  # in Python's usual end torch's threads sometimes abort
         if RANK == 0 and args.eval_episodes:
-            metrics = evaluate(agent, args, device, f"{run_dir}/video.gif" if args.capture_video else None)
+            metrics = evaluate(agent, args, device)
             summary = {key: dict(mean=np.mean(x), std=np.std(x), min=min(x), max=max(x)) for key, x in metrics.items()}
             print(f"\nevaluation on {args.eval_episodes} held-out matches: mean, std, min, max")
             for key, row in summary.items():
                 name = {"l": "episode_length", "r": "episodic_return"}.get(key, key)
                 print(f"{name:24}" + "".join(f"{number:10.1f}" for number in row.values()))
             text = json.dumps({"summary": summary, "matches": metrics}, indent=1)
-            write_atomically(f"{run_dir}/evaluation.json", text.encode())
-    except (Refused, LuxError, OSError, FloatingPointError, MemoryError, KeyboardInterrupt) as error:
+            Path(run_dir, "evaluation.json").write_text(text)
+            if args.capture_video:
+                evaluate(agent, replace(args, eval_episodes=1, num_workers=0), device, frames := [])
+                frames[0].save(Path(run_dir, "video.gif"), save_all=True, append_images=frames[1:], duration=50)
+    except (Exception, KeyboardInterrupt) as error:
+        if not isinstance(error, (Refused, OSError, FloatingPointError, MemoryError, KeyboardInterrupt)):
+            sys.excepthook(type(error), error, error.__traceback__)
         code = {Refused: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        saved = checkpoints(run_dir) if code == 1 and run_dir else []
-        kept = f"; the last checkpoint is {saved[-1]}" if saved else ""
-        if RANK == 0 or code == 1:  # of a wrong flag one process tells
-            print(f"\n{Path(__file__).name}: error: {str(error) or 'interrupted'}{kept}", file=sys.stderr)
+        kept = checkpoints(run_dir)[-1:] if code != 2 else []
+        hint = f"; the last checkpoint is {kept[0]}" if kept else ""
+        if RANK == 0 or code != 2:  # one process is enough to refuse a flag
+            print(f"\n{Path(__file__).name}: error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
         sys.exit(code)

@@ -157,11 +157,11 @@ def weights_of(reward="ice", changes=None):
     """The weight of each reward term: those of a preset, but for the changes, a dict of weights by term.
 
     Raises:
-        LuxError: if there is no such preset.
+        ValueError: if there is no such preset.
         ValueError: if there is no such term.
     """
     if reward not in REWARD_PRESETS:
-        raise LuxError(f"reward must be one of {', '.join(REWARD_PRESETS)}; got {reward}")
+        raise ValueError(f"reward must be one of {', '.join(REWARD_PRESETS)}; got {reward}")
     weights = REWARDS | REWARD_PRESETS[reward] | (changes or {})
     if unknown := ", ".join(sorted(weights.keys() - REWARDS.keys())):
         raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
@@ -298,9 +298,9 @@ class LuxEncoder:
         rules = "entity cluster robots quadrants nearest-factory nearest-heavy factories kinds".split()
         rules += [f"mod-{n}" for n in range(1, max_robots + 1)]
         if group_by not in rules:
-            raise LuxError(f"group_by must be one of {', '.join(rules)}; got {group_by}")
+            raise ValueError(f"group_by must be one of {', '.join(rules)}; got {group_by}")
         if max_robots < (least := {"quadrants": 4, "nearest-factory": max_factories}.get(group_by, 0)):
-            raise LuxError(f"group_by {group_by} needs at least {least} robot slots, got {max_robots}")
+            raise ValueError(f"group_by {group_by} needs at least {least} robot slots, got {max_robots}")
         self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
         self.num_entities = max_factories + max_robots
         self.group_by, self.safe_masks, self.grow_lichen = group_by, safe_masks, grow_lichen
@@ -1159,7 +1159,7 @@ HELD_OUT_SEEDS = 1_000_000
 WORKER_TIMEOUT, START_TIMEOUT, ENCODED_PER_SECOND = 8, 60, 100
 
 
-class LuxError(Exception):
+class LuxError(ChildProcessError):
     """An option cannot work, the engine raised an exception, or a worker process died; the message says which."""
 
 
