@@ -1,10 +1,11 @@
 """The Lux AI Season 2 game (luxai-s2) as a vector environment with one reward per entity.
 
-**The game.** Two teams share a map with ice, ore and rubble. Factories drink a unit of water a step and are lost
-without it; they refine ice to water and ore to metal, and build robots from metal and power. Robots, light or heavy,
-dig ice and ore and bring them home; what they do costs power, which comes from the sun and from factories. A match
-ends after 1000 steps, or when a team has lost its last factory. The caller plays both teams; bidding and the placement
-of factories are played for them (`early_phase_action`).
+**The game.** Two teams share a map with ice, ore and rubble. Factories drink one unit of water per
+step and are lost without it; they refine ice to water and ore to metal, and build robots from metal
+and power. Robots, light or heavy, dig ice and ore and bring them home; most of what they do costs
+power, which comes from the sun and from factories. A match ends after 1000 steps, or when a team has
+lost its last factory. The caller plays both teams; the wrapper plays the bidding and places the
+factories (`early_phase_action`).
 
     import numpy as np
     from lux_wrapper import LuxVecEnv
@@ -18,58 +19,61 @@ of factories are played for them (`early_phase_action`).
         if "episode" in infos:
             print("a match ended after", *infos["episode"]["l"][infos["_episode"]], "steps")
 
-Axis letters: N matches, P = 2 players, B = N * P teams, E entity slots, A actions, C channels, F features, H and W
-the board (x and y of the engine, in this order).
+Axis letters: N matches, P = 2 players, E entity slots, R robots of all teams, A actions, C channels,
+F features, H and W the board (x and y of the engine, in this order).
 
 **Observation**, a dict of arrays; every player sees the match from its own side:
 
     key          shape               dtype    meaning
     board        [N, P, H, W, C]     uint8    channels named in BOARD_CHANNELS, 0 to 100 (percent)
     features     [N, P, E, F]        float32  columns named in FEATURES, about -1 to 1
-    position     [N, P, E, 2]        int64    cell of the entity (0, 0 where there is none)
+    position     [N, P, E, 2]        int64    cell of the entity (0, 0 in an empty slot)
     kind         [N, P, E]           int64    NOBODY = 0, FACTORY = 1, LIGHT = 2, HEAVY = 3
     group        [N, P, E]           int64    index in 0..E-1 of the trajectory the entity belongs to
     action_mask  [N, P, E, A]        bool     True where the action may be taken
 
-An entity keeps its slot from birth to death: factories own the first `max_factories` slots, robots the
-rest. A slot that a robot left by dying is shown empty (kind 0) at least once before it is used again, so a
-learner that compares two successive `kind` arrays of a match sees every birth and every death. The end of a
-match ends all that was in it: the next observation is that of another one.
+An entity keeps its slot from birth to death: factories own the first `max_factories` slots, robots
+the rest. The slot of a dead robot is seen empty (kind 0) at least once before another robot takes it,
+so a learner that compares two successive `kind` arrays of a match sees every birth and every death.
+The end of a match ends every trajectory in it: the next observation shows another match.
 
-**Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS; those of empty slots are ignored. A robot
-that delivers hands all of its ice or ore, of which it has more, to the factory that it stands on or beside.
+**Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS, ignored for empty slots. A
+robot that delivers hands all of its ice or all of its ore, whichever it carries more of, to the
+factory that it stands on or beside.
 
-**Rewards** [N, P, E]: what the entity itself achieved in this step, the sum of the terms in REWARDS, each times its
-weight. Both ends of a match are terminations (the game is over, nothing is cut short), so nothing is ever truncated.
-`step` then returns the first observation of the next match (Gymnasium's SAME_STEP autoreset) and the finished
-match's metrics in `infos["episode"]`.
+**Rewards** [N, P, E]: what the entity itself achieved in this step, the weighted sum of the terms in
+REWARDS. Both ends of a match are terminations (the game is over), so nothing is ever truncated. When
+a match ends, `step` returns the first observation of the next one (Gymnasium's SAME_STEP autoreset)
+and the metrics of the finished one in `infos["episode"]`.
 
-**To change it.** All places in arrays go by name (CHANNEL, COLUMN, TERM), so the order of names is free, but for the
-first five of ROBOT_ACTIONS.
+**To change it.** Arrays are indexed by name (CHANNEL, COLUMN, REWARD_INDEX), so names may stand in
+any order, except that moves come first in ROBOT_ACTIONS.
 
     the weight of a reward  LuxVecEnv(..., reward_weights={"ice_dug": 0.01})
     a reward term           a line in REWARDS, and a line in LuxMatch._achievements that pays it
-    a board channel         its name in BOARD_CHANNELS, and where it is drawn in LuxEncoder: _draw_map if it stays the
-                            same for a whole match, _draw_step if it changes
-    a feature               its name in FEATURES, and where it is written: LuxEncoder._encode_factories for factories,
-                            _encode_robots for robots; or `reset`, into `ground`, if it is one of the map's cells
-    an action of robots     its name in ROBOT_ACTIONS, when it is possible and what it costs in
-                            LuxEncoder._encode_robots, and its order in _queues
+    a board channel         its name in BOARD_CHANNELS, and a line in LuxEncoder.reset if it stays the
+                            same for a whole match, otherwise in LuxEncoder._draw_board
+    a feature               its name in FEATURES, and a line in LuxEncoder._observe_factories or
+                            _observe_robots; or in `reset`, if it belongs to a cell of the map
+    an action of robots     its name in ROBOT_ACTIONS, a line each in power_left and legal_actions,
+                            and its order in robot_order
 
-**Without the vector environment** this file needs nothing but NumPy: a bot of the official runner can take it along,
-for `LuxEncoder` (official observation -> arrays and masks, actions -> official orders) and `early_phase_action`.
+**Without the vector environment** this file needs only NumPy: a bot for the official runner can use
+`LuxEncoder` (official observations to arrays and masks, actions to official orders) and
+`early_phase_action`.
 """
 
 import atexit
 import contextlib
 import functools
 import gc
+import itertools
 import os
 import signal
 import sys
-import traceback
 from collections import Counter, namedtuple
-from itertools import chain
+from dataclasses import dataclass
+from multiprocessing import connection
 
 import numpy as np
 
@@ -78,22 +82,29 @@ try:
 except ModuleNotFoundError:
     gym = None  # only LuxVecEnv needs it
 
+# ------------------------------------------------------------------------------------------------
+# Names
+# ------------------------------------------------------------------------------------------------
+
 PLAYERS = ("player_0", "player_1")
 NOBODY, FACTORY, LIGHT, HEAVY = range(4)
 
-# The engine's directions, as steps in x and y: none, up, right, down, left. The actions that move are numbered like
-# them, so these five stay the first ones of ROBOT_ACTIONS, in this order.
-DX, DY = np.array([0, 0, 1, 0, -1]), np.array([0, -1, 0, 1, 0])
+# The engine's directions: none, up, right, down, left. Actions that move have the same numbers.
 STAY, UP, RIGHT, DOWN, LEFT = range(5)
+DX = np.array([0, 0, 1, 0, -1])
+DY = np.array([0, -1, 0, 1, 0])
 MOVES = slice(UP, LEFT + 1)
-ROBOT_ACTIONS = ("stay", "move_up", "move_right", "move_down", "move_left", "dig", "deliver", "pick_up_power")
+ROBOT_ACTIONS = (
+    *("stay", "move_up", "move_right", "move_down", "move_left"),
+    *("dig", "deliver", "pick_up_power"),
+)
 DIG, DELIVER, PICK_UP = map(ROBOT_ACTIONS.index, ("dig", "deliver", "pick_up_power"))
 FACTORY_ACTIONS = ("nothing", "build_light", "build_heavy", "water_lichen")
 NOTHING, BUILD_LIGHT, BUILD_HEAVY, WATER = range(len(FACTORY_ACTIONS))
 NUM_ACTIONS = max(len(ROBOT_ACTIONS), len(FACTORY_ACTIONS))
 
 BOARD_CHANNELS = (
-    "inside",  # 100 on the board, so that padding beyond its edge can be told from empty ground
+    "inside",  # 100 on the board, so that padding beyond its edge differs from empty ground
     "ice",
     "ore",
     "rubble",
@@ -108,39 +119,39 @@ BOARD_CHANNELS = (
 )
 FEATURES = (
     *("is_factory", "is_light", "is_heavy"),
-    *("power", "ice", "ore"),  # robots: share of what they can hold; factories: thousands, at most 3
+    *("power", "ice", "ore"),  # robots: share of capacity; factories: thousands, at most 3
     *("water", "metal"),  # factories: log(1 + amount) / 5
-    *("ice_dx", "ice_dy", "ice_distance"),  # to the nearest ice cell, in cells / 8, clipped to 1
+    *("ice_dx", "ice_dy", "ice_distance"),  # to the nearest ice cell, in cells / 8, at most 1
     *("ore_dx", "ore_dy", "ore_distance"),
     *("home_dx", "home_dy", "home_distance"),  # to the nearest factory of the team
-    *("home_water", "home_power"),  # of that factory, log(1 + amount) / 5 and thousands, at most 3
+    *("home_water", "home_power"),  # of that factory: log(1 + amount) / 5, and thousands, at most 3
     *("on_ice", "on_ore", "rubble_here"),
-    *("order_up", "order_right", "order_down", "order_left", "order_dig"),  # the order under way: goes on free
-    *("group_lights", "group_heavies"),  # factories: robots built here and alive, in tens and fives
+    *("order_up", "order_right", "order_down", "order_left", "order_dig"),  # current order: free
+    *("group_lights", "group_heavies"),  # factories: robots alive that they built, in tens and fives
     "centre_taken",  # factories: an own robot stands where robots appear
     *("own_factories", "opponent_factories"),  # alive, in fives
     *("is_day", "time_in_cycle", "time"),  # 0 to 1
 )
-LICHEN_FEATURES = (  # these follow where lichen is grown (grow_lichen)
-    *("clear_dx", "clear_dy", "clear_distance"),  # to rubble worth clearing: that which would be gone first
+LICHEN_FEATURES = (  # these follow with the reward "lichen"
+    *("clear_dx", "clear_dy", "clear_distance"),  # to the rubble that is cleared soonest
     "worth_clearing",  # the rubble here is
-    *("lichen_cells", "room_cells"),  # factories: of their strain, and bare ground that it can spread to, in fifties
+    *("lichen_cells", "room_cells"),  # factories: own lichen, and ground it can spread to, in fifties
 )
-# What is paid, the weights; a robot's terms are paid to it, a factory's to that factory.
+# Weights of what is paid. A robot's terms are paid to the robot, a factory's to the factory.
 REWARDS = {
-    "ice_dug": 0.004,  # robot: a unit of ice taken from the ground into the cargo
-    "ore_dug": 0.0004,  # robot: a unit of ore taken from the ground into the cargo
+    "ice_dug": 0.004,  # robot: a unit of ice moved from the ground into the cargo
+    "ore_dug": 0.0004,  # robot: a unit of ore moved from the ground into the cargo
     "ice_delivered": 0.004,  # robot: a unit of ice that reached a factory of the team
     "ore_delivered": 0.0008,  # robot: a unit of ore that reached a factory of the team
-    "rubble_cleared": 0.0,  # robot: a unit of rubble dug away that was worth clearing
+    "rubble_cleared": 0.0,  # robot: a unit of rubble worth clearing (reward "lichen" only)
     "robot_lost": -0.05,  # robot: being destroyed (times 0.1 for a light robot)
     "water_made": 0.004,  # factory: a unit of water refined from ice (4 ice)
     "metal_made": 0.004,  # factory: a unit of metal refined from ore (5 ore)
-    "lichen_grown": 0.0001,  # factory: a unit of lichen more (less: minus) on its own strain
+    "lichen_grown": 0.0001,  # factory: change of the lichen of its strain, in units
     "survived": 0.001,  # factory: a step that ends with the factory alive
     "factory_lost": -0.2,  # factory: running out of water
 }
-# The weights that differ from these in `LuxVecEnv(reward=)`.
+# The weights in which LuxOptions.reward differs from these
 REWARD_PRESETS = {
     "ice": {},
     "lichen": {
@@ -151,65 +162,141 @@ REWARD_PRESETS = {
         "metal_made": 0.01,
     },
 }
+# Metrics of a finished match, per team: first the ones to look at, then every other reward term
+TEAM_METRICS = (
+    *("r", "ice_transferred", "factories_alive", "ice_per_factory", "factories_alive_share"),
+    *("factories_placed", "water", "ore", "metal", "lichen", "lights_built", "heavies_built"),
+    *("robots_lost", "own_collisions", "right_of_way", "blocked_builds"),
+)
+TERM_METRICS = {
+    "ice_delivered": "ice_transferred",
+    "water_made": "water",
+    "ore_delivered": "ore",
+    "metal_made": "metal",
+}
+TEAM_METRICS += tuple(term for term in REWARDS if term not in TERM_METRICS)
+
+CHANNEL = {name: index for index, name in enumerate(BOARD_CHANNELS)}
+COLUMN = {name: index for index, name in enumerate(FEATURES + LICHEN_FEATURES)}
+REWARD_INDEX = {name: index for index, name in enumerate(REWARDS)}
 
 
-def weights_of(reward="ice", changes=None):
-    """The weight of each reward term: those of a preset, but for the changes, a dict of weights by term.
+def columns(*names):
+    """Columns of several features, to index the last axis of a features array with."""
+    return [COLUMN[name] for name in names]
+
+
+# ------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LuxOptions:
+    """Options of the game; with the scripts `--env-kwargs max_robots 24 reward lichen`."""
+
+    map_size: int = 48  # side of the board in cells (season 2: 48, NeurIPS stage: 64)
+    min_factories: int = 2  # fewest factories per team (season 2: 2, NeurIPS stage: 4)
+    max_factories: int = 5  # most factories per team (season 2: 5, NeurIPS stage: 10)
+    max_robots: int = 6  # robot slots per team; nothing is built while they are full
+    safe_masks: bool = True  # also mask actions that are legal but clearly harmful (LuxEncoder)
+    reward: str = "ice"  # what is paid: ice, or lichen too (REWARD_PRESETS)
+    group_by: str = "entity"  # who shares a trajectory: entity, or cluster (a factory, its robots)
+
+    @property
+    def num_entities(self):
+        """E: slots of a team."""
+        return self.max_factories + self.max_robots
+
+    @property
+    def grow_lichen(self):
+        """Whether features, masks and factory placement are those for growing lichen."""
+        return self.reward == "lichen"
+
+
+ALLOWED_OPTIONS = {
+    "map_size": range(24, 65),
+    "min_factories": range(1, 11),
+    "max_factories": range(1, 11),
+    "max_robots": range(1, 1001),
+    "safe_masks": (True, False),
+    "reward": tuple(REWARD_PRESETS),
+    "group_by": ("entity", "cluster"),
+}
+
+
+def checked_options(**given):
+    """LuxOptions of these names and values.
 
     Raises:
-        ValueError: if there is no such preset.
+        ValueError: if there is no option of a name, or a value is not allowed.
+    """
+    for name, value in given.items():
+        if name not in ALLOWED_OPTIONS:
+            raise ValueError(f"there is no option {name}; there are {', '.join(ALLOWED_OPTIONS)}")
+        allowed = ALLOWED_OPTIONS[name]
+        if value not in allowed or type(value) is not type(allowed[0]):
+            is_range = isinstance(allowed, range)
+            choices = f"{allowed[0]} to {allowed[-1]}" if is_range else " or ".join(map(str, allowed))
+            raise ValueError(f"{name} must be {choices}, got {value}")
+    options = LuxOptions(**given)
+    if options.min_factories > options.max_factories:
+        raise ValueError(
+            f"min_factories must be at most max_factories, {options.max_factories}; got {options.min_factories}"
+        )
+    return options
+
+
+def weights_of(preset="ice", changes=None):
+    """Weight of each reward term: those of a preset, except for `changes`, a dict by term.
+
+    Raises:
         ValueError: if there is no such term.
     """
-    if reward not in REWARD_PRESETS:
-        raise ValueError(f"reward must be one of {', '.join(REWARD_PRESETS)}; got {reward}")
-    weights = REWARDS | REWARD_PRESETS[reward] | (changes or {})
-    if unknown := ", ".join(sorted(weights.keys() - REWARDS.keys())):
+    weights = REWARDS | REWARD_PRESETS[preset] | (changes or {})
+    if unknown := ", ".join(weights.keys() - REWARDS.keys()):
         raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
     return weights
 
 
-# Their places in the arrays, by name.
-CHANNEL = {name: place for place, name in enumerate(BOARD_CHANNELS)}
-COLUMN = {name: place for place, name in enumerate(FEATURES + LICHEN_FEATURES)}
-TERM = {name: place for place, name in enumerate(REWARDS)}
+# ------------------------------------------------------------------------------------------------
+# Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy
+# ------------------------------------------------------------------------------------------------
 
+GAME_LENGTH, CYCLE, DAY = 1000, 50, 30  # steps
+METAL_COST = np.array([10, 100])
+POWER_COST = np.array([50, 500])
+CARGO = np.array([100, 1000])
+BATTERY = np.array([150, 3000])
+MOVE_COST = np.array([1, 20])
+RUBBLE_COST = np.array([0.05, 1.0])  # more for a move, by unit of rubble
+DIG_COST = np.array([5, 60])
+DIG_RUBBLE = np.array([2, 20])  # units of rubble that a dig removes
+ORDER_COST = np.array([1, 10])  # power for a new order
+MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)
+ICE_PER_WATER, ORE_PER_METAL = 4, 5
+GROWTH_PER_WATER = 10  # cells of lichen that a unit of water keeps
+LICHEN_TO_SPREAD = 20  # units from which a cell spreads to its neighbours
 
-def columns(*names):
-    """The columns of several features, to index the last axis of a features array with."""
-    return [COLUMN[name] for name in names]
-
-
-# Game constants (luxai_s2.config.EnvConfig, the same in every match). Index 0 light, 1 heavy.
-GAME_LENGTH, CYCLE, DAY = 1000, 50, 30
-METAL_COST, POWER_COST = np.array([10, 100]), np.array([50, 500])
-CARGO, BATTERY = np.array([100, 1000]), np.array([150, 3000])
-MOVE_COST, RUBBLE_COST = np.array([1, 20]), np.array([0.05, 1.0])
-DIG_COST, ORDER_COST = np.array([5, 60]), np.array([1, 10])
-DIG_RUBBLE = np.array([2, 20])
-MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)  # [kind, rubble]
-WORST_MOVE = MOVE_COST_ONTO[:, 100]
-ICE_PER_WATER, ORE_PER_METAL, GROWTH_PER_WATER, LICHEN_TO_SPREAD = 4, 5, 10, 20
+# Rules of this wrapper
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
-LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to the rubble that is worth clearing
+LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
+FAR = 10**6  # more than any distance or time
 
-# ------------------------------------------------------------------------------------------------------
-# Official observations to arrays, actions to official orders
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
 
-# What LuxEncoder reads of an observation. `factories` and `robots` hold a dict for each player, unit_id -> Factory or
-# Robot, rows of integers; `under_way` is the action that its order under way carries out (STAY where there is none).
-Snapshot = namedtuple("Snapshot", "time rubble lichen lichen_strains factories robots")
+# What the encoder reads of an observation. `factories` and `robots` hold a dict for each player,
+# unit_id -> Factory or Robot; the rest are numbers and maps [H, W].
+Snapshot = namedtuple("Snapshot", "time rubble lichen strains factories robots")
 Factory = namedtuple("Factory", "x y power ice ore water metal strain")
-Robot = namedtuple("Robot", "heavy x y power ice ore under_way")
-# Many of them, each field an array: in LuxEncoder.factories [B, max_factories] by slot, in LuxEncoder.robots [R] (and
-# `everyone`, with those that have no slot).
-Robots = namedtuple("Robots", ("team", "slot", *Robot._fields))
+Robot = namedtuple("Robot", "heavy x y power ice ore current_action")  # STAY: no move and no dig
+# The same as arrays: factories [N, P, max_factories] by slot, robots [R] match by match
+Factories = namedtuple("Factories", ("alive", *Factory._fields))
+Robots = namedtuple("Robots", ("match", "player", "slot", *Robot._fields))
 
-FACTORY_ORDERS = {BUILD_LIGHT: 0, BUILD_HEAVY: 1, WATER: 2}  # the engine's numbers
-ORDERS_UNDER_WAY = {"order_up": UP, "order_right": RIGHT, "order_down": DOWN, "order_left": LEFT, "order_dig": DIG}
-ROBOT_CHANNELS = np.array(  # [own or opponent, heavy]
-    [[CHANNEL[f"{side}_light"], CHANNEL[f"{side}_heavy"]] for side in ("own", "opponent")]
-)
+ENGINE_MOVE, ENGINE_TRANSFER, ENGINE_PICKUP, ENGINE_DIG = range(4)  # types of official orders
 
 
 def read_observation(obs):
@@ -218,647 +305,835 @@ def read_observation(obs):
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in obs["factories"][name].items():
             cargo = factory["cargo"]
-            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
-            factories[player][unit_id] = Factory(*map(int, factory["pos"]), *stock, factory["strain_id"])
+            factories[player][unit_id] = Factory(
+                *map(int, factory["pos"]),
+                *(factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]),
+                factory["strain_id"],
+            )
         for unit_id, unit in obs["units"][name].items():
-            cargo, queue, under_way = unit["cargo"], unit["action_queue"], STAY
-            if len(queue):
-                order, direction = queue[0][:2]
-                under_way = DIG if order == 3 else int(direction) if order == 0 else STAY  # others end within a step
-            stock = unit["power"], cargo["ice"], cargo["ore"]
-            robots[player][unit_id] = Robot(unit["unit_type"] == "HEAVY", *map(int, unit["pos"]), *stock, under_way)
+            order, direction = unit["action_queue"][0][:2] if len(unit["action_queue"]) else (None, 0)
+            current_action = STAY  # other orders than these two end within a step
+            if order == ENGINE_DIG:
+                current_action = DIG
+            elif order == ENGINE_MOVE:
+                current_action = int(direction)
+            robots[player][unit_id] = Robot(
+                int(unit["unit_type"] == "HEAVY"),
+                *map(int, unit["pos"]),
+                *(unit["power"], unit["cargo"]["ice"], unit["cargo"]["ore"]),
+                current_action,
+            )
     board = obs["board"]
-    return Snapshot(obs["real_env_steps"], board["rubble"], board["lichen"], board["lichen_strains"], factories, robots)
+    maps = board["rubble"], board["lichen"], board["lichen_strains"]
+    return Snapshot(obs["real_env_steps"], *maps, factories, robots)
+
+
+def read_engine(state):
+    """What `read_observation(state.get_obs())` returns, without making that observation."""
+    factories, robots = ({}, {}), ({}, {})
+    for player, name in enumerate(PLAYERS):
+        for unit_id, factory in state.factories[name].items():
+            pos, cargo = factory.pos, factory.cargo
+            factories[player][unit_id] = Factory(
+                *(pos.x, pos.y, factory.power),
+                *(cargo.ice, cargo.ore, cargo.water, cargo.metal),
+                factory.num_id,
+            )
+        for unit_id, unit in state.units[name].items():
+            order = unit.action_queue[0] if unit.action_queue else None
+            current_action = STAY
+            if order and order.act_type == "dig":
+                current_action = DIG
+            elif order and order.act_type == "move":
+                current_action = order.move_dir
+            pos, cargo = unit.pos, unit.cargo
+            robots[player][unit_id] = Robot(
+                *(int(unit.is_heavy()), pos.x, pos.y, unit.power, cargo.ice, cargo.ore),
+                current_action,
+            )
+    board = state.board
+    maps = board.rubble, board.lichen, board.lichen_strains
+    return Snapshot(state.real_env_steps, *maps, factories, robots)
+
+
+# ------------------------------------------------------------------------------------------------
+# The encoder: observations to arrays, actions to official orders
+# ------------------------------------------------------------------------------------------------
+
+# One observation of every match: `time` [N], maps [N, H, W] (`own_lichen` [N, P, H, W]), and entities.
+# `all_robots` includes robots without a slot; `robots` and their `unit_ids` do not.
+Scene = namedtuple(
+    "Scene",
+    "snapshots time rubble lichen own_lichen strains factories all_robots robots unit_ids maps around soil",
+)
+
+# Where things stand: maps [N, P, H + 2, W + 2] with a border of one cell, so that the neighbours of any
+# cell can be read. `factory` is the slot of the own factory that covers a cell, or -1; `centre` and
+# `robot` say whether an own one is there; `impassable` are the border and the opponent's factories.
+BorderedMaps = namedtuple("BorderedMaps", "factory centre robot impassable")
+
+# What is around each robot, arrays [5, R] by direction, the own cell first: the cells as indices in
+# BorderedMaps, what these have there, rubble, and steps to the edge of the nearest factory. Arrays [R]:
+# slot of that factory, and units of rubble worth clearing on the own cell.
+Around = namedtuple("Around", "x y factory impassable rubble steps_home nearest worth_clearing")
+
+# Factories that can pay for a robot, and that have a slot for it: bool [N, P, max_factories]
+Builds = namedtuple("Builds", "can_light can_heavy slot_for_light slot_for_heavy")
+
+# What the entities of a match do in a step, which LuxMatch needs to work out their rewards: dicts
+# unit_id -> RobotAct or FactoryAct, with the Robot or Factory `before` the step, and two counts [P].
+Acts = namedtuple("Acts", "robots factories yielded_moves blocked_builds")
+RobotAct = namedtuple("RobotAct", "player slot before delivery_slot worth_clearing")
+FactoryAct = namedtuple("FactoryAct", "player slot before")
 
 
 class LuxEncoder:
-    """Both players' views of a match: slots, features and masks in, official orders out.
+    """Both players' views of N matches: slots, features and masks in, official orders out.
 
-    It reads nothing but official observations (the board's lists made arrays), so that it serves in the official
-    runner too. Call `reset` with the first observation after placement, then `encode` with that and every later
-    observation in turn, and `orders` after any of them. `reset` with a later one works too: robots get new slots then.
+    It reads only what official observations hold, so a bot for the official runner can use it. Call
+    `reset` with the first observation of a match after placement, then `encode` with this one and every
+    later one in turn, and `orders` with what `encode` returned. `reset` with a later observation works
+    too: robots get new slots then. Many matches in one encoder cost much less than an encoder for each.
 
-    A team may have more robots than slots, as teams of other programs do. All are drawn on the boards, and no own robot
-    steps onto them; but those without a slot have no features and get no orders, until a slot is free.
+    A team may have more robots than slots, as teams of other programs do. The boards show all of them,
+    and no own robot steps onto them; but robots without a slot have no features and get no orders until
+    a slot is free.
 
-    Several matches that are played side by side cost much less in one encoder than in several: `reset` each and
-    give their snapshots to `encode_rows`. Teams are numbered 2 * match + player, which makes team ^ 1 the opponent;
-    R stands for the robots of all teams, team by team.
+    `group_by` says who shares a trajectory. "entity": each has its own. "cluster": a factory with the
+    robots that it built; when it is lost, they join the nearest one.
+
+    `safe_masks` also mask what is legal but clearly harmful:
+        1. stepping onto a cell where an own robot stands (both would be destroyed),
+        2. stepping onto the centre of an own factory (robots appear there),
+        3. building while an own robot stands there, building a light robot from the metal that the
+           factory's first heavy one needs, and building into the last slots while other factories can
+           build their first heavy one,
+        4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor
+           ore, ice and ore with full cargo,
+        5. digging, or stepping away from home, with less power left than the way back to the nearest
+           own factory and an order there cost on ground without rubble (a robot without power stands
+           still until the sun shines),
+        6. picking up less power than ten times what the order itself costs,
+        7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
+    Of two own robots that would step onto one cell, the first moves and the other waits.
+    With the reward "lichen", light robots may also clear rubble that is worth it (4), the water for
+    watering as much at every second step to the end is kept too (7), and no robot may
+        8. end a step where an opponent's robot could destroy it, unless it can wherever it goes.
 
     Args:
-        map_size: side of the board in cells.
-        max_factories, max_robots: slots per team. No robot is built by a team that has `max_robots`.
-        group_by: who shares a trajectory.
-            entity             nobody: each has its own
-            cluster            a factory and the robots that it built; when it is lost they join the nearest
-            robots             all robots of the team; here and in what follows each factory has its own
-            mod-N              robots whose slots are equal modulo N, for instance mod-4
-            quadrants          robots in the same quarter of the map
-            nearest-factory    robots to which the same factory is nearest
-            nearest-heavy      a heavy robot and the light ones to which it is nearest
-            factories          all factories of the team; each robot has its own
-            kinds              all factories; and all robots
-            Where robots change their group while they live, its advantage at a step is that of what the group earns
-            from then on, whoever belongs to it later.
-        safe_masks: also mask orders that are legal and plainly ruinous:
-            1. stepping onto a cell where an own robot stands (both would be destroyed),
-            2. stepping onto the centre of an own factory (robots appear there),
-            3. building while an own robot stands there, building a light robot from the metal that the factory's first
-               heavy one needs, and building into the last slots while others can build their first heavy one,
-            4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor ore (but
-               with grow_lichen light robots may clear what is worth it), ice and ore with full cargo,
-            5. digging, or stepping away from home, with less power left than the way back to the nearest own
-               factory, were there no rubble on it, and an order there cost (a robot without power stands where it
-               is until the sun shines),
-            6. picking up less power than ten times what the order itself costs,
-            7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end; with grow_lichen,
-               nor for watering as much at every second step to the end,
-            8. with grow_lichen, ending a step where a robot of the opponent could destroy this one, unless it can
-               wherever it goes.
-            And where two own robots are told to step onto one cell, the first goes and the others wait.
-        grow_lichen: also show the LICHEN_FEATURES, and change rules 4, 7 and 8 for matches that lichen decides. Rubble
-            is worth clearing where lichen of the team could grow next: beside own factories, own lichen, and bare
-            ground that leads there.
-        num_matches: how many matches.
-
-    Raises:
-        LuxError: if there is no such group_by, or it has more groups of robots than there are robot slots.
+        options: LuxOptions.
+        num_matches: N.
     """
 
-    def __init__(
-        self,
-        map_size=48,
-        max_factories=5,
-        max_robots=6,
-        group_by="entity",
-        safe_masks=True,
-        grow_lichen=False,
-        num_matches=1,
-    ):
-        rules = "entity cluster robots quadrants nearest-factory nearest-heavy factories kinds".split()
-        rules += [f"mod-{n}" for n in range(1, max_robots + 1)]
-        if group_by not in rules:
-            raise ValueError(f"group_by must be one of {', '.join(rules)}; got {group_by}")
-        if max_robots < (least := {"quadrants": 4, "nearest-factory": max_factories}.get(group_by, 0)):
-            raise ValueError(f"group_by {group_by} needs at least {least} robot slots, got {max_robots}")
-        self.map_size, self.max_factories, self.max_robots = map_size, max_factories, max_robots
-        self.num_entities = max_factories + max_robots
-        self.group_by, self.safe_masks, self.grow_lichen = group_by, safe_masks, grow_lichen
-        self.num_features = len(FEATURES) + grow_lichen * len(LICHEN_FEATURES)
-        self.side = map_size + 2  # of maps with a border of 1 cell
-        self.beside = DX[:, None] * self.side + DY[:, None]  # from a cell to itself and its neighbours, in such maps
-
-        N, B, E, S, side = num_matches, 2 * num_matches, self.num_entities, map_size, self.side
-        self.teams, self.opponent = np.arange(B)[:, None], np.arange(B) ^ 1
-        self.new = np.zeros(N, bool)  # matches of which no observation has been seen
-        self.ice, self.ore = np.zeros((2, N, S, S), bool)
-        self.rubble = np.zeros((N, side, side), np.int64)
-        self.strains = np.zeros((N, S, S), np.int16)  # those of the step before, until they are read
-        self.player_of_strain = np.zeros((N, 2 * max_factories + 1), np.int8)  # the last serves strain -1, no lichen
-        self.lichen_drawn = np.zeros(N, bool)
-        self.lichen_counted = [None] * N  # the lichen that these are right for:
-        self.water_costs = np.zeros((N, 2 * max_factories + 1), np.int64)
-        # The features that depend on nothing but the cell and the factories alive; the others are 0.
-        self.ground = np.zeros((B, S, S, self.num_features), np.float32)
-        self.factories_drawn = np.zeros((B, max_factories), bool)  # those that the next five show:
-        self.factory_map = np.zeros((B, side, side), np.int64)  # slot + 1, with a border of 1 cell
-        self.centre_map, self.closed = np.zeros((2, B, side, side), bool)  # closed: where a team may not go
-        self.nearest = np.zeros((B, S, S), np.int64)  # slot of the team's nearest factory
-        self.steps_home = np.zeros((5, B, S, S), np.int64)  # from a cell and its neighbours to that factory's edge
-        self.robots_drawn = []  # where on the boards, as indices
-        self.factory_slot, self.robot_slot = ([{} for _ in range(B)] for _ in range(2))  # unit_id -> slot
-        self.home = np.zeros((B, E), np.int64)  # slot of the factory an entity belongs to
-        self.blocked_builds = np.zeros(B, np.int64)  # factory steps in which only the slots forbade to build
-        self.right_of_way = np.zeros(B, np.int64)  # moves held back because an own robot had the same goal
-
-    def arrays(self):
-        """A dict of zeroed arrays [B, ...] with the keys, shapes and types of the table at the top."""
-        B, E, S = len(self.teams), self.num_entities, self.map_size
-        return {
-            "board": np.zeros((B, S, S, len(BOARD_CHANNELS)), np.uint8),
-            "features": np.zeros((B, E, self.num_features), np.float32),
-            "position": np.zeros((B, E, 2), np.int64),
-            "kind": np.zeros((B, E), np.int64),
-            "group": np.zeros((B, E), np.int64),
-            "action_mask": np.zeros((B, E, NUM_ACTIONS), bool),
-        }
+    def __init__(self, options=LuxOptions(), num_matches=1):
+        self.options = options
+        self.num_matches = num_matches
+        self.num_features = len(FEATURES) + options.grow_lichen * len(LICHEN_FEATURES)
+        N, P, E, size = num_matches, 2, options.num_entities, options.map_size
+        self.match, self.player = np.ogrid[:N, :P, :1][:2]  # to index arrays [N, P, ...] with [N, P, K]
+        # The same for a whole match
+        self.ice = np.zeros((N, size, size), bool)
+        self.ore = np.zeros((N, size, size), bool)
+        self.terrain = np.zeros((N, size, size, len(BOARD_CHANNELS)), np.uint8)
+        self.cell_features = np.zeros((N, size, size, self.num_features), np.float32)
+        # Player of each strain; the last entry is for strain -1, no lichen
+        self.strain_owner = np.full((N, 2 * options.max_factories + 1), -1)
+        # Memory: slots by unit_id, the factory slot that an entity belongs to, strains just seen
+        self.factory_slots = [({}, {}) for _ in range(N)]
+        self.robot_slots = [({}, {}) for _ in range(N)]
+        self.home = np.zeros((N, P, E), np.int64)
+        self.strains_before = np.zeros((N, size, size), np.int16)
 
     def reset(self, obs, match=0):
-        """Forget the last match; `obs` is the first observation after placement."""
-        teams = slice(2 * match, 2 * match + 2)
-        self.ice[match], self.ore[match] = ice, ore = obs["board"]["ice"] > 0, obs["board"]["ore"] > 0
-        self.ground[teams, ..., columns("ice_dx", "ice_dy", "ice_distance")] = _way_to_nearest(ice)
-        self.ground[teams, ..., columns("ore_dx", "ore_dy", "ore_distance")] = _way_to_nearest(ore)
-        self.ground[teams, ..., COLUMN["on_ice"]], self.ground[teams, ..., COLUMN["on_ore"]] = ice, ore
-        self.strains[match] = obs["board"]["lichen_strains"]
-        self.player_of_strain[match] = -1
-        self.new[match], self.lichen_counted[match] = True, None
-        self.home[teams] = np.arange(self.num_entities)
-        self.blocked_builds[teams] = self.right_of_way[teams] = 0
+        """Begin a match; `obs` is the official observation after placement."""
+        board = obs["board"]
+        self.ice[match] = board["ice"] > 0
+        self.ore[match] = board["ore"] > 0
+        self.terrain[match, ..., CHANNEL["inside"]] = 100
+        for name, cells in (("ice", self.ice[match]), ("ore", self.ore[match])):
+            self.terrain[match, ..., CHANNEL[name]] = 100 * cells
+            way = columns(f"{name}_dx", f"{name}_dy", f"{name}_distance")
+            self.cell_features[match][..., way] = ways_to_nearest(cells)
+            self.cell_features[match, ..., COLUMN[f"on_{name}"]] = cells
+        self.strains_before[match] = board["lichen_strains"]
+        self.strain_owner[match] = -1
+        self.home[match] = np.arange(self.options.num_entities)
+        self.robot_slots[match] = ({}, {})
+        self.factory_slots[match] = ({}, {})
         for player, name in enumerate(PLAYERS):
-            team = 2 * match + player
-            self.factory_slot[team] = {unit_id: slot for slot, unit_id in enumerate(obs["factories"][name])}
-            self.robot_slot[team] = {}
-            for factory in obs["factories"][name].values():
-                self.player_of_strain[match, factory["strain_id"]] = player
+            for slot, (unit_id, factory) in enumerate(obs["factories"][name].items()):
+                self.factory_slots[match][player][unit_id] = slot
+                self.strain_owner[match, factory["strain_id"]] = player
 
-    def encode(self, obs, out):
-        """Write the match as both players see it into `out`.
+    def empty_obs(self):
+        """An observation of empty slots: zeroed arrays as in the table at the top of the file."""
+        N, P, E, size = self.num_matches, 2, self.options.num_entities, self.options.map_size
+        return {
+            "board": np.zeros((N, P, size, size, len(BOARD_CHANNELS)), np.uint8),
+            "features": np.zeros((N, P, E, self.num_features), np.float32),
+            "position": np.zeros((N, P, E, 2), np.int64),
+            "kind": np.zeros((N, P, E), np.int64),
+            "group": np.zeros((N, P, E), np.int64),
+            "action_mask": np.zeros((N, P, E, NUM_ACTIONS), bool),
+        }
 
-        Args:
-            obs: official observation of a step after placement.
-            out: arrays as from `arrays()`, the same ones at every step of a match (only what changes
-                is written again).
-        """
-        self.encode_rows([read_observation(obs)], out)
-
-    def encode_rows(self, matches, out):
-        """As `encode`, of a list with what `read_observation` or `read_engine` returns for each match."""
-        seen = Snapshot(*zip(*matches))
-        self.time = np.array(seen.time)
-        self.lichen = np.stack(seen.lichen).astype(np.uint8)  # small types make the operations below faster
-        self.strains_before, self.strains = self.strains, np.stack(seen.lichen_strains).astype(np.int16)
-        self._read_factories([rows for players in seen.factories for rows in players])
-        self._read_robots([rows for players in seen.robots for rows in players])
-
-        for match in np.flatnonzero(self.new).tolist():
-            self._draw_map(match, out)
-        changed = (self.factories_drawn != self.alive).any(1)
-        for match in np.flatnonzero(self.new | changed[::2] | changed[1::2]).tolist():
-            self._draw_factories(match, out)
-        self.new[:] = False
-        self._draw_step(np.stack(seen.rubble), out)
-        if self.grow_lichen:
-            self._draw_lichen_ground(out["board"])
-
-        for key in ("features", "position", "kind", "action_mask"):
-            out[key][:] = 0
-        self._encode_factories(out)
-        self._encode_robots(out)
-        self._encode_match(out)
-        self._assign_groups(out["group"])
-
-    def orders(self, actions):
-        """Official orders for the observation encoded last.
-
-        A robot that goes on doing what it did gets no order, since every new one costs power. Moves and
-        digs are ordered for as many steps as the robot can pay and still afford another order after, so
-        that going on is free and changing its mind is always possible.
+    def encode(self, snapshots):
+        """Both players' observation of every match.
 
         Args:
-            actions: int array [B, E].
+            snapshots: a list of N, each from `read_observation` or `read_engine`.
 
         Returns:
-            list of B dicts unit_id -> official action; of one match, for player_0 and player_1. A factory's is an int,
-            a robot's queue an int array [0 or 1, 6]; JSON takes its `tolist()`.
+            obs: dict of new arrays, see the table at the top of the file.
+            view: what `orders` needs to know of it, a Scene and Builds.
         """
-        orders, factory_ids = [{} for _ in self.teams], [list(slots) for slots in self.factory_slot]
-        of_factories = actions[:, : self.max_factories]
-        # The engine refuses what is masked out and cannot be done. It would build robots for which there is no slot.
-        busy = (of_factories == WATER) | ((of_factories == BUILD_LIGHT) & self.slot_for_light)
-        busy = self.alive & (busy | ((of_factories == BUILD_HEAVY) & self.slot_for_heavy))
-        for team, slot in np.argwhere(busy).tolist():
-            orders[team][factory_ids[team][slot]] = FACTORY_ORDERS[int(actions[team, slot])]
-        action = actions[self.robots.team, self.robots.slot]
-        if self.safe_masks:
-            action = self._give_way(action)
-        queues, team, length = self._queues(action), self.robots.team.tolist(), np.where(action == STAY, 0, 1).tolist()
-        unit_ids = [unit_id for slots in self.robot_slot for unit_id in slots]  # in the order of self.robots
-        for row in np.flatnonzero(action != self.robots.under_way).tolist():
-            orders[team[row]][unit_ids[row]] = queues[row : row + length[row]]
-        return orders
+        scene = self._read(snapshots)
+        lights, heavies = self._count_built(scene.robots)
+        builds = self._plan_builds(scene, heavies)
+        obs = self.empty_obs()
+        self._draw_board(obs["board"], scene)
+        self._observe_factories(obs, scene, lights, heavies)
+        self._observe_robots(obs, scene)
+        self._observe_match(obs, scene)
+        self._mask_factories(obs["action_mask"], scene, builds)
+        self._mask_robots(obs["action_mask"], scene)
+        obs["group"][:] = np.arange(self.options.num_entities)
+        if self.options.group_by == "cluster":
+            obs["group"][:] = self.home
+        self.strains_before = scene.strains
+        return obs, (scene, builds)
 
-    # -- Reading -----------------------------------------------------------------------------------------
+    # -- Reading ---------------------------------------------------------------------------------
 
-    def _read_factories(self, teams):
-        """Read the rows of all teams into `alive` and `factories`, arrays by slot, 0 where none is alive."""
-        table = []
-        for team, rows in enumerate(teams):
-            table += [(team, self.factory_slot[team][unit_id], *row) for unit_id, row in rows.items()]
-        table = np.fromiter(chain.from_iterable(table), np.int64).reshape(-1, 2 + len(Factory._fields))
-        team, slot = table[:, :2].T
-        self.alive = np.zeros((len(teams), self.max_factories), bool)
-        self.alive[team, slot] = True
-        by_slot = np.zeros((len(Factory._fields), *self.alive.shape), np.int64)
-        by_slot[:, team, slot] = table[:, 2:].T
-        self.factories = Factory(*by_slot)
-
-    def _read_robots(self, teams):
-        """Read the rows of all teams into `everyone`, team by team and in the observations' order; slots for new ones.
-
-        Slots stay with their robots. A new robot gets the first slot that was empty in the last observation, so one
-        whose robot has died since stays empty for now; and it belongs to the factory in whose centre it appears.
-        Those for whom there is no slot (-1) wait for one; `robots` are all others.
-        """
-        table = []
-        for team, rows in enumerate(teams):
-            slots = self.robot_slot[team]
-            if rows.keys() != slots.keys():
-                empty = sorted(set(range(self.max_factories, self.num_entities)) - set(slots.values()))
-                born = dict(zip((unit_id for unit_id in rows if unit_id not in slots), empty))
-                for unit_id, slot in born.items():
-                    self.home[team, slot] = self._nearest_factory(team, rows[unit_id].x, rows[unit_id].y)
-                slots = slots | born
-                self.robot_slot[team] = slots = {unit_id: slots[unit_id] for unit_id in rows if unit_id in slots}
-            table += [(team, slots.get(unit_id, -1), *row) for unit_id, row in rows.items()]
-        table = np.fromiter(chain.from_iterable(table), np.int64).reshape(-1, len(Robots._fields)).T
-        self.everyone = Robots(*table)
-        self.robots = Robots(*table[:, self.everyone.slot >= 0])
-        self.robot_map = np.zeros((len(teams), self.side, self.side), bool)
-        self.robot_map[self.everyone.team, self.everyone.x + 1, self.everyone.y + 1] = True
-
-    def _nearest_factory(self, team, x, y):
-        """Slot of the factory of a team that is nearest to a cell."""
-        distance = np.abs(self.factories.x[team] - x) + np.abs(self.factories.y[team] - y)
-        return np.where(self.alive[team], distance, 10**6).argmin()
-
-    def _assign_groups(self, group):
-        """Write the group of every slot [B, E]; groups of robots are numbered from max_factories on."""
-        robots, rule, first = self.robots, self.group_by, self.max_factories
-        group[:] = self.home if rule == "cluster" else np.arange(self.num_entities)
-        if rule in ("factories", "kinds"):
-            group[:, :first] = 0
-        if rule in ("robots", "kinds"):
-            group[:, first:] = first
-        elif rule.startswith("mod-"):
-            group[:, first:] = first + np.arange(self.max_robots) % int(rule[4:])
-        elif rule == "quadrants":
-            right, low = robots.x >= self.map_size / 2, robots.y >= self.map_size / 2
-            group[robots.team, robots.slot] = first + 2 * right + low
-        elif rule == "nearest-factory":
-            group[robots.team, robots.slot] = first + self.nearest[robots.team, robots.x, robots.y]
-        elif rule == "nearest-heavy" and robots.heavy.any():
-            heavies = np.flatnonzero(robots.heavy)
-            distance = np.abs(robots.x[:, None] - robots.x[heavies]) + np.abs(robots.y[:, None] - robots.y[heavies])
-            distance[robots.team[:, None] != robots.team[heavies]] = 10**6
-            nearest, found = heavies[distance.argmin(1)], distance.min(1) < 10**6
-            group[robots.team[found], robots.slot[found]] = robots.slot[nearest[found]]
-
-    # -- Drawing -----------------------------------------------------------------------------------------
-
-    def _draw_map(self, match, out):
-        """The channels that stay the same for a whole match."""
-        board = out["board"][2 * match : 2 * match + 2]
-        board[:] = 0
-        board[..., CHANNEL["inside"]] = 100
-        board[..., CHANNEL["ice"]] = self.ice[match] * 100
-        board[..., CHANNEL["ore"]] = self.ore[match] * 100
-
-    def _draw_factories(self, match, out):
-        """Draw a match's factories alive and the ways to them; robots of one that is gone join the nearest."""
-        teams, robots = slice(2 * match, 2 * match + 2), self.robots
-        alive, own, closed = self.alive[teams], self.factory_map[teams], self.closed[teams]
-        own[:], self.centre_map[teams] = 0, False
-        for player, slot in np.argwhere(alive).tolist():
-            team = 2 * match + player
-            x, y = self.factories.x[team, slot], self.factories.y[team, slot]
-            own[player, x : x + 3, y : y + 3] = slot + 1
-            self.centre_map[team, x + 1, y + 1] = True
-        closed[:] = own[::-1] > 0  # the opponent's factories, and the border
-        closed[:, [0, -1]] = closed[:, :, [0, -1]] = True
-        drawn, board = own[:, 1:-1, 1:-1] > 0, out["board"][teams]
-        board[..., CHANNEL["own_factory"]] = drawn * 100
-        board[..., CHANNEL["opponent_factory"]] = drawn[::-1] * 100
-        self.factories_drawn[teams] = alive
-        homeless = (robots.team // 2 == match) & ~self.alive[robots.team, self.home[robots.team, robots.slot]]
-        for row in np.flatnonzero(homeless):
-            team = robots.team[row]
-            self.home[team, robots.slot[row]] = self._nearest_factory(team, robots.x[row], robots.y[row])
-
-        cells = np.stack(np.meshgrid(np.arange(self.map_size), np.arange(self.map_size), indexing="ij"), -1)
-        centres = np.stack([self.factories.x[teams], self.factories.y[teams]], -1)
-        to_factory = centres[:, :, None, None] - cells
-        distance = np.where(alive[..., None, None], np.abs(to_factory).sum(-1), 10**6)
-        self.nearest[teams] = nearest = distance.argmin(1)
-        way = np.take_along_axis(to_factory, nearest[:, None, ..., None], 1)
-        self.ground[teams, ..., columns("home_dx", "home_dy")] = np.clip(way[:, 0] / 8, -1, 1)
-        self.ground[teams, ..., COLUMN["home_distance"]] = np.clip(distance.min(1) / 8, 0, 1)
-        gap = np.abs(way - np.stack([DX, DY], -1)[:, None, None]) - 1
-        self.steps_home[:, teams] = np.maximum(gap, 0).sum(-1).swapaxes(0, 1)
-
-    def _draw_step(self, rubble, out):
-        """The channels that change at every step: rubble, lichen and robots."""
-        maps, robots = out["board"], self.everyone
-        self.rubble[:, 1:-1, 1:-1] = rubble
-        maps[..., CHANNEL["rubble"]] = rubble.astype(np.uint8).repeat(2, 0)
-        growing = self.lichen.any((1, 2))
-        for match in np.flatnonzero(growing | self.lichen_drawn).tolist():
-            owner = self.player_of_strain[match].take(self.strains[match])
-            for player in range(2):
-                team, lichen = 2 * match + player, self.lichen[match] * (owner == player)
-                maps[team, ..., CHANNEL["own_lichen"]] = lichen
-                maps[team ^ 1, ..., CHANNEL["opponent_lichen"]] = lichen
-        self.lichen_drawn = growing
-        for drawn in self.robots_drawn:
-            maps[drawn] = 0
-        own, opponent = ROBOT_CHANNELS[:, robots.heavy]
-        self.robots_drawn = [(robots.team, robots.x, robots.y, own), (robots.team ^ 1, robots.x, robots.y, opponent)]
-        for drawn in self.robots_drawn:
-            maps[drawn] = 100
-
-    def _draw_lichen_ground(self, maps):
-        """`room` and `to_clear` [B, side, side]: where lichen of a team can grow, and could next, but for rubble.
-
-        From the own factories and lichen on, LICHEN_REACH times, every neighbour that is bare is room too.
-        """
-        soil, rubble = np.zeros((2, *self.factory_map.shape), bool)
-        soil[:, 1:-1, 1:-1] = ~(self.ice | self.ore).repeat(2, 0) & (maps[..., CHANNEL["opponent_lichen"]] == 0)
-        soil &= (self.factory_map == 0) & (self.factory_map[self.opponent] == 0)
-        rubble[:] = (self.rubble > 0).repeat(2, 0)
-        bare, self.own_lichen = soil & ~rubble, np.zeros_like(soil)
-        self.own_lichen[:, 1:-1, 1:-1] = maps[..., CHANNEL["own_lichen"]] > 0
-        room = (self.factory_map > 0) | self.own_lichen
-        for _ in range(LICHEN_REACH):
-            room |= _and_beside(room) & bare
-        self.room, self.to_clear = room & (self.factory_map == 0), _and_beside(room) & soil & rubble
-
-    # -- Features and masks ------------------------------------------------------------------------------
-
-    def _encode_factories(self, out):
-        """Features and masks of the factories; arrays [B, max_factories]."""
-        factories, robots, alive = self.factories, self.robots, self.alive
-        B, width = alive.shape
-        features = out["features"][:, :width]
-        out["kind"][:, :width] = np.where(alive, FACTORY, NOBODY)
-        out["position"][:, :width] = np.stack([factories.x, factories.y], -1)
-        features[:] = self.ground[self.teams, factories.x, factories.y]
-        features[..., COLUMN["is_factory"]] = 1
-        for name in ("power", "ice", "ore"):
-            features[..., COLUMN[name]] = np.minimum(getattr(factories, name) / 1000, 3)
-        for name in ("water", "metal"):
-            features[..., COLUMN[name]] = _log(getattr(factories, name))
-        features[..., COLUMN["home_water"]] = features[..., COLUMN["water"]]
-        features[..., COLUMN["home_power"]] = features[..., COLUMN["power"]]
-        built = np.zeros((2, B, self.num_entities), np.int64)  # robots alive, by kind
-        np.add.at(built, (robots.heavy, robots.team, self.home[robots.team, robots.slot]), 1)
-        lights, heavies = built[..., :width]
-        features[..., COLUMN["group_lights"]] = lights / 10
-        features[..., COLUMN["group_heavies"]] = heavies / 5
-        taken = self.robot_map[self.teams, factories.x + 1, factories.y + 1]
-        features[..., COLUMN["centre_taken"]] = taken
-        if self.grow_lichen:
-            self._encode_lichen(features)
-
-        can_light, can_heavy = (
-            alive & (factories.metal >= METAL_COST[heavy]) & (factories.power >= POWER_COST[heavy]) for heavy in (0, 1)
+    def _read(self, snapshots):
+        """The Scene that these snapshots show; gives slots to new robots."""
+        seen = Snapshot(*zip(*snapshots))
+        rubble = np.stack(seen.rubble)
+        lichen = np.stack(seen.lichen).astype(np.uint8)  # small types make maps faster
+        strains = np.stack(seen.strains).astype(np.int16)
+        own_lichen = self._own_lichen(lichen, strains)
+        factories = self._read_factories(seen.factories)
+        all_robots, all_ids = self._read_robots(seen.robots, factories)
+        has_slot = all_robots.slot >= 0
+        robots = Robots(*(field[has_slot] for field in all_robots))
+        unit_ids = [all_ids[row] for row in np.flatnonzero(has_slot)]
+        self._join_nearest_factory(robots, factories)
+        maps = bordered_maps(factories, all_robots, self.options.map_size)
+        soil = None
+        if self.options.grow_lichen:
+            soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
+        around = self._look_around(robots, factories, rubble, maps, soil)
+        return Scene(
+            *(snapshots, np.array(seen.time), rubble, lichen, own_lichen, strains),
+            *(factories, all_robots, robots, unit_ids, maps, around, soil),
         )
-        free = (self.max_robots - np.bincount(self.everyone.team, minlength=B))[:, None]
-        first = (heavies == 0) & can_heavy & self.safe_masks  # yet to build their first heavy robot: those come first
-        can_light &= ~first | (factories.metal >= METAL_COST.sum())
-        # Enough slots even if every factory before it builds; those for first heavy robots are nobody else's.
-        spare_slot = first.sum(1, keepdims=True) + (can_light | (can_heavy & ~first)).cumsum(1) <= free
-        self.slot_for_light, self.slot_for_heavy = spare_slot, np.where(first, first.cumsum(1) <= free, spare_slot)
-        may_light, may_heavy = can_light & self.slot_for_light, can_heavy & self.slot_for_heavy
-        self.blocked_builds += ((can_light | can_heavy) & ~may_light & ~may_heavy).sum(1)
-        if self.safe_masks:
-            may_light, may_heavy = may_light & ~taken, may_heavy & ~taken
-        cost = self._water_costs()[self.teams // 2, factories.strain]
-        left = (GAME_LENGTH - self.time).repeat(2)[:, None]
-        reserve = np.minimum(WATER_RESERVE, left) if self.safe_masks else 0
-        if self.safe_masks and self.grow_lichen:
-            reserve = reserve + (left - 1) * cost // 2
-        mask = out["action_mask"][:, :width]
-        mask[..., NOTHING] = alive
-        mask[..., BUILD_LIGHT], mask[..., BUILD_HEAVY] = may_light, may_heavy
-        mask[..., WATER] = alive & (factories.water > reserve) & (factories.water - cost >= reserve)
 
-    def _encode_lichen(self, features):
-        """The LICHEN_FEATURES of the factories."""
-        width = features.shape[1]
-        for name, cells in (("lichen_cells", self.own_lichen), ("room_cells", self.room)):
-            team, x, y = np.nonzero(cells[:, 1:-1, 1:-1])
-            number = np.bincount(team * width + self.nearest[team, x, y], minlength=len(features) * width)
-            features[..., COLUMN[name]] = number.reshape(-1, width) / 50
+    def _own_lichen(self, lichen, strains):
+        """Lichen of each player, uint8 [N, P, H, W]."""
+        own = np.zeros((len(lichen), 2, *lichen.shape[1:]), np.uint8)
+        match, x, y = np.nonzero((lichen > 0) & (strains >= 0))
+        owner = self.strain_owner[match, strains[match, x, y]]
+        own[match, owner, x, y] = lichen[match, x, y]
+        return own
 
-    def _ways_to_clear(self, team, x, y):
-        """Way [R, 3] from robots to the rubble worth clearing that a light one would have cleared first: dx, dy and
-        distance in cells / 8, at most 1. Rubble under another own robot is left to that."""
-        way = np.tile(np.float32([0, 0, 1]), (len(team), 1))
-        teams, *cells = np.nonzero(self.to_clear[:, 1:-1, 1:-1])
-        digs = self.rubble[teams // 2, cells[0] + 1, cells[1] + 1] / DIG_RUBBLE[0]
-        occupied = self.robot_map[teams, cells[0] + 1, cells[1] + 1] * 10**6
-        first, last = (np.searchsorted(teams, np.arange(len(self.teams)), side) for side in ("left", "right"))
-        for of in np.flatnonzero(np.bincount(team, minlength=len(first)) * (last > first)):
-            mine, there = np.flatnonzero(team == of), slice(first[of], last[of])
-            dx, dy = (to[there] - at[mine, None] for to, at in zip(cells, (x, y)))
-            steps = np.abs(dx) + np.abs(dy)
-            time = steps + digs[there] + np.where(steps > 0, occupied[there], 0)
-            best = np.arange(len(mine)), time.argmin(1)
-            free = time[best] < 10**6
-            way[mine[free]] = np.clip(np.stack([dx[best], dy[best], steps[best]], -1) / 8, -1, 1)[free]
-        return way
+    def _read_factories(self, matches):
+        """Factories by slot; `matches` holds for each match and player a dict unit_id -> Factory."""
+        table = []
+        for match, players in enumerate(matches):
+            for player, rows in enumerate(players):
+                slots = self.factory_slots[match][player]
+                table += [(match, player, slots[unit_id], True, *row) for unit_id, row in rows.items()]
+        match, player, slot, *fields = np.array(table, np.int64).T
+        by_slot = np.zeros((len(fields), len(matches), 2, self.options.max_factories), np.int64)
+        by_slot[:, match, player, slot] = fields
+        return Factories(by_slot[0] > 0, *by_slot[1:])
 
-    def _threats(self, team, heavy, power, cells, at_home):
-        """Whether a robot of the opponent could destroy the robots after each of their actions, bool [A, R].
+    def _read_robots(self, matches, factories):
+        """All robots and their unit_ids, match by match and player by player, in the order seen.
 
-        A heavy robot destroys a light one. Of two of a kind the one that moves wins, or if both do the more power.
+        Robots keep their slots. A new robot gets the first slot that was empty in the last observation,
+        so the slot of a robot that has just died stays empty for now. Robots that find no slot have -1
+        and wait for one.
+        """
+        table, unit_ids = [], []
+        for match, players in enumerate(matches):
+            for player, rows in enumerate(players):
+                self._update_slots(match, player, rows, factories)
+                slots = self.robot_slots[match][player]
+                for unit_id, row in rows.items():
+                    table.append((match, player, slots.get(unit_id, -1), *row))
+                    unit_ids.append(unit_id)
+        table = np.array(table, np.int64).reshape(-1, len(Robots._fields))
+        return Robots(*table.T), unit_ids
+
+    def _update_slots(self, match, player, rows, factories):
+        """Forget dead robots, and give slots and the factory that built them to new ones."""
+        slots = self.robot_slots[match][player]
+        if rows.keys() == slots.keys():
+            return
+        every_slot = range(self.options.max_factories, self.options.num_entities)
+        empty = sorted(set(every_slot) - set(slots.values()))
+        born = [unit_id for unit_id in rows if unit_id not in slots]
+        for unit_id, slot in zip(born, empty):
+            slots[unit_id] = slot
+            cell = rows[unit_id].x, rows[unit_id].y
+            self.home[match, player, slot] = nearest_factory(factories, match, player, *cell)
+        for unit_id in slots.keys() - rows.keys():
+            del slots[unit_id]
+
+    def _join_nearest_factory(self, robots, factories):
+        """Robots whose factory is lost belong to the nearest one from now on."""
+        home = self.home[robots.match, robots.player, robots.slot]
+        homeless = ~factories.alive[robots.match, robots.player, home]
+        if homeless.any():
+            match, player, slot, _, x, y, *_ = (field[homeless] for field in robots)
+            self.home[match, player, slot] = nearest_factory(factories, match, player, x, y)
+
+    def _look_around(self, robots, factories, rubble, maps, soil):
+        """What is Around the robots."""
+        x, y = robots.x + 1 + DX[:, None], robots.y + 1 + DY[:, None]  # in bordered maps
+        cells = robots.match, robots.player, x, y
+        rubble_there = bordered(rubble)[robots.match, x, y]
+        nearest = nearest_factory(factories, *(robots.match, robots.player, robots.x, robots.y))
+        home = robots.match, robots.player, nearest
+        steps_home = np.maximum(np.abs(factories.x[home] - robots.x - DX[:, None]) - 1, 0)
+        steps_home += np.maximum(np.abs(factories.y[home] - robots.y - DY[:, None]) - 1, 0)
+        worth_clearing = np.zeros_like(robots.x)
+        if soil is not None:
+            here = robots.match, robots.player, robots.x, robots.y
+            worth_clearing = rubble_there[STAY] * soil.to_clear[here]
+        return Around(
+            *(x, y, maps.factory[cells], maps.impassable[cells], rubble_there),
+            *(steps_home, nearest, worth_clearing),
+        )
+
+    # -- Observing -------------------------------------------------------------------------------
+
+    def _draw_board(self, board, scene):
+        """Write the channels of the boards [N, P, H, W, C]."""
+        board[:] = self.terrain[:, None]
+        board[..., CHANNEL["rubble"]] = scene.rubble[:, None]
+        if scene.own_lichen.any():
+            board[..., CHANNEL["own_lichen"]] = scene.own_lichen
+            board[..., CHANNEL["opponent_lichen"]] = scene.own_lichen[:, ::-1]
+        covered = np.uint8(100) * (scene.maps.factory[..., 1:-1, 1:-1] >= 0)
+        board[..., CHANNEL["own_factory"]] = covered
+        board[..., CHANNEL["opponent_factory"]] = covered[:, ::-1]
+        robots = scene.all_robots
+        for kind, heavy in (("light", False), ("heavy", True)):
+            match, player, x, y = (
+                field[robots.heavy == heavy] for field in (robots.match, robots.player, robots.x, robots.y)
+            )
+            board[match, player, x, y, CHANNEL[f"own_{kind}"]] = 100
+            board[match, 1 - player, x, y, CHANNEL[f"opponent_{kind}"]] = 100
+
+    def _count_built(self, robots):
+        """Light and heavy robots alive that each factory built, two arrays [N, P, max_factories]."""
+        count = np.zeros((2, *self.home.shape), np.int64)
+        home = self.home[robots.match, robots.player, robots.slot]
+        np.add.at(count, (robots.heavy, robots.match, robots.player, home), 1)
+        return count[..., : self.options.max_factories]
+
+    def _observe_factories(self, obs, scene, lights, heavies):
+        """Write kind, position and features of the factories."""
+        factories, maps = scene.factories, scene.maps
+        slots = slice(self.options.max_factories)
+        obs["kind"][:, :, slots] = np.where(factories.alive, FACTORY, NOBODY)
+        obs["position"][:, :, slots] = np.stack([factories.x, factories.y], -1)
+        features = obs["features"][:, :, slots]
+        features[:] = self.cell_features[self.match, factories.x, factories.y]
+        for name, value in {
+            "is_factory": 1,
+            "power": np.minimum(factories.power / 1000, 3),
+            "ice": np.minimum(factories.ice / 1000, 3),
+            "ore": np.minimum(factories.ore / 1000, 3),
+            "water": log_amount(factories.water),
+            "metal": log_amount(factories.metal),
+            "home_water": log_amount(factories.water),
+            "home_power": np.minimum(factories.power / 1000, 3),
+            "group_lights": lights / 10,
+            "group_heavies": heavies / 5,
+            "centre_taken": maps.robot[self.match, self.player, factories.x + 1, factories.y + 1],
+        }.items():
+            features[..., COLUMN[name]] = value
+        if scene.soil is not None:
+            lichen_cells = count_nearest(scene.own_lichen > 0, factories)
+            features[..., COLUMN["lichen_cells"]] = lichen_cells / 50
+            features[..., COLUMN["room_cells"]] = count_nearest(scene.soil.room, factories) / 50
+
+    def _observe_robots(self, obs, scene):
+        """Write kind, position and features of the robots."""
+        robots, around = scene.robots, scene.around
+        who = robots.match, robots.player, robots.slot
+        home = robots.match, robots.player, around.nearest
+        obs["kind"][who] = np.where(robots.heavy, HEAVY, LIGHT)
+        obs["position"][who] = np.stack([robots.x, robots.y], -1)
+        home_dx = scene.factories.x[home] - robots.x
+        home_dy = scene.factories.y[home] - robots.y
+        features = self.cell_features[robots.match, robots.x, robots.y]
+        for name, value in {
+            "is_light": robots.heavy == 0,
+            "is_heavy": robots.heavy,
+            "power": robots.power / BATTERY[robots.heavy],
+            "ice": robots.ice / CARGO[robots.heavy],
+            "ore": robots.ore / CARGO[robots.heavy],
+            "home_dx": np.clip(home_dx / 8, -1, 1),
+            "home_dy": np.clip(home_dy / 8, -1, 1),
+            "home_distance": np.clip((np.abs(home_dx) + np.abs(home_dy)) / 8, 0, 1),
+            "home_water": log_amount(scene.factories.water[home]),
+            "home_power": np.minimum(scene.factories.power[home] / 1000, 3),
+            "rubble_here": around.rubble[STAY] / 100,
+            "order_up": robots.current_action == UP,
+            "order_right": robots.current_action == RIGHT,
+            "order_down": robots.current_action == DOWN,
+            "order_left": robots.current_action == LEFT,
+            "order_dig": robots.current_action == DIG,
+        }.items():
+            features[:, COLUMN[name]] = value
+        if scene.soil is not None:
+            way = columns("clear_dx", "clear_dy", "clear_distance")
+            features[:, way] = ways_to_clear(robots, scene.rubble, scene.soil, scene.maps.robot)
+            features[:, COLUMN["worth_clearing"]] = around.worth_clearing > 0
+        obs["features"][who] = features
+
+    def _observe_match(self, obs, scene):
+        """Write the features that all entities of a team share."""
+        alive = scene.factories.alive.sum(-1)
+        time = scene.time[:, None]
+        for name, value in {
+            "own_factories": alive / 5,
+            "opponent_factories": alive[:, ::-1] / 5,
+            "is_day": time % CYCLE < DAY,
+            "time_in_cycle": time % CYCLE / CYCLE,
+            "time": time / GAME_LENGTH,
+        }.items():
+            obs["features"][..., COLUMN[name]] = value[..., None]
+        obs["features"][obs["kind"] == NOBODY] = 0
+
+    # -- Masks -----------------------------------------------------------------------------------
+
+    def _plan_builds(self, scene, heavies):
+        """Which factories can pay for a robot, and which of them have a slot for it.
+
+        A factory has a slot if enough are free even when every factory before it builds what it can.
+        With safe masks, slots are set aside for factories that can build their first heavy robot.
+        """
+        factories = scene.factories
+
+        def can_pay(heavy):
+            enough = (factories.metal >= METAL_COST[heavy]) & (factories.power >= POWER_COST[heavy])
+            return factories.alive & enough
+
+        can_heavy = can_pay(1)
+        first_heavy = can_heavy & (heavies == 0) & self.options.safe_masks
+        can_light = can_pay(0) & (~first_heavy | (factories.metal >= METAL_COST.sum()))
+        free = np.full(factories.alive.shape[:2], self.options.max_robots)
+        np.subtract.at(free, (scene.all_robots.match, scene.all_robots.player), 1)
+        free = free[..., None]
+        set_aside = first_heavy.sum(-1, keepdims=True)
+        takes_a_slot = can_light | (can_heavy & ~first_heavy)
+        has_slot = set_aside + takes_a_slot.cumsum(-1) <= free
+        has_slot_set_aside = first_heavy.cumsum(-1) <= free
+        slot_for_heavy = np.where(first_heavy, has_slot_set_aside, has_slot)
+        return Builds(can_light, can_heavy, has_slot, slot_for_heavy)
+
+    def _mask_factories(self, action_mask, scene, builds):
+        """Write the action masks of the factories."""
+        factories = scene.factories
+        mask = action_mask[:, :, : self.options.max_factories]
+        mask[..., NOTHING] = factories.alive
+        mask[..., BUILD_LIGHT] = builds.can_light & builds.slot_for_light
+        mask[..., BUILD_HEAVY] = builds.can_heavy & builds.slot_for_heavy
+        num_strains = self.strain_owner.shape[1]
+        costs = water_costs(scene.strains, self.strains_before, scene.lichen, num_strains)
+        cost = costs[self.match, factories.strain]
+        reserve = 0
+        if self.options.safe_masks:
+            x, y = factories.x + 1, factories.y + 1
+            mask[..., BUILD_LIGHT] &= ~scene.maps.robot[self.match, self.player, x, y]
+            mask[..., BUILD_HEAVY] &= ~scene.maps.robot[self.match, self.player, x, y]
+            steps_left = GAME_LENGTH - scene.time[:, None, None]
+            reserve = np.minimum(WATER_RESERVE, steps_left)
+            if self.options.grow_lichen:
+                reserve = reserve + (steps_left - 1) * cost // 2
+        water = factories.water
+        mask[..., WATER] = factories.alive & (water > reserve) & (water - cost >= reserve)
+
+    def _mask_robots(self, action_mask, scene):
+        """Write the action masks of the robots."""
+        robots, around = scene.robots, scene.around
+        left = power_left(robots, around)
+        home_power = scene.factories.power[robots.match, robots.player, around.nearest]
+        gain = np.minimum(BATTERY[robots.heavy] - left[PICK_UP], home_power)
+        allowed = legal_actions(robots, around, left, gain)
+        if self.options.safe_masks:
+            allowed &= self._harmless_actions(scene, left, gain)
+            if self.options.grow_lichen:
+                safe = allowed & ~threatened(robots, scene.all_robots, around, scene.maps.robot.shape)
+                allowed = np.where(safe.any(0), safe, allowed)
+        allowed[STAY] |= ~allowed.any(0)
+        who = robots.match, robots.player, robots.slot
+        action_mask[..., : len(ROBOT_ACTIONS)][who] = allowed.T
+
+    def _harmless_actions(self, scene, left, gain):
+        """Rules 1, 2 and 4 to 6 of the safe masks for the robots, bool [A, R].
 
         Args:
-            team, heavy, power [R]: of the robots.
-            cells [5, R]: numbers of their own cell and those beside, in maps [B, side, side].
-            at_home: where these are of an own factory, which no robot of the opponent enters.
+            left: power [A, R] that each action leaves.
+            gain: power [R] that picking up gives.
         """
-        others = self.everyone
-        powers = np.full((2, len(self.teams), self.side, self.side), -1)  # of opponents, light and heavy
-        powers[others.heavy, others.team ^ 1, others.x + 1, others.y + 1] = others.power
-        near = cells[:, None] + self.beside[1:]  # [5, 4, R]
-        lights, heavies = (kind.take(near, mode="clip").max(1) for kind in powers)
-        same = np.where(heavy, heavies, lights)
-        wins = same >= np.where(np.arange(5)[:, None] == STAY, 0, power)
-        crushed = (heavy == 0) & ((heavies >= 0) | (powers[1].take(cells) >= 0))
-        threat = (wins | crushed) & ~at_home
-        return threat[[STAY, UP, RIGHT, DOWN, LEFT, *[STAY] * (len(ROBOT_ACTIONS) - 5)]]
+        robots, around = scene.robots, scene.around
+        harmless = np.ones(left.shape, bool)
+        cells = robots.match, robots.player, around.x[MOVES], around.y[MOVES]
+        harmless[MOVES] = ~(scene.maps.robot[cells] | scene.maps.centre[cells])
 
-    def _water_costs(self):
-        """By match and strain, upper bounds on the water that watering costs its factory: 1 for 10 cells to grow on.
+        here = robots.match, robots.x, robots.y
+        cargo = CARGO[robots.heavy]
+        on_ice, on_ore = self.ice[here], self.ore[here]
+        own_lichen = scene.own_lichen[robots.match, robots.player, robots.x, robots.y] > 0
+        others_lichen = (scene.lichen[here] > 0) & ~own_lichen
+        mines = (on_ice & (robots.ice < cargo)) | (on_ore & (robots.ore < cargo))
+        clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | others_lichen
+        clears |= (around.worth_clearing > 0) & (robots.heavy == 0)
+        harmless[DIG] = (mines & ~own_lichen) | clears
 
-        Lichen grows on the 12 cells at the factory's edge, on cells of its strain, and on neighbours of those that
-        hold LICHEN_TO_SPREAD. All of them are counted, although rubble or lichen of others may be in the way of some.
-        And as the engine asks for what it counted in the step before, lichen that has withered since counts too: a
-        cell is of a strain if it is now or was then, and spreads with up to 2 less.
+        order_cost = ORDER_COST[robots.heavy]
+        harmless[PICK_UP] = gain >= 10 * order_cost
+        steps = around.steps_home
+        way_home = steps * MOVE_COST[robots.heavy] + (np.minimum(steps, 2) + 1) * order_cost
+        nearer = steps[MOVES] < steps[STAY]
+        harmless[MOVES] &= (left[MOVES] >= way_home[MOVES]) | nearer
+        harmless[DIG] &= left[DIG] >= way_home[STAY]
+        return harmless
+
+    # -- Orders ----------------------------------------------------------------------------------
+
+    def orders(self, view, actions):
+        """Official orders for an observation.
+
+        A robot that continues what it does gets no order, since every new one costs power. Moves and
+        digs are ordered for as many steps as the robot can pay and still afford another order after, so
+        continuing is free and a change of mind is always possible.
+
+        Args:
+            view: what `encode` returned with the observation.
+            actions: int array [N, P, E]; ignored for empty slots.
+
+        Returns:
+            orders: for each match and player a dict unit_id -> official action: for a factory an int,
+                for a robot its queue, an int array [0 or 1, 6].
+            acts: for each match its Acts.
         """
-        for match, maps in enumerate(zip(self.strains, self.strains_before, self.lichen >= LICHEN_TO_SPREAD - 2)):
-            seen = [cells.tobytes() for cells in maps]
-            if seen == self.lichen_counted[match]:  # mostly lichen grows or shrinks where it is, and the costs stay
-                continue
-            now, before, enough = maps
-            strains = np.flatnonzero(self.player_of_strain[match] >= 0).astype(np.int16)[:, None, None]
-            cells = (now == strains) | (before == strains)  # [strain, H, W]
-            spreading = cells & enough
-            cells[:, 1:] |= spreading[:, :-1]
-            cells[:, :-1] |= spreading[:, 1:]
-            cells[:, :, 1:] |= spreading[:, :, :-1]
-            cells[:, :, :-1] |= spreading[:, :, 1:]
-            number = 12 + np.array([np.count_nonzero(of_strain) for of_strain in cells])
-            self.water_costs[match, strains.ravel()] = -(-number // GROWTH_PER_WATER)
-            self.lichen_counted[match] = seen
-        return self.water_costs
+        scene, builds = view
+        robots, around = scene.robots, scene.around
+        chosen = actions[robots.match, robots.player, robots.slot]
+        yielded = np.zeros((len(scene.time), 2), np.int64)
+        if self.options.safe_masks:
+            chosen = yield_moves(robots, chosen, yielded)
+        orders = [({}, {}) for _ in scene.time]
+        self._order_factories(orders, scene, builds, actions)
+        delivery = (around.factory >= 0).argmax(0)  # direction
+        for row in np.flatnonzero(chosen != robots.current_action).tolist():
+            match, player, unit_id = robots.match[row], robots.player[row], scene.unit_ids[row]
+            robot = scene.snapshots[match].robots[player][unit_id]
+            orders[match][player][unit_id] = robot_queue(robot, chosen[row], delivery[row])
+        delivery_slot = around.factory[delivery, np.arange(len(delivery))]
+        return orders, self._acts(scene, builds, delivery_slot, yielded)
 
-    def _encode_robots(self, out):
-        """Features and masks of the robots.
+    def _order_factories(self, orders, scene, builds, actions):
+        """Write the orders of the factories."""
+        actions = actions[:, :, : self.options.max_factories]
+        # The engine refuses what a factory cannot pay for, but knows nothing of slots
+        ordered = (actions == WATER) | (actions == BUILD_LIGHT) & builds.slot_for_light
+        ordered |= (actions == BUILD_HEAVY) & builds.slot_for_heavy
+        for match, player, slot in np.argwhere(scene.factories.alive & ordered).tolist():
+            unit_id = list(self.factory_slots[match][player])[slot]
+            orders[match][player][unit_id] = FACTORY_ORDERS[int(actions[match, player, slot])]
 
-        Arrays have robots last: [R], [A, R] by action, and [5, R] by direction, of the own cell and those beside.
-        """
-        robots = self.robots
-        team, slot, heavy, x, y = robots.team, robots.slot, robots.heavy, robots.x, robots.y
-        power, ice, ore, under_way = robots.power, robots.ice, robots.ore, robots.under_way
-        row, match, battery, cargo = np.arange(len(team)), team // 2, BATTERY[heavy], CARGO[heavy]
-        here = STAY  # the direction of a robot's own cell
-        cells = (x + 1) * self.side + y + 1 + self.beside
-        cells_of_team = cells + team * self.side**2
-        own_factory, closed = self.factory_map.take(cells_of_team), self.closed.take(cells_of_team)
-        rubble, nearest = self.rubble.take(cells + match * self.side**2), self.nearest[team, x, y]
-
-        features = self.ground[team, x, y]
-        features[:, COLUMN["is_light"]], features[:, COLUMN["is_heavy"]] = heavy == 0, heavy
-        for name, share in (("power", power / battery), ("ice", ice / cargo), ("ore", ore / cargo)):
-            features[:, COLUMN[name]] = share
-        for name in ("home_water", "home_power"):
-            features[:, COLUMN[name]] = out["features"][team, nearest, COLUMN[name]]
-        features[:, COLUMN["rubble_here"]] = rubble[here] / 100
-        for name, action in ORDERS_UNDER_WAY.items():
-            features[:, COLUMN[name]] = under_way == action
-
-        if self.grow_lichen:
-            features[:, columns("clear_dx", "clear_dy", "clear_distance")] = self._ways_to_clear(team, x, y)
-            self.can_grow = self.to_clear[team, x + 1, y + 1]
-            features[:, COLUMN["worth_clearing"]] = self.can_grow
-
-        # What every action leaves of the power. An order that is under way goes on free; any other is paid for first.
-        order_cost = ORDER_COST[heavy]
-        left = power - order_cost * (np.arange(len(ROBOT_ACTIONS))[:, None] != under_way)
-        left[MOVES] -= MOVE_COST_ONTO[heavy, rubble[MOVES]]
-        left[DIG] -= DIG_COST[heavy]
-        can_do = left >= 0
-        can_do[MOVES] &= ~closed[MOVES]
-        can_do[DIG] &= (own_factory[here] == 0) & ~closed[here]
-        can_do[DELIVER] &= own_factory.any(0) & (ice + ore > 0)
-        gain = np.minimum(battery - left[PICK_UP], self.factories.power[team, nearest])
-        can_do[PICK_UP] &= (own_factory[here] > 0) & (gain > 0)
-        if self.safe_masks:
-            can_do[MOVES] &= ~(self.robot_map | self.centre_map).take(cells_of_team[MOVES])
-            on_ice, on_ore, lichen = self.ice[match, x, y], self.ore[match, x, y], self.lichen[match, x, y] > 0
-            own_lichen = (self.player_of_strain[match, self.strains[match, x, y]] == team % 2) & lichen
-            to_mine = ~own_lichen & ((on_ice & (ice < cargo)) | (on_ore & (ore < cargo)))
-            to_clear = ((rubble[here] > 0) & (on_ice | on_ore)) | (lichen & ~own_lichen)
-            if self.grow_lichen:
-                to_clear |= self.can_grow & (heavy == 0)
-            can_do[DIG] &= to_mine | to_clear
-            can_do[PICK_UP] &= gain >= 10 * order_cost
-            steps_home = self.steps_home[:, team, x, y]
-            way_home = steps_home * MOVE_COST[heavy] + (np.minimum(steps_home, 2) + 1) * order_cost
-            can_do[MOVES] &= (left[MOVES] >= way_home[MOVES]) | (steps_home[MOVES] < steps_home[here])
-            can_do[DIG] &= left[DIG] >= way_home[here]
-            if self.grow_lichen:
-                safe = can_do & ~self._threats(team, heavy, power, cells_of_team, own_factory > 0)
-                can_do = np.where(safe.any(0), safe, can_do)
-        can_do[STAY] |= ~can_do.any(0)
-
-        out["features"][team, slot] = features
-        out["position"][team, slot] = np.stack([x, y], -1)
-        out["kind"][team, slot] = np.where(heavy, HEAVY, LIGHT)
-        out["action_mask"][team, slot, : len(ROBOT_ACTIONS)] = can_do.T
-        self.deliver_direction = (own_factory > 0).argmax(0)
-        self.deliver_to = own_factory[self.deliver_direction, row] - 1  # slot of that factory
-
-    def _encode_match(self, out):
-        """The features that are the same for everybody; and none where there is nobody."""
-        alive, time = self.alive.sum(1), self.time.repeat(2)
-        for name, value in (
-            ("own_factories", alive / 5),
-            ("opponent_factories", alive[self.opponent] / 5),
-            ("is_day", time % CYCLE < DAY),
-            ("time_in_cycle", time % CYCLE / CYCLE),
-            ("time", time / GAME_LENGTH),
-        ):
-            out["features"][..., COLUMN[name]] = value[:, None]
-        out["features"][out["kind"] == NOBODY] = 0
-
-    # -- Orders ------------------------------------------------------------------------------------------
-
-    def _give_way(self, action):
-        """Actions of the robots [R] in which those who would step onto one cell together, but for the first, stay.
-
-        Every move's goal is made a number, which no other cell of any team has. Nearly always all of them differ.
-        Else the robots are gone through in the order of `robots`, that of their birth, and the first one gets the cell.
-        """
-        robots = self.robots
-        moves = np.flatnonzero((action >= UP) & (action <= LEFT))
-        cells = (robots.team[moves] * self.side + robots.x[moves]) * self.side + robots.y[moves]
-        goals, taken = (cells + self.beside[action[moves], 0]).tolist(), set()
-        if len(set(goals)) < len(goals):
-            action = action.copy()
-            for row, goal in zip(moves.tolist(), goals):
-                if goal in taken:
-                    action[row] = STAY
-                    self.right_of_way[robots.team[row]] += 1
-                taken.add(goal)
-        return action
-
-    def _queues(self, action):
-        """Official orders [R, 6] that make robots do their actions [R]; those of robots that stay mean nothing.
-
-        An order is: type (0 move, 1 transfer, 2 pick up, 3 dig, 4 self-destruct, 5 recharge), direction, resource
-        (0 ice, 1 ore, 2 water, 3 metal, 4 power), amount, repeat, how many times.
-        """
-        robots, order_cost = self.robots, ORDER_COST[self.robots.heavy]
-        spare = robots.power - 2 * order_cost  # for this order and one after it
-        moves, digs = (np.maximum(spare // cost[robots.heavy], 1) for cost in (WORST_MOVE, DIG_COST))
-        most, more_ore = np.maximum(robots.ice, robots.ore), robots.ore > robots.ice
-        to_full = np.minimum(BATTERY[robots.heavy] - robots.power + order_cost, BATTERY[robots.heavy])
-        queues = np.zeros((len(action), 6), np.int64)
-        for chosen, order in (
-            (action <= LEFT, (0, action, 0, 0, 0, moves)),
-            (action == DIG, (3, 0, 0, 0, 0, digs)),
-            (action == DELIVER, (1, self.deliver_direction, more_ore, most, 0, 1)),
-            (action == PICK_UP, (2, 0, 4, to_full, 0, 1)),
-        ):
-            for column, value in enumerate(order):
-                queues[chosen, column] = value if np.ndim(value) == 0 else value[chosen]
-        return queues
+    def _acts(self, scene, builds, delivery_slot, yielded):
+        """The Acts of each match; `delivery_slot` [R]: of the factory to which a robot would deliver."""
+        may_light = builds.can_light & builds.slot_for_light
+        may_heavy = builds.can_heavy & builds.slot_for_heavy
+        blocked = (builds.can_light | builds.can_heavy) & ~may_light & ~may_heavy
+        acts = [Acts({}, {}, *counts) for counts in zip(yielded, blocked.sum(-1))]
+        rows = (*scene.robots[:3], delivery_slot, scene.around.worth_clearing)
+        for unit_id, *row in zip(scene.unit_ids, *(field.tolist() for field in rows)):
+            match, player, slot, delivery, worth_clearing = row
+            robot = scene.snapshots[match].robots[player][unit_id]
+            acts[match].robots[unit_id] = RobotAct(player, slot, robot, delivery, worth_clearing)
+        for match, snapshot in enumerate(scene.snapshots):
+            for player, factories in enumerate(snapshot.factories):
+                for unit_id, factory in factories.items():
+                    slot = self.factory_slots[match][player][unit_id]
+                    acts[match].factories[unit_id] = FactoryAct(player, slot, factory)
+        return acts
 
 
-def _way_to_nearest(cells):
-    """Signed way from every cell to the nearest marked one by walking distance.
+def ways_to_nearest(cells):
+    """Way from every cell to the nearest marked one, by walking distance.
 
     Args:
-        cells: [H, W], non-zero where marked.
+        cells: bool [H, W].
 
     Returns:
         [H, W, 3] float32: dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) on a board
         without marked cells.
     """
-    way = np.zeros((*cells.shape, 3), np.float32)
+    ways = np.zeros((*cells.shape, 3), np.float32)
     marked = np.argwhere(cells)
     if len(marked) == 0:
-        way[..., 2] = 1
-        return way
-    here = np.stack(np.meshgrid(*map(np.arange, cells.shape), indexing="ij"), -1).reshape(-1, 2)
+        ways[..., 2] = 1
+        return ways
+    here = np.moveaxis(np.indices(cells.shape), 0, -1).reshape(-1, 2)
     deltas = marked[None] - here[:, None]
     nearest = np.abs(deltas).sum(-1).argmin(1)
-    way[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
-    way[..., 2] = np.abs(way[..., :2]).sum(-1)
-    return np.clip(way / 8, -1, 1)
+    ways[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
+    ways[..., 2] = np.abs(ways[..., :2]).sum(-1)
+    return np.clip(ways / 8, -1, 1)
 
 
-def _and_beside(cells):
-    """Marked cells and their neighbours [..., H, W]; on the border nothing is marked."""
-    more = cells.copy()
-    more[..., 1:-1, 1:-1] |= cells[..., 2:, 1:-1] | cells[..., :-2, 1:-1] | cells[..., 1:-1, 2:] | cells[..., 1:-1, :-2]
-    return more
+def nearest_factory(factories, match, player, x, y):
+    """Slot of the team's factory that is nearest to a cell, the first of equally near ones.
+
+    The last four arguments are numbers, or arrays [K] for K cells.
+    """
+    dx = factories.x[match, player] - np.asarray(x)[..., None]
+    dy = factories.y[match, player] - np.asarray(y)[..., None]
+    distance = np.abs(dx) + np.abs(dy)
+    return np.where(factories.alive[match, player], distance, FAR).argmin(-1)
 
 
-def _log(amount):
+def bordered(maps):
+    """Maps [..., H, W] with a border of one cell of zeros, [..., H + 2, W + 2]."""
+    *axes, height, width = maps.shape
+    wide = np.zeros((*axes, height + 2, width + 2), maps.dtype)
+    wide[..., 1:-1, 1:-1] = maps
+    return wide
+
+
+def bordered_maps(factories, all_robots, size):
+    """The BorderedMaps of these entities on boards with `size` cells to a side."""
+    shape = len(factories.alive), 2, size + 2, size + 2
+    match, player, slot = who = np.nonzero(factories.alive)
+    x, y = factories.x[who] + 1, factories.y[who] + 1
+    factory = np.full(shape, -1, np.int8)
+    for dx in (-1, 0, 1):
+        for dy in (-1, 0, 1):
+            factory[match, player, x + dx, y + dy] = slot
+    centre = np.zeros(shape, bool)
+    centre[match, player, x, y] = True
+    robot = np.zeros(shape, bool)
+    robot[all_robots.match, all_robots.player, all_robots.x + 1, all_robots.y + 1] = True
+    impassable = factory[:, ::-1] >= 0
+    impassable[..., [0, -1], :] = True
+    impassable[..., :, [0, -1]] = True
+    return BorderedMaps(factory, centre, robot, impassable)
+
+
+def log_amount(amount):
+    """An amount as a feature."""
     return np.log1p(amount) / 5
 
 
-# ------------------------------------------------------------------------------------------------------
+def power_left(robots, around):
+    """Power [A, R] that each action leaves; continuing the current order is free, others cost power."""
+    needs_order = np.arange(len(ROBOT_ACTIONS))[:, None] != robots.current_action
+    left = robots.power - ORDER_COST[robots.heavy] * needs_order
+    left[MOVES] -= MOVE_COST_ONTO[robots.heavy, around.rubble[MOVES]]
+    left[DIG] -= DIG_COST[robots.heavy]
+    return left
+
+
+def legal_actions(robots, around, left, gain):
+    """What the game lets robots do, bool [A, R].
+
+    Args:
+        left: power [A, R] that each action leaves.
+        gain: power [R] that picking up gives.
+    """
+    legal = left >= 0
+    in_factory = around.factory[STAY] >= 0
+    legal[MOVES] &= ~around.impassable[MOVES]
+    legal[DIG] &= ~in_factory & ~around.impassable[STAY]
+    legal[DELIVER] &= (around.factory >= 0).any(0) & (robots.ice + robots.ore > 0)
+    legal[PICK_UP] &= in_factory & (gain > 0)
+    return legal
+
+
+def water_costs(strains, strains_before, lichen, num_strains):
+    """Upper bounds [N, num_strains] on the water that watering costs the factory of each strain.
+
+    A unit of water is good for 10 cells: the 12 at the factory's edge, cells of its strain, and neighbours
+    of cells from which it spreads. All are counted here, although some may be under rubble or another
+    strain. And as the engine asks for what it counted one step before, a cell counts if it was of the
+    strain then, and spreads with up to 2 units less.
+
+    Args:
+        strains, strains_before: int [N, H, W], -1 where no lichen grows; now and one step before.
+        lichen: units [N, H, W] now.
+    """
+    N, H, W = strains.shape
+    counted = np.zeros((N, num_strains, H + 2, W + 2), bool)
+    for cells in (strains, strains_before):
+        match, x, y = np.nonzero(cells >= 0)
+        strain = cells[match, x, y]
+        counted[match, strain, x + 1, y + 1] = True
+        spreads = lichen[match, x, y] >= LICHEN_TO_SPREAD - 2
+        match, strain, x, y = match[spreads], strain[spreads], x[spreads], y[spreads]
+        for dx, dy in zip(DX[MOVES], DY[MOVES]):
+            counted[match, strain, x + 1 + dx, y + 1 + dy] = True
+    counted[..., [0, -1], :] = False  # beyond the edge
+    counted[..., :, [0, -1]] = False
+    of_map = np.flatnonzero(counted) // ((H + 2) * (W + 2))
+    number = 12 + np.bincount(of_map, minlength=N * num_strains).reshape(N, num_strains)
+    return -(-number // GROWTH_PER_WATER)  # rounded up
+
+
+def yield_moves(robots, actions, yielded):
+    """Actions [R] in which only the first of several robots moves onto a cell, and the others stay.
+
+    Args:
+        robots: Robots; the first is the one born first.
+        actions: [R].
+        yielded: counts [N, P] of robots that wait, written.
+    """
+    actions = actions.copy()
+    goals = set()
+    for row in np.flatnonzero((actions >= UP) & (actions <= LEFT)).tolist():
+        match, player = robots.match[row], robots.player[row]
+        x = robots.x[row] + DX[actions[row]]
+        y = robots.y[row] + DY[actions[row]]
+        goal = match, player, x, y
+        if goal in goals:
+            actions[row] = STAY
+            yielded[match, player] += 1
+        goals.add(goal)
+    return actions
+
+
+FACTORY_ORDERS = {BUILD_LIGHT: 0, BUILD_HEAVY: 1, WATER: 2}  # the engine's numbers
+ENGINE_ICE, ENGINE_ORE, ENGINE_POWER = 0, 1, 4
+
+
+def robot_queue(robot, action, delivery_direction):
+    """Official orders that make a Robot do an action: an int array [0 or 1, 6].
+
+    An order is type, direction, resource, amount, repeat, number of times.
+    """
+    spare = robot.power - 2 * ORDER_COST[robot.heavy]  # for this order and one after it
+    if action == STAY:
+        return np.zeros((0, 6), np.int64)
+    if action <= LEFT:
+        times = max(spare // MOVE_COST_ONTO[robot.heavy, 100], 1)
+        order = ENGINE_MOVE, action, 0, 0, 0, times
+    elif action == DIG:
+        order = ENGINE_DIG, 0, 0, 0, 0, max(spare // DIG_COST[robot.heavy], 1)
+    elif action == DELIVER:
+        resource = ENGINE_ORE if robot.ore > robot.ice else ENGINE_ICE
+        order = ENGINE_TRANSFER, delivery_direction, resource, max(robot.ice, robot.ore), 0, 1
+    elif action == PICK_UP:
+        battery = BATTERY[robot.heavy]
+        to_full = min(battery - robot.power + ORDER_COST[robot.heavy], battery)
+        order = ENGINE_PICKUP, 0, ENGINE_POWER, to_full, 0, 1
+    return np.array([order], np.int64)
+
+
+# ------------------------------------------------------------------------------------------------
+# Lichen: what the reward "lichen" adds to the encoder
+# ------------------------------------------------------------------------------------------------
+
+# Bool maps [N, P, H, W]: `room` where own lichen grows or can spread to, `to_clear` where only rubble
+# keeps it from spreading next
+Soil = namedtuple("Soil", "room to_clear")
+
+
+def lichen_soil(own_lichen, resources, rubble, bordered_factory):
+    """The Soil of both players, LICHEN_REACH steps over bare ground from own factories and lichen.
+
+    Args:
+        own_lichen: units [N, P, H, W].
+        resources: bool [N, H, W], ice and ore.
+        rubble: units [N, H, W].
+        bordered_factory: as in BorderedMaps.
+    """
+    covered = bordered_factory[..., 1:-1, 1:-1] >= 0
+    fertile = ~resources[:, None] & ~covered & ~covered[:, ::-1] & (own_lichen[:, ::-1] == 0)
+    under_rubble = rubble[:, None] > 0
+    reached = covered | (own_lichen > 0)
+    for _ in range(LICHEN_REACH):
+        reached |= dilate(reached) & fertile & ~under_rubble
+    return Soil(reached & ~covered, dilate(reached) & fertile & under_rubble)
+
+
+def dilate(cells):
+    """Marked cells and their neighbours, bool [..., H, W]."""
+    wide = bordered(cells)
+    rows = wide[..., 2:, 1:-1] | wide[..., :-2, 1:-1]
+    return cells | rows | wide[..., 1:-1, 2:] | wide[..., 1:-1, :-2]
+
+
+def count_nearest(cells, factories):
+    """Number of marked cells nearest to each factory of the team: [N, P, H, W] to [N, P, max_factories]."""
+    match, player, x, y = np.nonzero(cells)
+    count = np.zeros(factories.alive.shape, np.int64)
+    np.add.at(count, (match, player, nearest_factory(factories, match, player, x, y)), 1)
+    return count
+
+
+def ways_to_clear(robots, rubble, soil, bordered_robot):
+    """Way [R, 3] from robots to the rubble worth clearing that a light robot would have cleared soonest.
+
+    A way is dx, dy and distance in cells / 8, at most 1; (0, 0, 1) where there is no such rubble. Rubble
+    under another own robot is left to that robot.
+    """
+    ways = np.tile(np.float32([0, 0, 1]), (len(robots.x), 1))
+    for match, player in sorted(set(zip(robots.match.tolist(), robots.player.tolist()))):
+        x, y = np.nonzero(soil.to_clear[match, player])
+        if len(x) == 0:
+            continue
+        rows = np.flatnonzero((robots.match == match) & (robots.player == player))
+        dx = x - robots.x[rows, None]
+        dy = y - robots.y[rows, None]
+        steps = np.abs(dx) + np.abs(dy)
+        occupied = bordered_robot[match, player, x + 1, y + 1] & (steps > 0)
+        time = steps + rubble[match, x, y] / DIG_RUBBLE[0] + np.where(occupied, FAR, 0)
+        soonest = np.arange(len(rows)), time.argmin(1)
+        way = np.stack([dx[soonest], dy[soonest], steps[soonest]], -1)
+        free = time[soonest] < FAR
+        ways[rows[free]] = np.clip(way / 8, -1, 1)[free]
+    return ways
+
+
+def threatened(robots, all_robots, around, bordered_shape):
+    """Whether an opponent's robot could destroy the robots after each of their actions, bool [A, R].
+
+    A heavy robot destroys a light one. Of two robots of a kind, the one that moves wins, or if both
+    move the one with more power. No robot enters a factory of the other team.
+    """
+    powers = np.full((2, *bordered_shape), -1)  # of the opponent's light and heavy robots
+    x, y = all_robots.x + 1, all_robots.y + 1
+    powers[all_robots.heavy, all_robots.match, 1 - all_robots.player, x, y] = all_robots.power
+    last = bordered_shape[-1] - 1
+    x = np.clip(around.x[:, None] + DX[MOVES, None], 0, last)  # [5, 4, R]: beside those cells
+    y = np.clip(around.y[:, None] + DY[MOVES, None], 0, last)
+    lights, heavies = powers[:, robots.match, robots.player, x, y].max(2)
+    strongest_of_kind = np.where(robots.heavy, heavies, lights)
+    own_power = np.where(np.arange(5)[:, None] == STAY, 0, robots.power)
+    loses = strongest_of_kind >= own_power
+    heavy_there = powers[1, robots.match, robots.player, around.x, around.y] >= 0
+    crushed = (robots.heavy == 0) & ((heavies >= 0) | heavy_there)
+    threat = (loses | crushed) & (around.factory < 0)
+    stays = [STAY] * (len(ROBOT_ACTIONS) - 5)
+    return threat[[STAY, UP, RIGHT, DOWN, LEFT, *stays]]
+
+
+# ------------------------------------------------------------------------------------------------
 # Bidding and factory placement
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
 def early_phase_action(obs, player, grow_lichen=False):
-    """The order of `player` while factories are placed: a bid of 0, then its factories one by one.
+    """The action of `player` while factories are placed: a bid of 0, then its factories one by one.
 
     Args:
         obs: official observation with `real_env_steps` below 0.
@@ -866,7 +1141,7 @@ def early_phase_action(obs, player, grow_lichen=False):
         grow_lichen: see `placement_score`.
 
     Returns:
-        An official action; {} where it is the other player's turn.
+        An official action; {} when it is the other player's turn.
     """
     turn = obs["real_env_steps"] + 2 * obs["board"]["factories_per_team"] + 1
     if turn == 0:
@@ -876,20 +1151,20 @@ def early_phase_action(obs, player, grow_lichen=False):
         return {}
     score = placement_score(obs, grow_lichen)
     spawn = np.array(np.unravel_index(np.argmax(score), score.shape))
-    share = team["factories_to_place"]  # water and metal are shared out evenly
+    share = team["factories_to_place"]  # every factory gets the same water and metal
     return {"spawn": spawn, "water": team["water"] // share, "metal": team["metal"] // share}
 
 
 def placement_score(obs, grow_lichen=False):
     """How good each cell is as the centre of the next factory, from Gaussian filters over the board.
 
-    Ice counts most, and most of all ice at the factory's edge, which a robot can mine without walking
-    between loads; then ore nearby, and free ground where lichen can grow. The way from the edge to the nearest ice,
-    rubble in the way and factories that would share the ice count against.
+    Ice counts most, above all ice at the factory's edge, which a robot can mine without walking between
+    loads; then ore nearby, and free ground where lichen can grow. The way from the edge to the nearest
+    ice, rubble and other factories, which would share the ice, count against a cell.
 
     Args:
-        obs: an official observation of the placement phase.
-        grow_lichen: whether rubble farther off, which would have to be cleared for lichen, counts against too.
+        obs: official observation of the placement phase.
+        grow_lichen: whether rubble farther off, which would have to be cleared, counts against it too.
 
     Returns:
         [H, W] float; -inf where the game forbids a factory.
@@ -899,8 +1174,10 @@ def placement_score(obs, grow_lichen=False):
     for player in PLAYERS:
         for factory in obs["factories"][player].values():
             factories[tuple(factory["pos"])] = 1
-    gap = np.abs(np.indices(factories.shape)[..., None] - np.argwhere(board["ice"]).T[:, None, None]) - 1
-    way_to_ice = np.maximum(gap, 0).sum(0).min(-1, initial=6)
+    cells = np.indices(factories.shape)[..., None]
+    ice_cells = np.argwhere(board["ice"]).T[:, None, None]
+    steps = np.maximum(np.abs(cells - ice_cells) - 1, 0).sum(0)
+    way_to_ice = steps.min(-1, initial=6)
     free = (board["rubble"] == 0) & (board["ice"] == 0) & (board["ore"] == 0)
     score = (
         4.0 * np.minimum(gaussian_filter(board["ice"], 1.2), 0.6)
@@ -924,185 +1201,186 @@ def gaussian_filter(board, sigma):
     return kernels[0] @ board @ kernels[1]
 
 
-# ------------------------------------------------------------------------------------------------------
-# A match of the engine
-# ------------------------------------------------------------------------------------------------------
-
-TEAM_METRICS = (
-    *("r", "ice_transferred", "factories_alive", "ice_per_factory", "factories_alive_share", "factories_placed"),
-    *("water", "ore", "metal", "lichen", "lights_built", "heavies_built", "robots_lost"),
-    *("own_collisions", "right_of_way", "blocked_builds"),
-)
+# ------------------------------------------------------------------------------------------------
+# One match: the engine, rewards and metrics
+# ------------------------------------------------------------------------------------------------
 
 
 class LuxMatch:
-    """One match of the real engine, with rewards and metrics.
+    """Matches of the real engine, one after the other, with rewards and metrics.
 
     Args:
-        next_seed: function without arguments that returns the seed of the next match's map.
-        encoder, index: a LuxEncoder, and the number of this match in it.
-        min_factories: fewest factories per team.
+        options: LuxOptions.
+        weights: weight of each reward term, from `reward_weights`.
         engine_options: more settings for the engine.
-        reward_weights: a weight for each term in REWARDS.
     """
 
-    def __init__(self, next_seed, encoder, index=0, min_factories=2, engine_options=None, reward_weights=REWARDS):
-        self.next_seed, self.seed = next_seed, None
-        self.encoder, self.index, self.teams = encoder, index, slice(2 * index, 2 * index + 2)
-        self.weights = np.array([reward_weights[term] for term in TERM])
+    def __init__(self, options, weights, engine_options=None):
+        self.options = options
+        self.weights = np.array([weights[term] for term in REWARDS])
+        self.seed = None
         self.engine = _engine_class()(
-            map_size=self.encoder.map_size,
-            MIN_FACTORIES=min_factories,
-            MAX_FACTORIES=self.encoder.max_factories,
+            map_size=options.map_size,
+            MIN_FACTORIES=options.min_factories,
+            MAX_FACTORIES=options.max_factories,
             verbose=0,
             **{"validate_action_space": False, **(engine_options or {})},
         )
 
-    def reset(self, seed=None):
-        """Start the next match, or the one of a map's seed, and play its bidding and placement phase."""
-        self.seed = self.next_seed() if seed is None else seed
-        obs = self.engine.reset(seed=self.seed)[0]["player_0"]
+    @property
+    def time(self):
+        """Steps played so far."""
+        return self.engine.state.real_env_steps
+
+    def reset(self, seed):
+        """Start a match on the map of a seed and play its bidding and placement.
+
+        Returns:
+            The official observation after placement.
+        """
+        self.seed = seed
+        obs = self.engine.reset(seed=seed)[0]["player_0"]
         while obs["real_env_steps"] < 0:
-            actions = {player: early_phase_action(obs, player, self.encoder.grow_lichen) for player in PLAYERS}
+            grow_lichen = self.options.grow_lichen
+            actions = {player: early_phase_action(obs, player, grow_lichen) for player in PLAYERS}
             obs = self.engine.step(actions)[0]["player_0"]
         self.placed = np.array([len(obs["factories"][player]) for player in PLAYERS])
-        self.totals = np.zeros((2, len(TERM)))
-        self.built, self.lost = np.zeros((2, 2)), np.zeros(2)
-        self.own_collisions, self.factory_steps, self.returns = np.zeros(2), np.zeros(2), np.zeros(2)
-        self.lichen = np.zeros(obs["global_id"] + 1)
-        self.encoder.reset(obs, self.index)
+        self.totals = np.zeros((2, len(REWARDS)))
+        self.returns, self.factory_steps = np.zeros(2), np.zeros(2)
+        self.built, self.lost = np.zeros((2, 2)), np.zeros(2)  # built: [P, light or heavy]
+        self.own_collisions = np.zeros(2)
+        self.yielded_moves, self.blocked_builds = np.zeros(2), np.zeros(2)
+        self.lichen = np.zeros(obs["global_id"] + 1)  # by strain
+        return obs
 
-    def step(self, orders, rewards):
+    def step(self, orders, acts):
         """Play one step.
 
         Args:
-            orders: of both players, as the encoder gives them.
-            rewards: float32 array [P, E], written.
+            orders, acts: of this match, from `LuxEncoder.orders`.
 
         Returns:
-            None, or if the match is over a dict of its metrics: "l" (episode_length) a number, those named in
-            TEAM_METRICS arrays [P].
+            rewards: float32 [P, E].
+            metrics: None, or if the match is over a dict: "l", its length, and arrays [P] by the names
+                in TEAM_METRICS.
         """
         state = self.engine.state
-        before = self._snapshot()
+        # Engine objects; they outlive the destruction of what they stand for
+        robots = {unit.unit_id: unit for player in PLAYERS for unit in state.units[player].values()}
+        factories = {f.unit_id: f for player in PLAYERS for f in state.factories[player].values()}
+        self.engine.births.clear()
         _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
-        amounts = self._achievements(before)
-        np.matmul(amounts, self.weights, out=rewards, casting="same_kind")
+        amounts = self._achievements(acts, robots, factories)
+        rewards = (amounts @ self.weights).astype(np.float32)
         self.totals += amounts.sum(1)
         self.returns += rewards.sum(1)
         self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
-        return self._metrics(state) if terminations["player_0"] else None
+        self.yielded_moves += acts.yielded_moves
+        self.blocked_builds += acts.blocked_builds
+        self._count_robots(list(robots.values()))
+        return rewards, self._metrics(state) if terminations["player_0"] else None
 
     def render(self):
-        """A picture by the engine's own renderer, [400, 400, 3] uint8."""
+        """A picture by the engine's own renderer, uint8 [400, 400, 3]."""
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
         return self.engine.render()
 
-    def _snapshot(self):
-        """Robots and factories before the step, as engine objects, in the order of the encoder's tables."""
+    def _achievements(self, acts, robots, factories):
+        """Amount of each reward term for each entity in the step just played, [P, E, len(REWARDS)].
+
+        Args:
+            acts: what the entities did.
+            robots, factories: dicts unit_id -> engine object, as it is after the step.
+        """
         state = self.engine.state
-        self.engine.births.clear()
-        robots = [unit for player in PLAYERS for unit in state.units[player].values()]
-        factories = [factory for player in PLAYERS for factory in state.factories[player].values()]
-        return robots, factories
+        amounts = np.zeros((2, self.options.num_entities, len(REWARDS)))
+        arrived = Counter()  # units of a resource that each factory was brought
 
-    def _achievements(self, before):
-        """Amount of each reward term for each entity in the step just played, float [P, E, len(TERM)]."""
-        robots, factories = before
-        state, encoder, board, teams = self.engine.state, self.encoder, self.engine.state.board, self.teams
-        amounts = np.zeros((2, encoder.num_entities, len(TERM)))
-        arrived = np.zeros((2, encoder.num_entities, 2), np.int64)  # ice and ore that each factory was brought
+        def pay(act, term, amount):
+            amounts[act.player, act.slot, REWARD_INDEX[term]] = amount
 
-        def pay(term, who, amount):
-            amounts[(*who, TERM[term])] = amount
+        for unit_id, act in acts.robots.items():
+            # Only digging fills a cargo, and only delivering to an own factory empties it
+            ice = robots[unit_id].cargo.ice - act.before.ice
+            ore = robots[unit_id].cargo.ore - act.before.ore
+            pay(act, "ice_dug", max(ice, 0))
+            pay(act, "ore_dug", max(ore, 0))
+            pay(act, "ice_delivered", max(-ice, 0))
+            pay(act, "ore_delivered", max(-ore, 0))
+            arrived[act.player, act.delivery_slot, "ice"] += max(-ice, 0)
+            arrived[act.player, act.delivery_slot, "ore"] += max(-ore, 0)
+            if act.worth_clearing:
+                left = state.board.rubble[act.before.x, act.before.y]
+                pay(act, "rubble_cleared", max(act.worth_clearing - left, 0))
+            if unit_id not in state.units[PLAYERS[act.player]]:
+                pay(act, "robot_lost", 1 if act.before.heavy else 0.1)
 
-        if robots:
-            rows = slice(*np.searchsorted(encoder.robots.team, (teams.start, teams.stop)))
-            team, slot, heavy, *cargo = (
-                getattr(encoder.robots, name)[rows] for name in ("team", "slot", "heavy", "ice", "ore")
-            )
-            who = team - teams.start, slot
-            # Digging is all that fills a cargo, delivering to an own factory all that empties it.
-            got = _cargo(robots) - cargo
-            dug, brought = np.maximum(got, 0), np.maximum(-got, 0)
-            np.add.at(arrived, (who[0], encoder.deliver_to[rows]), brought.T)
-            lost = np.array([unit.unit_id not in state.units[PLAYERS[unit.team_id]] for unit in robots])
-            pay("ice_dug", who, dug[0])
-            pay("ore_dug", who, dug[1])
-            pay("ice_delivered", who, brought[0])
-            pay("ore_delivered", who, brought[1])
-            pay("robot_lost", who, lost * np.where(heavy, 1.0, 0.1))
-            if encoder.grow_lichen:
-                x, y = encoder.robots.x[rows], encoder.robots.y[rows]
-                cleared = encoder.rubble[self.index, x + 1, y + 1] - board.rubble[x, y]
-                pay("rubble_cleared", who, np.maximum(cleared, 0) * encoder.can_grow[rows])
-        who = np.nonzero(encoder.alive[teams])
-        ice, ore, strain = (getattr(encoder.factories, name)[teams][who] for name in ("ice", "ore", "strain"))
-        refined = arrived[who].T + (ice, ore) - _cargo(factories)
-        lichen = np.bincount(board.lichen_strains.ravel() + 1, board.lichen.ravel(), len(self.lichen) + 1)[1:]
-        survived = np.array([f.unit_id in state.factories[PLAYERS[f.team_id]] for f in factories], bool)
-        pay("water_made", who, refined[0] // ICE_PER_WATER)
-        pay("metal_made", who, refined[1] // ORE_PER_METAL)
-        pay("lichen_grown", who, (lichen - self.lichen)[strain])
-        pay("survived", who, survived)
-        pay("factory_lost", who, ~survived)
+        lichen = self._lichen_by_strain()
+        for unit_id, act in acts.factories.items():
+            cargo, strain = factories[unit_id].cargo, act.before.strain
+            refined_ice = act.before.ice + arrived[act.player, act.slot, "ice"] - cargo.ice
+            refined_ore = act.before.ore + arrived[act.player, act.slot, "ore"] - cargo.ore
+            survived = unit_id in state.factories[PLAYERS[act.player]]
+            pay(act, "water_made", refined_ice // ICE_PER_WATER)
+            pay(act, "metal_made", refined_ore // ORE_PER_METAL)
+            pay(act, "lichen_grown", lichen[strain] - self.lichen[strain])
+            pay(act, "survived", survived)
+            pay(act, "factory_lost", not survived)
         self.lichen = lichen
-        self._count_robots(robots)
         return amounts
 
+    def _lichen_by_strain(self):
+        """Units of lichen of each strain."""
+        board, num_strains = self.engine.state.board, len(self.lichen)
+        strains = board.lichen_strains.ravel() + 1  # 0: no lichen
+        return np.bincount(strains, board.lichen.ravel(), num_strains + 1)[1:]
+
     def _count_robots(self, robots):
-        """Count births, losses, and losses on a cell where another own robot ended the step too."""
+        """Count births, losses, and losses on a cell where another own robot ended the step too.
+
+        Args:
+            robots: engine objects of the robots that were alive before the step.
+        """
+        alive = self.engine.state.units
         births = self.engine.births
-        everyone = robots + births
-        dead = [unit for unit in everyone if unit.unit_id not in self.engine.state.units[PLAYERS[unit.team_id]]]
+        dead = [unit for unit in robots + births if unit.unit_id not in alive[PLAYERS[unit.team_id]]]
         for unit in births:
             self.built[unit.team_id, int(unit.is_heavy())] += 1
-        cells = Counter((unit.team_id, unit.pos.x, unit.pos.y) for unit in everyone if dead)
+        crowd = Counter((unit.team_id, unit.pos.x, unit.pos.y) for unit in robots + births if dead)
         for unit in dead:
             self.lost[unit.team_id] += 1
-            self.own_collisions[unit.team_id] += cells[unit.team_id, unit.pos.x, unit.pos.y] > 1
+            self.own_collisions[unit.team_id] += crowd[unit.team_id, unit.pos.x, unit.pos.y] > 1
 
     def _metrics(self, state):
-        """Metrics of the match that has just ended; everything is per team, the length is per match."""
-        total = dict(zip(TERM, self.totals.T))
-        owner = self.encoder.player_of_strain[self.index, state.board.lichen_strains]
-        return {
+        """Metrics of the match that has just ended; arrays [P], except its length."""
+        totals = {TERM_METRICS.get(term, term): total for term, total in zip(REWARDS, self.totals.T)}
+        factories_alive = self.factory_steps / GAME_LENGTH
+        strains = [state.teams[player].factory_strains for player in PLAYERS]
+        return totals | {
             "l": state.real_env_steps,
             "r": self.returns,
-            "ice_transferred": total["ice_delivered"],
-            "factories_alive": self.factory_steps / GAME_LENGTH,
-            "ice_per_factory": total["ice_delivered"] / self.placed,
-            "factories_alive_share": self.factory_steps / GAME_LENGTH / self.placed,
+            "factories_alive": factories_alive,
+            "ice_per_factory": totals["ice_transferred"] / self.placed,
+            "factories_alive_share": factories_alive / self.placed,
             "factories_placed": self.placed,
-            "water": total["water_made"],
-            "ore": total["ore_delivered"],
-            "metal": total["metal_made"],
-            "lichen": np.array([state.board.lichen[owner == team].sum() for team in range(2)]),
+            "lichen": np.array([self.lichen[list(of_team)].sum() for of_team in strains]),
             "lights_built": self.built[:, 0],
             "heavies_built": self.built[:, 1],
             "robots_lost": self.lost,
             "own_collisions": self.own_collisions,
-            "right_of_way": self.encoder.right_of_way[self.teams].copy(),
-            "blocked_builds": self.encoder.blocked_builds[self.teams].copy(),
+            "right_of_way": self.yielded_moves,
+            "blocked_builds": self.blocked_builds,
         }
-
-
-def write_gif(path, frames):
-    """Write pictures [H, W, 3] uint8 as an animation."""
-    from PIL import Image
-
-    first, *others = [Image.fromarray(frame).quantize(64) for frame in frames]
-    first.save(path, "GIF", save_all=True, append_images=others, duration=50, loop=0)
 
 
 @functools.cache
 def _engine_class():
     """The engine's class, with a list `births` of the robots built.
 
-    Where luxai_s2_fast is installed, it does some slow parts of the engine faster; what is played is the same. Both are
-    slow to import, and only processes that play need them.
+    Where luxai_s2_fast is installed, it does some slow parts of the engine faster; what is played is the
+    same. Both are slow to import, and only processes that play need them.
     """
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame would print a banner
     try:
         from luxai_s2_fast import LuxAI_S2
     except ModuleNotFoundError:
@@ -1121,82 +1399,206 @@ def _engine_class():
     return Engine
 
 
-def read_engine(state):
-    """What `read_observation(state.get_obs())` returns, without making that observation."""
-    factories, robots = ({}, {}), ({}, {})
-    for player, name in enumerate(PLAYERS):
-        for unit_id, factory in state.factories[name].items():
-            pos, power, cargo = factory.pos, factory.power, factory.cargo
-            row = Factory(pos.x, pos.y, power, cargo.ice, cargo.ore, cargo.water, cargo.metal, factory.num_id)
-            factories[player][unit_id] = row
-        for unit_id, unit in state.units[name].items():
-            pos, cargo, under_way = unit.pos, unit.cargo, STAY
-            if unit.action_queue:
-                order = unit.action_queue[0]
-                under_way = DIG if order.act_type == "dig" else order.move_dir if order.act_type == "move" else STAY
-            row = Robot(unit.is_heavy(), pos.x, pos.y, unit.power, cargo.ice, cargo.ore, under_way)
-            robots[player][unit_id] = row
-    board = state.board
-    return Snapshot(state.real_env_steps, board.rubble, board.lichen, board.lichen_strains, factories, robots)
-
-
-def _cargo(entities):
-    """Ice and ore of engine objects, [2, len(entities)]."""
-    return np.array([[entity.cargo.ice for entity in entities], [entity.cargo.ore for entity in entities]], np.int64)
-
-
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Many matches
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
 
-# Map seeds below this are held out for evaluation, those of training matches are above it.
+# Map seeds below this are held out for evaluation; training matches have seeds from here on
 HELD_OUT_SEEDS = 1_000_000
 
-# Seconds that a worker may take for one step of one match, or to start, before it counts as hung; and how many
-# matches' observations it makes in a second at the very least, since it says nothing while it makes them all.
-WORKER_TIMEOUT, START_TIMEOUT, ENCODED_PER_SECOND = 8, 60, 100
-
-
-class LuxError(ChildProcessError):
-    """An option cannot work, the engine raised an exception, or a worker process died; the message says which."""
+# A worker process counts as hung after so many seconds, and one more for each step of each match
+WORKER_TIMEOUT = 60
 
 
 def default_workers():
-    """A worker for each core that this process may use, where torchrun started several for its share of them; none
-    for a single core."""
+    """A worker for each core that this process may use, or 0 for a single core.
+
+    The processes of torchrun share the cores of their machine.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return cores if cores > 1 else 0
+
+
+def single_spaces(options):
+    """Spaces of the observation and of the actions of one match."""
+    obs = LuxEncoder(options).empty_obs()
+    E = options.num_entities
+    bounds = {
+        "board": (0, 100),
+        "features": (-np.inf, np.inf),
+        "position": (0, options.map_size - 1),
+        "kind": (NOBODY, HEAVY),
+        "group": (0, E - 1),
+    }
+    spaces = {key: gym.spaces.Box(low, high, obs[key].shape[1:], obs[key].dtype) for key, (low, high) in bounds.items()}
+    spaces["action_mask"] = gym.spaces.MultiBinary(obs["action_mask"].shape[1:])
+    num_actions = np.full((2, E), len(ROBOT_ACTIONS))
+    num_actions[:, : options.max_factories] = len(FACTORY_ACTIONS)
+    return gym.spaces.Dict(spaces), gym.spaces.MultiDiscrete(num_actions)
+
+
+def map_seeds(seed, match, num_envs, held_out):
+    """Generate the seeds of the maps that a match plays one after the other.
+
+    Args:
+        seed: of `reset`.
+        match: number of the match, counted over all processes.
+        num_envs, held_out: as in LuxVecEnv.
+    """
+    if held_out:
+        for played in itertools.count():
+            yield (seed + match + played * num_envs) % HELD_OUT_SEEDS
+    rng = np.random.default_rng([seed, match])
+    while True:
+        yield int(rng.integers(HELD_OUT_SEEDS, 2**31))
+
+
+class LuxMatches(gym.Env if gym else object):
+    """The matches that one process plays, as one Gymnasium environment.
+
+    It observes what LuxVecEnv observes of these matches. Its infos hold "rewards" [n, P, E] and
+    "finished", a list of (index, metrics) of the matches that ended.
+
+    Args:
+        indices: range of the numbers that the matches have in LuxVecEnv.
+        options: LuxOptions.
+        seeds_of: function (seed of `reset`, index of a match) -> iterator over map seeds.
+        new_match: function without arguments that makes a LuxMatch.
+    """
+
+    def __init__(self, indices, options, seeds_of, new_match):
+        self.indices, self.seeds_of, self.new_match = indices, seeds_of, new_match
+        self.matches = []  # made by the first `reset`: the engine is slow to import
+        self.encoder = LuxEncoder(options, len(indices))
+        self.view = None
+        # With its map seed, the actions since a match began are all of its state
+        self.action_log = np.zeros((len(indices), GAME_LENGTH, 2, options.num_entities), np.int8)
+        spaces = (gym.vector.utils.batch_space(space, len(indices)) for space in single_spaces(options))
+        self.observation_space, self.action_space = spaces
+
+    def reset(self, *, seed=None, options=None):
+        """Start new matches, or with `options={"state": ...}` resume those of LuxVecEnv.state()."""
+        self.matches = self.matches or [self.new_match() for _ in self.indices]
+        if options is not None:
+            return self._resume([options["state"][index] for index in self.indices]), {}
+        self._count_maps(seed)
+        for row in range(len(self.matches)):
+            self._begin(row)
+        return self._observe(), {}
+
+    def step(self, actions):
+        """Play a step of every match."""
+        orders, acts = self.encoder.orders(self.view, actions)
+        rewards = np.zeros(actions.shape, np.float32)
+        finished = []
+        for row, match in enumerate(self.matches):
+            self.action_log[row, match.time] = actions[row]
+            with self._naming(row):
+                rewards[row], metrics = match.step(orders[row], acts[row])
+            if metrics is not None:
+                finished.append((self.indices[row], metrics))
+                self._begin(row)
+        return self._observe(), 0.0, False, False, {"rewards": rewards, "finished": finished}
+
+    def state(self):
+        """See LuxVecEnv.state."""
+        return [
+            {"seed": self.seed, "played": played, "actions": log[: match.time].copy()}
+            for played, log, match in zip(self.played, self.action_log, self.matches)
+        ]
+
+    def _count_maps(self, seed):
+        """Start counting maps for the seed of `reset`."""
+        self.seed = seed
+        self.played = [0 for _ in self.indices]
+        self.map_seeds = [self.seeds_of(seed, index) for index in self.indices]
+
+    def _begin(self, row):
+        """Begin the next match of a row."""
+        self.played[row] += 1
+        self._begin_on(row, next(self.map_seeds[row]))
+
+    def _begin_on(self, row, map_seed):
+        with self._naming(row):
+            self.encoder.reset(self.matches[row].reset(map_seed), row)
+
+    def _observe(self):
+        snapshots = [read_engine(match.engine.state) for match in self.matches]
+        obs, self.view = self.encoder.encode(snapshots)
+        return obs
+
+    def _resume(self, states):
+        """Play all matches up to where they were, and return the observation there.
+
+        The encoder takes one observation of every match at a time. So all matches must arrive in the
+        same step, and younger ones, which begin later, stand at their start until then.
+        """
+        self._count_maps(int(states[0]["seed"]))
+        ages = [len(state["actions"]) for state in states]
+        begins = [max(ages) - age for age in ages]
+        map_seeds = []
+        for row, state in enumerate(states):
+            self.played[row] = int(state["played"])
+            map_seeds.append([next(self.map_seeds[row]) for _ in range(self.played[row])][-1])
+            self.action_log[row, : ages[row]] = state["actions"]
+        orders = acts = None
+        for step in range(max(ages) + 1):
+            for row, match in enumerate(self.matches):
+                if step in (0, begins[row]):
+                    self._begin_on(row, map_seeds[row])
+                elif step > begins[row]:
+                    match.step(orders[row], acts[row])
+            obs = self._observe()
+            played = [max(step - begin, 0) for begin in begins]
+            orders, acts = self.encoder.orders(self.view, self.action_log[np.arange(len(ages)), played])
+        return obs
+
+    @contextlib.contextmanager
+    def _naming(self, row):
+        """Inside, an exception names the match and its map."""
+        try:
+            yield
+        except Exception as error:
+            name = f"match {self.indices[row]} (map seed {self.matches[row].seed})"
+            raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _make_matches(parent, *args):
+    """LuxMatches, in the parent process (its id) or in a worker."""
+    if os.getpid() != parent:
+        for number in (signal.SIGINT, signal.SIGTERM):  # sent to all; the parent decides when to end
+            signal.signal(number, signal.SIG_IGN)
+        _engine_class()
+        gc.collect()
+        gc.freeze()  # what was imported stays, so garbage collection need not look at it
+    return LuxMatches(*args)
 
 
 class LuxVecEnv(gym.vector.VectorEnv if gym else object):
     """N matches of Lux AI Season 2, two players each, both played by the caller.
 
     It follows Gymnasium's vector conventions, except that rewards are per entity: [N, P, E] float32.
-    Terminations and truncations are per match, [N] bool. See the top of the file for the observations.
+    Terminations and truncations are per match, [N] bool. Observations: see the top of the file.
 
     Args:
         num_envs: N.
-        num_workers: processes that share the matches; 0 plays them in this process, None takes the
-            default_workers(). The number changes nothing in what is played.
-        map_size, min_factories, max_factories: the stage; 48, 2 and 5 are season 2, 64, 4 and 10 NeurIPS.
-        max_robots: robot slots per team.
-        group_by, safe_masks: see LuxEncoder.
-        reward: which of the REWARD_PRESETS is paid.
-        reward_weights: dict of weights that differ from those, by term.
+        num_workers: processes that share the matches, reduced to a divisor of N; 0 plays them in this
+            process, None takes `default_workers()`. The number does not change what is played.
         held_out: play the maps kept for evaluation: match i starts with map `seed + i`.
-        first_match: what the first match is counted as, for the seeds: where several processes each play a part
-            of the matches, together they play what one would.
+        first_match: number of the first match, for the seeds: several processes that each play a part
+            of the matches together play what one would.
         render_mode: None or "rgb_array" (with num_workers 0).
-        video: path of a GIF into which every fourth step of the first match is drawn, written when that match ends.
+        reward_weights: dict of weights that differ from the reward's preset, by term.
         engine_options: more settings for the engine, such as {"validate_action_space": True}.
+        options: see LuxOptions.
 
     Raises:
-        ValueError: if there is no such reward term.
-        LuxError: if there is no such group_by or reward; from all methods that play, if the engine fails, a worker
-            process dies, or one takes more than WORKER_TIMEOUT seconds for a step of one match.
+        ValueError: if there is no such option or reward term, or a value is not allowed.
+        ChildProcessError, TimeoutError: from methods that play, if a worker process fails or hangs; all
+            workers are ended then. Without workers, a match that fails raises a RuntimeError.
     """
 
     metadata = {
@@ -1209,159 +1611,104 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         self,
         num_envs,
         num_workers=None,
-        map_size=48,
-        min_factories=2,
-        max_factories=5,
-        max_robots=6,
-        group_by="entity",
-        safe_masks=True,
         held_out=False,
         first_match=0,
         render_mode=None,
-        engine_options=None,
-        reward="ice",
         reward_weights=None,
-        video=None,
+        engine_options=None,
+        **options,
     ):
         if gym is None:
             raise ModuleNotFoundError("LuxVecEnv needs Gymnasium: pip install gymnasium")
-        import multiprocessing
-
         self.num_envs, self.render_mode = num_envs, render_mode
-        reward_weights = weights_of(reward, reward_weights)
-        encoder_options = {
-            "map_size": map_size,
-            "max_factories": max_factories,
-            "max_robots": max_robots,
-            "group_by": group_by,
-            "safe_masks": safe_masks,
-            "grow_lichen": reward_weights["rubble_cleared"] != 0,
-        }
-        blank = LuxEncoder(**encoder_options).arrays()
-        entities = blank["kind"].shape
-        high = {"board": 100, "features": np.inf, "position": map_size - 1, "kind": HEAVY, "group": entities[1] - 1}
-        self.single_observation_space = gym.spaces.Dict(
-            {
-                key: gym.spaces.MultiBinary(array.shape)
-                if array.dtype == bool
-                else gym.spaces.Box(-high[key] if key == "features" else 0, high[key], array.shape, array.dtype)
-                for key, array in blank.items()
-            }
-        )
-        num_actions = np.full(entities, len(ROBOT_ACTIONS))
-        num_actions[:, :max_factories] = len(FACTORY_ACTIONS)
-        self.single_action_space = gym.spaces.MultiDiscrete(num_actions)
+        self.options = checked_options(**options)
+        weights = weights_of(self.options.reward, reward_weights)
+        self.single_observation_space, self.single_action_space = single_spaces(self.options)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
 
-        # One block of memory per array, shared with the workers: nothing is pickled at a step.
-        shapes = {key: ((num_envs, *array.shape), array.dtype) for key, array in blank.items()}
-        shapes |= {
-            "actions": ((num_envs, *entities), np.dtype(np.int64)),
-            "rewards": ((num_envs, *entities), np.dtype(np.float32)),
-            "terminated": ((num_envs,), np.dtype(bool)),
-            "map_seed": ((num_envs,), np.dtype(np.int64)),
-            "heartbeat": ((num_envs,), np.dtype(np.int64)),  # counts up when a match was stepped or begun
-        }
-        # Workers never touch torch or CUDA, so forking is safe where it is fast; elsewhere they are spawned.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        memory = {
-            key: (context.RawArray("b", int(np.prod(shape)) * dtype.itemsize), shape, dtype)
-            for key, (shape, dtype) in shapes.items()
-        }
-        self.arrays = {key: _view(*array) for key, array in memory.items()}
-        self.workers, self.pipes, self.matches = [], [], None
-        options = {
-            "min_factories": min_factories,
-            "held_out": held_out,
-            "num_envs": num_envs,
-            "first_match": first_match,
-            "engine_options": engine_options,
-            "reward_weights": reward_weights,
-            "video": video,
-            **encoder_options,
-        }
-        num_workers = min(num_envs, default_workers() if num_workers is None else num_workers)
+        num_workers = default_workers() if num_workers is None else num_workers
+        shares = max(n for n in range(1, max(num_workers, 1) + 1) if num_envs % n == 0)
+        self.size = num_envs // shares  # matches of a worker
+
+        def seeds_of(seed, index):
+            return map_seeds(seed, first_match + index, num_envs, held_out)
+
+        new_match = functools.partial(LuxMatch, self.options, weights, engine_options)
+        make_matches = [
+            functools.partial(
+                *(_make_matches, os.getpid(), range(first, first + self.size)),
+                *(self.options, seeds_of, new_match),
+            )
+            for first in range(0, num_envs, self.size)
+        ]
+        # Arrays are not copied: like the workers, they belong to this environment until the next step
         if num_workers == 0:
-            self.matches = _Matches(0, self.arrays, options)
+            self.games = gym.vector.SyncVectorEnv(make_matches, copy=False)
         else:
-            atexit.register(self.close_extras)  # workers heed no signal
-        bounds = np.linspace(0, num_envs, num_workers + 1).astype(int).tolist()
-        self.shares = list(zip(bounds[:-1], bounds[1:]))
-        for first, end in self.shares:
-            here, there = context.Pipe()
-            part = {key: (*array, slice(first, end)) for key, array in memory.items()}
-            inherited = [*self.pipes, here] if context.get_start_method() == "fork" else []
-            worker = context.Process(target=_work, args=(there, inherited, first, part, options), daemon=True)
-            worker.start()
-            there.close()
-            self.workers.append(worker)
-            self.pipes.append(here)
+            # Workers never touch torch or CUDA, so forking is safe where it is fast
+            context = "fork" if sys.platform == "linux" else "spawn"
+            self.games = gym.vector.AsyncVectorEnv(make_matches, copy=False, context=context)
+            atexit.register(self.close)
 
     def reset(self, *, seed=None, options=None):
-        """Start a new match everywhere. Match i plays the same maps for the same seed whatever N is.
+        """Start new matches. Match i plays the same maps for the same seed, whatever N is.
 
         Returns:
-            Observations and an empty infos dict. The arrays are written again by the next `step`: copy
-            what has to last.
+            Observations and an empty infos dict. The arrays are overwritten by the next `step`.
         """
         seed = int(np.random.SeedSequence().entropy % 2**31) if seed is None else seed
-        self._call("reset", seed)
-        return self._observations(), {}
+        obs, _ = self._call("reset", seed=[seed] * self.games.num_envs)
+        return self._observations(obs), {}
 
     def step(self, actions):
         """Play one step of every match.
 
         Args:
-            actions: [N, P, E] ints.
+            actions: ints [N, P, E].
 
         Returns:
-            observations, rewards [N, P, E], terminations [N], truncations [N], infos. The first two are
-            written again by the next step. Where matches ended, `infos["episode"]` holds "l" [N] and the
+            observations, rewards [N, P, E], terminations [N], truncations [N], infos. Observations are
+            overwritten by the next step. Where matches ended, `infos["episode"]` holds "l" [N] and the
             TEAM_METRICS [N, P], and `infos["_episode"]` [N] says which of them ended.
 
         Raises:
-            ValueError: if there is no such action for an entity; nothing is played then.
+            ValueError: if an entity has no such action; nothing is played then.
         """
-        live, number = self.arrays["kind"] > NOBODY, self.single_action_space.nvec
+        live, number = self.kind > NOBODY, self.single_action_space.nvec
         actions = np.broadcast_to(actions, live.shape)
-        if (wrong := live & ((actions < 0) | (actions >= number))).any():
-            where = tuple(np.argwhere(wrong)[0].tolist())
-            name = "match {}, player_{}, slot {}".format(*where)
-            raise ValueError(f"{name}: there is no action {actions[where]}, only 0 to {number[where[1:]] - 1}")
-        self.arrays["actions"][:] = np.where(live, actions, 0)
-        finished = self._call("step", None)
-        infos = {}
-        if finished:
-            indices = [index for index, _ in finished]
-            infos["_episode"] = np.zeros(self.num_envs, bool)
-            infos["_episode"][indices] = True
-            infos["episode"] = {"l": np.zeros(self.num_envs, np.int64)}
-            infos["episode"] |= {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
-            for index, metrics in finished:
-                for key, value in metrics.items():
-                    infos["episode"][key][index] = value
-        terminated = self.arrays["terminated"].copy()
-        return self._observations(), self.arrays["rewards"], terminated, np.zeros_like(terminated), infos
+        wrong = live & ((actions < 0) | (actions >= number))
+        if wrong.any():
+            match, player, slot = np.argwhere(wrong)[0].tolist()
+            raise ValueError(
+                f"match {match}, player_{player}, slot {slot}: there is no action "
+                f"{actions[match, player, slot]}, only 0 to {number[player, slot] - 1}"
+            )
+        actions = np.where(live, actions, 0)
+        obs, _, _, _, infos = self._call("step", actions.reshape(-1, self.size, *number.shape))
+        rewards = infos["rewards"].reshape(actions.shape)
+        episodes = self._episodes(sum(infos["finished"], []))
+        terminated = episodes.get("_episode", np.zeros(self.num_envs, bool))
+        return self._observations(obs), rewards, terminated, np.zeros_like(terminated), episodes
 
     def state(self):
-        """All that the matches are made of: a list with a dict for each match, to be given to `load_state`.
+        """All that the matches are made of, to be given to `load_state`.
 
         Returns:
-            list of N dicts: "seed" that of `reset`; "played" matches in this place so far, with the one under way;
-            "actions" int8 [t, P, E] given since that one began. Lists of several processes (see `first_match`) can
-            be joined, and shared out again over any number of processes.
+            A list of N dicts: "seed" of `reset`; "played", matches begun in this place so far; and
+            "actions" int8 [t, P, E] since the last one began. Lists of several processes (see
+            `first_match`) can be joined, and divided again among any number of processes.
         """
-        return self._call("state", None)
+        return sum(self._call("call", "state"), [])
 
     def load_state(self, state):
-        """Play the matches up to where they were at `state()`; what follows is bit for bit what followed there.
+        """Play the matches up to where they were at `state()`; from there they continue bit for bit.
 
         Args:
             state: the list, from an environment with the same options; the number of workers may differ.
 
         Returns:
-            Observations as of then, and an empty infos dict, as `reset` does.
+            The observations there, and an empty infos dict, as `reset` does.
 
         Raises:
             ValueError: if it cannot be the state of such an environment.
@@ -1369,214 +1716,96 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         number = self.single_action_space.nvec
 
         def fits(match):
-            given, seed, played = match["actions"], match["seed"], match["played"]
+            log = match["actions"]
+            is_log = log.dtype == np.int8 and log.shape[1:] == number.shape and len(log) < GAME_LENGTH
+            is_count = np.size(match["seed"]) == np.size(match["played"]) == 1
             return (
-                (given.dtype == np.int8 and given.shape[1:] == number.shape and len(given) < GAME_LENGTH)
-                and ((0 <= given) & (given < number)).all()
-                and (np.size(seed) == np.size(played) == 1 and seed >= 0 and played >= 1)
+                (is_log and is_count)
+                and ((0 <= log) & (log < number)).all()
+                and (match["seed"] >= 0 and match["played"] >= 1)
             )
 
         if len(state) != self.num_envs or not all(map(fits, state)):
             raise ValueError("the state of the matches is that of another environment")
-        self._call("load_state", state)
-        return self._observations(), {}
+        steps = max(len(match["actions"]) for match in state)
+        options = {"state": state}
+        obs, _ = self._call("reset", options=options, steps=steps + 1)
+        return self._observations(obs), {}
 
     def render(self):
         """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
-        if self.render_mode != "rgb_array" or self.matches is None:
+        if self.render_mode != "rgb_array" or not isinstance(self.games, gym.vector.SyncVectorEnv):
             raise ValueError('rendering needs LuxVecEnv(..., num_workers=0, render_mode="rgb_array")')
-        return tuple(match.render() for match in self.matches.matches)
+        return tuple(match.render() for match in self.matches)
 
-    def _observations(self):
-        return {key: self.arrays[key] for key in OBSERVATION_KEYS}
-
-    def _call(self, command, argument):
-        """Let every worker obey; the lists that they return, joined in the order of the matches."""
-        if self.matches is not None:
-            return getattr(self.matches, command)(argument)
-        from multiprocessing import connection
-
-        results = []
-        try:
-            for pipe, (first, end) in zip(self.pipes, self.shares):
-                pipe.send((command, argument))
-            for pipe, worker, (first, end) in zip(self.pipes, self.workers, self.shares):
-                beats, waited = self.arrays["heartbeat"][first:end], 0
-                before = beats.sum()
-                # Wakes up when the worker answers and also when it dies. Short waits, as time passes in Ctrl-Z too.
-                while not connection.wait([pipe, worker.sentinel], 1):
-                    waited = waited + 1 if beats.sum() == before else 0
-                    before = beats.sum()
-                    patience = WORKER_TIMEOUT if before else START_TIMEOUT
-                    if waited >= patience + (end - first) // ENCODED_PER_SECOND:
-                        worker.kill()  # it would not end otherwise
-                        raise TimeoutError
-                if not pipe.poll():
-                    raise EOFError
-                done, result = pipe.recv()
-                if not done:
-                    raise LuxError(result)
-                results += result
-        except (EOFError, ConnectionError, TimeoutError) as error:
-            seeds = ", ".join(map(str, self.arrays["map_seed"][first:end][:3]))
-            seeds += f" and {end - first - 3} more" if end - first > 3 else ""
-            what = f"did nothing for {waited} s" if isinstance(error, TimeoutError) else "died"
-            raise LuxError(f"the worker process of matches {first} to {end - 1} (map seeds {seeds}) {what}") from None
-        return results
+    @property
+    def matches(self):
+        """The LuxMatch objects of an environment without workers."""
+        return self.games.envs[0].matches
 
     def close_extras(self, **kwargs):
-        """End the worker processes."""
-        atexit.unregister(self.close_extras)
-        for pipe in self.pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-            pipe.close()
-        for worker in self.workers:
-            worker.join(timeout=5)
-            if worker.is_alive():
-                worker.kill()
-                worker.join()
-        self.workers, self.pipes = [], []
+        """End the worker processes; they hold nothing that has to be saved."""
+        atexit.unregister(self.close)
+        if isinstance(self.games, gym.vector.AsyncVectorEnv):
+            for process in self.games.processes:
+                process.kill()
+                process.join()
+            for pipe in filter(None, self.games.parent_pipes):
+                pipe.close()
+            self.games.closed = True
 
+    def _observations(self, obs):
+        """Arrays [workers, matches of each, ...] of `games` as the caller sees them, [N, ...]."""
+        obs = {key: obs[key].reshape(-1, *obs[key].shape[2:]) for key in OBSERVATION_KEYS}
+        obs["action_mask"] = obs["action_mask"].view(bool)
+        self.kind = obs["kind"]
+        return obs
 
-class _Matches:
-    """Matches `first` to `first + len(out)`, stepped one after the other in this process."""
+    def _episodes(self, finished):
+        """Gymnasium's infos for a list of (index, metrics) of the matches that ended."""
+        if not finished:
+            return {}
+        ended = np.zeros(self.num_envs, bool)
+        episode = {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
+        episode["l"] = np.zeros(self.num_envs, np.int64)
+        for index, metrics in finished:
+            ended[index] = True
+            for key, value in metrics.items():
+                episode[key][index] = value
+        return {"episode": episode, "_episode": ended}
 
-    def __init__(self, first, arrays, options):
-        self.first, self.arrays = first, arrays
-        self.held_out, self.num_envs = options.pop("held_out"), options.pop("num_envs")
-        self.number = options.pop("first_match") + first  # what the first match here is counted as, for the seeds
-        of_match = {key: options.pop(key) for key in ("min_factories", "engine_options", "reward_weights")}
-        video = options.pop("video")
-        self.video, self.frames = video if first == 0 else None, []
-        num_matches = len(arrays["terminated"])
-        # With its seed, the actions given since a match began are all of its state.
-        self.given = np.zeros((num_matches, GAME_LENGTH, *arrays["actions"].shape[1:]), np.int8)
-        self.encoder = LuxEncoder(num_matches=num_matches, **options)
-        self.out = {key: arrays[key].reshape(-1, *arrays[key].shape[2:]) for key in OBSERVATION_KEYS}  # by team
-        self.matches = [
-            LuxMatch(functools.partial(self._next_seed, index), self.encoder, index, **of_match)
-            for index in range(num_matches)
-        ]
+    # -- Workers ---------------------------------------------------------------------------------
 
-    def _held_out_seed(self, index):
-        return (self.seed + self.number + index + (self.played[index] - 1) * self.num_envs) % HELD_OUT_SEEDS
+    def _call(self, method, *args, steps=1, **kwargs):
+        """What a method of `games` returns; if a worker fails, one sentence, and all workers are ended."""
+        if isinstance(self.games, gym.vector.SyncVectorEnv):
+            return getattr(self.games, method)(*args, **kwargs)
+        try:
+            getattr(self.games, f"{method}_async")(*args, **kwargs)
+            self._wait(steps)
+            return getattr(self.games, f"{method}_wait")()
+        except (EOFError, ConnectionError):
+            connection.wait([process.sentinel for process in self.games.processes], 5)
+            codes = [process.exitcode for process in self.games.processes]
+            dead = [self._name(worker) for worker, code in enumerate(codes) if code is not None]
+            failure = ChildProcessError(f"{' and '.join(dead)} died")
+        except TimeoutError as error:
+            failure = error
+        except RuntimeError as error:  # raised by a match
+            failure = ChildProcessError(str(error))
+        self.close()
+        raise failure from None
 
-    def _training_seed(self, index):
-        return int(self.rngs[index].integers(HELD_OUT_SEEDS, 2**31))
+    def _wait(self, steps):
+        """Wait until all workers have answered or died; raise a TimeoutError if one hangs."""
+        patience = WORKER_TIMEOUT + self.size * steps
+        for worker, pipe in enumerate(self.games.parent_pipes):
+            waited = 0
+            while not pipe.poll(1):  # seconds; counted like this, those of a suspended process do not count
+                waited += 1
+                if waited >= patience:
+                    raise TimeoutError(f"{self._name(worker)} did nothing for {waited} s")
 
-    def _next_seed(self, index):
-        self.played[index] += 1
-        return self._held_out_seed(index) if self.held_out else self._training_seed(index)
-
-    def _seed(self, seed):
-        self.seed, self.played = seed, [0] * len(self.matches)
-        self.rngs = [np.random.default_rng([seed, self.number + index]) for index in range(len(self.matches))]
-
-    def reset(self, seed):
-        self._seed(seed)
-        return self._each(lambda index, match: match.reset())
-
-    def state(self, _):
-        """For each match the seed of `reset`, how many have been played in its place, and its actions so far."""
-        ages = [match.engine.state.real_env_steps for match in self.matches]
-        return [
-            {"seed": self.seed, "played": played, "actions": given[:age].copy()}
-            for played, given, age in zip(self.played, self.given, ages)
-        ]
-
-    def load_state(self, states):
-        """Play all matches up to where they were.
-
-        The encoder takes one observation of every match at a time, and what it remembers (slots, the lichen of the step
-        before, counters) is right only if each came once. So all matches must arrive at the same time, and those that
-        are younger wait at their start instead: the steps left are counted down, and a match begins when they are as
-        many as it has actions. What the encoder has made of it while it waited is forgotten then.
-        """
-        states = states[self.first : self.first + len(self.matches)]
-        self._seed(int(states[0]["seed"]))
-        seeds = [[match.next_seed() for _ in range(state["played"])][-1] for match, state in zip(self.matches, states)]
-        for given, state in zip(self.given, states):
-            given[: len(state["actions"])] = state["actions"]
-        ages = np.array([len(state["actions"]) for state in states])
-        rewards = np.zeros_like(self.arrays["rewards"][0])
-        self._each(lambda index, match: match.reset(seeds[index]))
-        for left in range(ages.max(), 0, -1):
-            actions = self.given[np.arange(len(ages)), np.maximum(ages - left, 0)]
-            orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
-
-            def play(index, match):
-                if ages[index] >= left:
-                    match.step(orders[match.teams], rewards)
-                elif ages[index] == left - 1:  # it begins with the next step
-                    self.encoder.reset(match.engine.state.get_obs(), index)
-
-            self._each(play)
-        return []
-
-    def step(self, _):
-        actions = self.arrays["actions"]
-        orders = self.encoder.orders(actions.reshape(-1, actions.shape[-1]))
-
-        def play(index, match):
-            time = match.engine.state.real_env_steps
-            self.given[index, time] = actions[index]
-            if index == 0 and self.video and time % 4 == 0:
-                self.frames.append(match.render())
-            metrics = match.step(orders[match.teams], self.arrays["rewards"][index])
-            self.arrays["terminated"][index] = metrics is not None
-            if metrics is not None:
-                if index == 0 and self.video:
-                    write_gif(self.video, self.frames)
-                    self.video = None  # the matches that come after it are not drawn
-                match.reset()
-            return metrics
-
-        return self._each(play)
-
-    def _each(self, play):
-        """Play, then encode; list of (match index, what `play` returned) for those where that was something."""
-        results = []
-        for index, match in enumerate(self.matches):
-            try:
-                result = play(index, match)
-            except Exception as error:
-                name = f"match {self.first + index} (map seed {match.seed})"
-                raise LuxError(f"{name} failed in the engine: {type(error).__name__}: {error}") from error
-            self.arrays["map_seed"][index] = match.seed
-            self.arrays["heartbeat"][index] += 1
-            if result is not None:
-                results.append((self.first + index, result))
-        self.encoder.encode_rows([read_engine(match.engine.state) for match in self.matches], self.out)
-        return results
-
-
-def _work(pipe, inherited, first, arrays, options):
-    """A worker process: obey (name of a method, argument) until it gets None or the parent is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all; when to end is the parent's affair
-        signal.signal(number, signal.SIG_IGN)
-    for other in inherited:  # while a copy of the parent's end is open here, its death would go unnoticed
-        other.close()
-    arrays = {key: _view(*array) for key, array in arrays.items()}
-    matches = _Matches(first, arrays, options)
-    gc.collect()
-    gc.freeze()  # what is there now stays: collecting garbage need not look at it again and again
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            message = pipe.recv()
-            if message is None:
-                break
-            command, argument = message
-            try:
-                answer = True, getattr(matches, command)(argument)
-            except LuxError as error:
-                answer = False, str(error)
-            except Exception as error:
-                traceback.print_exc()
-                name = f"the worker process of matches {first} to {first + len(matches.matches) - 1}"
-                answer = False, f"{name} failed: {type(error).__name__}: {error}"
-            pipe.send(answer)
-
-
-def _view(memory, shape, dtype, part=slice(None)):
-    return np.frombuffer(memory, dtype).reshape(shape)[part]
+    def _name(self, worker):
+        first = worker * self.size
+        return f"the worker process of matches {first} to {first + self.size - 1}"

@@ -10,6 +10,7 @@ that it cannot use it says so, places its factories and gives no orders.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for one board, several threads are slower
@@ -20,7 +21,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
-from lux_wrapper import NUM_ACTIONS, PLAYERS, LuxEncoder, early_phase_action, weights_of  # noqa: E402
+from lux_wrapper import (  # noqa: E402
+    NUM_ACTIONS,
+    PLAYERS,
+    LuxEncoder,
+    LuxOptions,
+    early_phase_action,
+    read_observation,
+)
 
 SAMPLE = True  # draw actions from the policy; False: always take the likeliest one
 SEED = 0  # of the draws: the same match is played the same way again
@@ -30,17 +38,15 @@ NO_BID = {"faction": "AlphaStrike", "bid": 0}
 
 
 def load_model(path):
-    """The network of a model.pt or checkpoint, and the LuxEncoder options that it was trained with.
+    """The network of a model.pt or checkpoint, and the LuxOptions that it was trained with.
 
     Raises:
         Exception: of any kind, if the file is damaged or holds something else.
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     args, weights = content["args"], content["model"]
-    options = {"max_robots": args["max_robots"], "safe_masks": args["safe_masks"]}
-    options["group_by"] = args.get("group_by", "entity")  # the baseline has no groups
-    options["grow_lichen"] = weights_of(args.get("reward", "ice"))["rubble_cleared"] != 0
-    network = HybridNet(LuxEncoder(**options).arrays(), NUM_ACTIONS)
+    options = LuxOptions(**args["env_kwargs"], group_by=args.get("group_by", "entity"))
+    network = HybridNet(LuxEncoder(options).empty_obs(), NUM_ACTIONS)
     network.load_state_dict(weights)
     if not all(x.isfinite().all() for x in weights.values()):
         raise ValueError("some parameters are no finite numbers")
@@ -61,12 +67,12 @@ class Player:
 
     def __init__(self, model=HERE / "model.pt"):
         torch.set_num_threads(1)
-        self.turn, self.maps, self.encoder, self.options = 0, {}, None, {}
+        self.turn, self.maps, self.encoder = 0, {}, None
         self.generator = torch.Generator().manual_seed(SEED)
         try:
             self.network, self.options = load_model(model)
         except Exception as error:
-            self.network = None
+            self.network, self.options = None, LuxOptions()
             say(f"{model} cannot be used, so there will be no orders", error)
 
     def answer(self, message):
@@ -101,18 +107,20 @@ class Player:
     def orders(self, obs, player):
         """Official orders of one player, as LuxEncoder and `early_phase_action` give them."""
         if obs["real_env_steps"] < 0:
-            return early_phase_action(obs, player, self.options.get("grow_lichen", False))
+            return early_phase_action(obs, player, self.options.grow_lichen)
         if self.network is None:
             return {}
         if self.encoder is None:
             board = obs["board"]
-            self.encoder = LuxEncoder(len(board["rubble"]), board["factories_per_team"], **self.options)
+            stage = {"map_size": len(board["rubble"]), "max_factories": board["factories_per_team"]}
+            self.encoder = LuxEncoder(replace(self.options, **stage))
             self.encoder.reset(obs)
-            self.arrays = self.encoder.arrays()
-        self.encoder.encode(obs, self.arrays)
-        row, actions = PLAYERS.index(player), np.zeros_like(self.arrays["kind"])
-        actions[row] = self.choose({key: torch.from_numpy(array[[row]]) for key, array in self.arrays.items()})
-        return self.encoder.orders(actions)[row]
+        arrays, view = self.encoder.encode([read_observation(obs)])
+        own = PLAYERS.index(player)
+        actions = np.zeros_like(arrays["kind"])
+        actions[0, own] = self.choose({key: torch.from_numpy(x[0, [own]]) for key, x in arrays.items()})
+        orders, _ = self.encoder.orders(view, actions)
+        return orders[0][own]
 
     @torch.no_grad()
     def choose(self, own):

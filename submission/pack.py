@@ -20,7 +20,7 @@ import match  # noqa: E402
 import torch  # noqa: E402
 from main import load_model  # noqa: E402
 
-from trajsep_ppo import Refused, load_checkpoint  # noqa: E402
+from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
 FILES = ("submission/main.py", "hybrid_model.py", "lux_wrapper.py")
 LARGEST = 2**20  # bytes of the archive
@@ -33,11 +33,12 @@ def write_model(run, path):
     Raises:
         Refused: if there is none, or if it holds no network of this game.
     """
-    checkpoint, content, _ = load_checkpoint(run)
-    torch.save({key: content[key] for key in ("args", "model")}, path)
+    *_, checkpoint = checkpoints(run) or [Path(run)]
     try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        torch.save({key: content[key] for key in ("args", "model")}, path)
         load_model(path)
-    except Exception as error:
+    except Exception as error:  # a damaged file can raise anything
         raise Refused(f"{checkpoint} holds no network for this game ({' '.join(str(error).split())[:120]})")
 
 

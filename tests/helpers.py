@@ -18,7 +18,8 @@ from hybrid_model import HybridNet
 def made_up_observation(boards=3, size=20, factories=2, robots=4, seed=0):
     """A random observation with the wrapper's keys and types, as tensors [boards, ...]; about half the slots live."""
     generator = np.random.default_rng(seed)
-    blank = lux.LuxEncoder(size, factories, robots).arrays()
+    options = lux.LuxOptions(map_size=size, max_factories=factories, max_robots=robots)
+    blank = {key: array[0] for key, array in lux.LuxEncoder(options).empty_obs().items()}
     obs = {key: np.zeros((boards, *array.shape[1:]), array.dtype) for key, array in blank.items()}
     kind = obs["kind"]
     kind[:, :factories] = lux.FACTORY
@@ -45,7 +46,7 @@ def parameters_at_start(seed=1):
     """What a training with this seed and the default flags starts with."""
     args = trajsep_ppo.Args()
     torch.manual_seed(seed)
-    space = space_of(made_up_observation(1, args.map_size, args.max_factories, args.max_robots))
+    space = space_of(made_up_observation(1, 48, 5, 6))
     return HybridNet(space, lux.NUM_ACTIONS).state_dict()
 
 
@@ -89,7 +90,8 @@ def scripted(obs, resources=("ice", "ice")):
 def in_process(num_envs, max_robots=20, **options):
     """A vector environment in this process and its LuxMatch objects, whose engines tests may look into."""
     env = lux.LuxVecEnv(num_envs, num_workers=0, max_robots=max_robots, **options)
-    return env, env.matches.matches
+    env.reset(seed=0)  # makes the matches
+    return env, env.matches
 
 
 def after_every_step(match, change):
