@@ -1,6 +1,7 @@
-"""The faster parts of the engine (compat/luxai_s2_fast) against the original ones, each alone and in whole matches."""
+"""The faster engine (compat/luxai_s2_fast) against the original: whole matches, then each part."""
 
 import copy
+import json
 import pickle
 import sys
 from collections import Counter, defaultdict
@@ -9,278 +10,249 @@ from types import SimpleNamespace
 import luxai_s2_fast as fast
 import numpy as np
 import pytest
-from helpers import after_every_step, entities, hash_of, in_process, scripted
+from helpers import entities, hash_of, in_process, masked_random, scripted
 from luxai_s2 import LuxAI_S2
 from luxai_s2.factory import Factory
 from luxai_s2.map.position import Position
-from test_masks import riches
-from test_wrapper import play, random_policy, to_json
 
 import lux_wrapper as lux
+
+NOTHING = {player: {} for player in lux.PLAYERS}
+
+
+def to_json(obs):
+    return json.dumps(obs, default=lambda x: x.tolist())
+
+
+def place_factories(engines, seed):
+    """Start a match in each engine and place the factories, some of them at the edge of the map."""
+    rng = np.random.default_rng(seed)
+    obs = [engine.reset(seed=seed)[0]["player_0"] for engine in engines][0]
+    while obs["real_env_steps"] < 0:
+        orders = {player: lux.early_phase_action(obs, player) for player in lux.PLAYERS}
+        for order in orders.values():
+            if "spawn" in order and rng.random() < 0.5:
+                cells = np.argwhere(obs["board"]["valid_spawns_mask"])
+                to_edge = np.minimum(cells, len(obs["board"]["rubble"]) - 1 - cells).min(1)
+                order["spawn"] = cells[to_edge.argmin()]
+        obs = [engine.step(copy.deepcopy(orders))[0]["player_0"] for engine in engines][0]
+
 
 # ------------------------------------------------------------------------------------------------------
 # Whole matches
 # ------------------------------------------------------------------------------------------------------
 
 
+def random_orders(state, rng):
+    """Orders of all kinds that the rules know, for both players; many of them are impossible."""
+    orders = {player: {} for player in lux.PLAYERS}
+    for player, own_orders in orders.items():
+        for unit_id in state.factories[player]:
+            own_orders[unit_id] = int(rng.choice(3, p=[0.1, 0.1, 0.8]))
+        for unit_id in state.units[player]:
+            if rng.random() < 0.4:
+                kind = rng.choice(6, p=[0.6, 0.1, 0.1, 0.17, 0.01, 0.02])
+                direction, resource, repeat = rng.integers(5, size=3)
+                action = [kind, direction, resource, rng.integers(1, 50), repeat, rng.integers(1, 4)]
+                own_orders[unit_id] = np.array([action] * int(rng.integers(1, 3)))
+    return orders
+
+
+def make_rich(state, rng):
+    """Give everybody enough for any order, and sow lichen that is about to die or to spread."""
+    board = state.board
+    robots, factories = entities(state)
+    for unit in robots:
+        unit.power = int(rng.integers(unit.battery_capacity // 4, unit.battery_capacity))
+    for factory in factories:
+        factory.power, factory.cargo.metal = 1000, 200
+        factory.cargo.ice = 8  # becomes 2 water, so that watering with the last drop does not kill
+        watering = factory.water_cost(state.env_cfg)
+        factory.cargo.water = int(rng.choice([max(watering - 1, 0), watering, 500]))
+        x, y = np.maximum(factory.pos.pos - 4, 0)
+        near = np.s_[x : x + 9, y : y + 9]
+        free = (board.rubble[near] == 0) & (board.ice[near] == 0) & (board.ore[near] == 0)
+        free &= (board.factory_occupancy_map[near] == -1) & (board.lichen[near] == 0)
+        sown = free & (rng.random(free.shape) < 0.02)
+        board.lichen[near][sown] = rng.choice([1, 2, 20, 21])
+        board.lichen_strains[near][sown] = factory.num_id
+
+
 @pytest.mark.parametrize("map_size, validate", [(48, False), (32, True)])
 def test_the_engine_plays_as_the_original(map_size, validate):
-    """The original engine gets the same orders, and is in the same state after every step, lichen included."""
-    options = {"validate_action_space": validate, "collect_stats": True}
-    env, (match,) = in_process(1, map_size=map_size, max_robots=30, safe_masks=False, engine_options=options)
-    assert isinstance(match.engine, fast.LuxAI_S2)
-    original = LuxAI_S2(map_size=map_size, MIN_FACTORIES=2, MAX_FACTORIES=5, verbose=0, **options)
-    assert not isinstance(original, fast.LuxAI_S2)
-    after_every_step(match, riches(np.random.default_rng(0)))
-    change, reset, step = riches(np.random.default_rng(0)), match.engine.reset, match.engine.step
+    """Both engines get the same orders and are in the same state after every step, lichen included."""
+    options = {"MIN_FACTORIES": 4, "validate_action_space": validate, "collect_stats": True, "verbose": 0}
+    engines = [engine_class(map_size=map_size, **options) for engine_class in (fast.LuxAI_S2, LuxAI_S2)]
+    place_factories(engines, seed=23)
     seen = Counter()
 
-    def look(engine):
-        robots, factories = entities(engine.state)
+    def look(state):
+        robots, factories = entities(state)
         lichen = [[sorted(f.grow_lichen_positions), sorted(f.connected_lichen_positions)] for f in factories]
-        seen.update(robots=len(robots), connected=sum(len(c) for _, c in lichen))
-        assert to_json(lux.read_engine(engine.state)) == to_json(lux.read_observation(engine.state.get_obs()))
-        return to_json([engine.state.get_obs(), engine.state.stats, lichen])
+        seen.update(robots=len(robots), connected=sum(len(connected) for _, connected in lichen))
+        assert to_json(lux.read_engine(state)) == to_json(lux.read_observation(state.get_obs()))
+        return to_json([state.get_obs(), state.stats, lichen])
 
-    def reset_both(seed):
-        original.reset(seed=seed)
-        return reset(seed=seed)
-
-    def step_both(actions):
-        _, rewards, *ends, _ = original.step(copy.deepcopy(actions))
-        if original.state.real_env_steps >= 0:
-            change(original.state)
-        result = step(actions)
-        assert list(result[1:4]) == [rewards, *ends] and look(match.engine) == look(original)
-        assert all(type(entity.pos) is fast.Cell for entity in sum(entities(match.engine.state), []))
-        return result
-
-    match.engine.reset, match.engine.step = reset_both, step_both
-    obs, _ = env.reset(seed=23)
-    assert all(type(team.factory_strains) is fast.Strains for team in match.engine.state.teams.values())
-    weights = np.ones(lux.NUM_ACTIONS)
-    weights[lux.WATER] = 4
-    for _ in play(env, obs, random_policy(23, weights), 120):
-        pass
+    for step in range(120):
+        orders = random_orders(engines[0].state, np.random.default_rng(step))
+        for engine in engines:
+            make_rich(engine.state, np.random.default_rng(step))
+        (_, *result), (_, *expected) = [engine.step(copy.deepcopy(orders)) for engine in engines]
+        assert result == expected
+        assert look(engines[0].state) == look(engines[1].state), step
+        robots, factories = entities(engines[0].state)
+        assert all(type(entity.pos) is fast.Cell for entity in robots + factories)
+        if step % 40 == 20:
+            for engine in engines:
+                engine.destroy_factory(entities(engine.state)[1][0])
     assert seen["robots"] > 2000 and seen["connected"] > 2000, seen
-    env.close()
+    assert {type(factory) for factory in factories} == {fast.LichenFactory}
 
 
 def whole_matches(policy, steps, **options):
-    """Hashes of all that each step of two matches returns."""
+    """Hashes of what each step of two matches returns, the number of matches that ended, and an engine."""
     env, matches = in_process(2, **options)
     obs, _ = env.reset(seed=25)
     digest, ended = [], 0
-    for before, _, (_, rewards, terminated, truncated, infos) in play(env, obs, policy, steps):
+    for _ in range(steps):
+        obs, rewards, terminated, truncated, infos = env.step(policy(obs))
         metrics = [array for _, array in sorted(infos.get("episode", {}).items())]
-        digest.append(hash_of(*before.values(), rewards, terminated, truncated, *metrics))
+        digest.append(hash_of(*obs.values(), rewards, terminated, truncated, *metrics))
         ended += terminated.sum()
     env.close()
-    return digest, ended, isinstance(matches[0].engine, fast.LuxAI_S2)
+    return digest, ended, matches[0].engine
 
 
-@pytest.mark.parametrize(
-    "policy, options",
-    [("random", {"safe_masks": False}), ("scripted", {"group_by": "cluster", "max_robots": 6, "map_size": 32})],
-)
+@pytest.mark.parametrize("policy, options", [("random", {"safe_masks": False}), ("scripted", {"map_size": 32})])
 def test_the_wrapper_without_the_package(policy, options, monkeypatch):
-    """Where luxai_s2_fast is not installed the engine itself plays: same observations, rewards and metrics."""
-    make = {"random": lambda: random_policy(25), "scripted": lambda: scripted}[policy]
-    with_it, ended, is_fast = whole_matches(make(), 250, **options)
-    assert is_fast and (ended >= 2 or policy == "scripted")
+    """Where luxai_s2_fast is not installed the original engine plays: same observations, rewards and metrics."""
+
+    def play():
+        rng = np.random.default_rng(25)
+        policies = {"random": lambda obs: masked_random(rng, obs["action_mask"]), "scripted": scripted}
+        return whole_matches(policies[policy], 250, **options)
+
+    with_it, ended, engine = play()
+    assert isinstance(engine, fast.LuxAI_S2)
+    assert ended >= 2 or policy == "scripted"
     monkeypatch.setitem(sys.modules, "luxai_s2_fast", None)  # importing it fails now
     lux._engine_class.cache_clear()
     try:
-        without, _, is_fast = whole_matches(make(), 250, **options)
+        without, _, engine = play()
     finally:
         lux._engine_class.cache_clear()
-    assert not is_fast and without == with_it
+    assert not isinstance(engine, fast.LuxAI_S2)
+    assert without == with_it
+
+
+# ------------------------------------------------------------------------------------------------------
+# The parts
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_no_observations_are_made():
-    """None in their place after placement, real ones before; whoever asks gets one, also after an error."""
+    """After placement `step` returns None for them; `get_obs` still makes one, also after an error."""
     engine = fast.LuxAI_S2(map_size=48, MIN_FACTORIES=2, MAX_FACTORIES=2, verbose=0)
-    obs = engine.reset(seed=3)[0]["player_0"]
-    while obs["real_env_steps"] < 0:
-        obs = engine.step({player: lux.early_phase_action(obs, player) for player in lux.PLAYERS})[0]["player_0"]
-    nothing = {player: {} for player in lux.PLAYERS}
-    observations, rewards, *_ = engine.step(nothing)
-    assert observations == {"player_0": None, "player_1": None} and rewards.keys() == observations.keys()
+    place_factories([engine], seed=3)  # reads observations
+    observations, rewards, *_ = engine.step(NOTHING)
+    assert observations == {"player_0": None, "player_1": None}
+    assert rewards.keys() == observations.keys()
     assert engine.state.get_obs()["real_env_steps"] == 1
     with pytest.raises(ValueError):
         engine.step({})
     assert engine.state.get_obs()["real_env_steps"] == 1
 
 
-# ------------------------------------------------------------------------------------------------------
-# Positions
-# ------------------------------------------------------------------------------------------------------
+def test_a_factory_that_cannot_be_placed():
+    engine = fast.LuxAI_S2(map_size=48, verbose=0)
+    place_factories([engine], seed=3)
+    factory = entities(engine.state)[1][0]
+    assert engine.add_factory(factory.team, factory.pos.pos) is None
 
 
 def test_cells_are_positions():
-    """What the engine, and its renderer, ask of a position: the same numbers, names and sums."""
-    rng = np.random.default_rng(1)
-    for x, y, dx, dy in rng.integers(-3, 64, (50, 4)):
-        here, there = np.array([x, y]), np.array([dx, dy])
-        cell, position = fast.Cell(here), Position(here.copy())
-        for one, other in (
-            (cell, position),
-            (cell + there, position + there),
-            (cell + (dx, dy), position + (dx, dy)),
-            (cell + fast.Cell(there), position + Position(there)),
-            (cell + Position(there), position + Position(there)),
-            (cell - there, position - there),
-            (cell - fast.Cell(there), position - Position(there)),
-        ):
+    """The same coordinates, text, array and sums as the engine's positions."""
+    for x, y, dx, dy in np.random.default_rng(1).integers(-3, 64, (20, 4)):
+        step = np.array([dx, dy])
+        cell = fast.Cell(int(x), int(y))
+        position = Position(np.array([x, y]))
+        moved = fast.Cell(0, 0)
+        moved.pos = position.pos
+        copies = [copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))]
+        pairs = [(cell + step, position + step), (cell - step, position - step)]
+        for one, other in pairs + [(same, position) for same in (cell, moved, *copies)]:
             assert (one.x, one.y) == (other.x, other.y) and str(one) == str(other)
             assert one.pos.dtype == other.pos.dtype and one.pos.tolist() == other.pos.tolist()
-        assert type(cell + there) is fast.Cell and type(cell.x) is type((cell + there).y) is int
-        cell.pos = position.pos = there
-        assert cell.pos.tolist() == position.pos.tolist() == [dx, dy]
-        for again in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
-            assert (again.x, again.y) == (dx, dy)
+        for one in (cell + step, moved):
+            assert type(one) is fast.Cell and type(one.x) is type(one.y) is int
 
 
-# ------------------------------------------------------------------------------------------------------
-# Whose lichen it is
-# ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strains", [[], [0], [0, 2, 5], [7, 3, 3, 12]])
-def test_isin_of_strains(strains):
-    """np.isin gives what it gives with any list, whatever is asked for, in whatever way."""
-    ours, rng = fast.Strains(strains), np.random.default_rng(2)
-    boards = [
-        rng.integers(-1, 9, (48, 48)),
-        rng.integers(-1, 30, (48, 48)),
-        rng.integers(-50, 50, (3, 4, 5)),
-        np.array([np.iinfo(np.int64).max, np.iinfo(np.int64).min, -1, 0]),
-        np.full((2, 2), -1),
-        np.zeros((0, 3), np.int64),
-        np.array(3),
-        rng.integers(0, 9, 20).astype(np.int16),
-        rng.integers(0, 9, 20).astype(np.uint8),
-        rng.integers(0, 9, 20) / 2,
-        np.ma.masked_less(rng.integers(0, 9, 20), 3),
-        [1, 2, 3],
-        7,
-    ]
-    for board in boards:
-        for options in ({}, {"invert": True}, {"kind": "sort"}, {"assume_unique": True}, {"invert": False}):
-            expected, got = np.isin(board, strains, **options), np.isin(board, ours, **options)
-            assert type(got) is type(expected) and got.dtype == bool and np.array_equal(got, expected), (board, options)
-        assert np.array_equal(np.isin(element=board, test_elements=ours), np.isin(board, strains))
-        assert np.array_equal(np.isin(board, test_elements=ours), np.isin(board, strains))
-        assert np.array_equal(np.isin(board, ours, False, True), np.isin(board, strains, False, True))
-        assert np.array_equal(np.isin(ours, board), np.isin(strains, board))
-    assert np.array_equal(np.isin(ours, ours), np.isin(strains, strains))
-
-
-def test_strains_are_a_list():
-    """Every other function of NumPy, and JSON, take them for what they are."""
-    strains = fast.Strains([4, 1])
-    strains += [6]
-    assert type(strains) is fast.Strains and strains == [4, 1, 6] and to_json(strains) == "[4, 1, 6]"
-    assert np.concatenate([strains, [2]]).tolist() == [4, 1, 6, 2]
-    assert np.max(strains) == 6 and np.unique(strains).tolist() == [1, 4, 6] and np.array(strains).shape == (3,)
-    assert np.isin(np.array([1, 2, 6]), strains).tolist() == [True, False, True]  # with the one that has been added
-
-
-# ------------------------------------------------------------------------------------------------------
-# Lichen
-# ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [5, 24, 48, 64])
-def test_bitboards(size):
-    """There and back; and neighbours are those of the board's cells, none around the edge."""
-    maps = np.random.default_rng(size).random((4, size, size)) < [[[0.02]], [[0.5]], [[1]], [[0]]]
-    maps[3, [0, -1, 0, -1], [0, 0, -1, -1]] = True  # the corners
-    board, *_ = fast.bitboards(np.ones((1, size, size), bool))
-    for cells, bits in zip(maps, fast.bitboards(maps)):
-        assert fast.cells_of(bits, size) == set(map(tuple, np.argwhere(cells).tolist()))
-        around = np.pad(cells, 1)
-        beside = around[:-2, 1:-1] | around[2:, 1:-1] | around[1:-1, :-2] | around[1:-1, 2:]
-        found = fast.cells_of(fast.neighbours(bits, size) & board, size)
-        assert found == set(map(tuple, np.argwhere(beside).tolist()))
-
-
-def made_up_lichen(engine, rng):
-    """Change the board of an engine: obstacles, and lichen of all factories around them that touches others'."""
-    state, size = engine.state, engine.state.board.width
-    board, factories = state.board, entities(state)[1]
+def grow_randomly(engine, rng):
+    """Scatter obstacles over the map, and lichen of all factories that touches the lichen of others."""
+    state = engine.state
+    board = state.board
     free = board.factory_occupancy_map == -1
-    board.rubble[:] = np.where(free & (rng.random((size, size)) < rng.choice([0, 0.1, 0.4])), 10, 0)
-    board.ice[:] = free & (rng.random((size, size)) < 0.03)
-    board.ore[:] = free & (rng.random((size, size)) < 0.03)
-    board.lichen[:], board.lichen_strains[:] = 0, -1
-    for factory in factories:
-        cells = np.argwhere(free)
+    board.rubble[:] = 10 * (free & (rng.random(free.shape) < rng.choice([0, 0.1, 0.4])))
+    board.ice[:] = free & (rng.random(free.shape) < 0.03)
+    board.ore[:] = free & (rng.random(free.shape) < 0.03)
+    board.lichen[:] = 0
+    board.lichen_strains[:] = -1
+    cells = np.argwhere(free)
+    for factory in entities(state)[1]:
         distance = np.abs(cells - factory.pos.pos).sum(1)
-        cells = cells[(distance < rng.integers(2, 12)) & (rng.random(len(cells)) < 0.8)]
-        board.lichen[tuple(cells.T)] = rng.choice([1, 19, 20, 21, 100], len(cells))
-        board.lichen_strains[tuple(cells.T)] = factory.num_id
-
-
-def found_by(factory):
-    return factory.grow_lichen_positions, factory.connected_lichen_positions
+        near = cells[(distance < rng.integers(2, 12)) & (rng.random(len(cells)) < 0.8)]
+        board.lichen[tuple(near.T)] = rng.choice([1, 19, 20, 21, 100], len(near))
+        board.lichen_strains[tuple(near.T)] = factory.num_id
 
 
 @pytest.mark.parametrize("map_size", [32, 48])
 def test_the_search_for_lichen(map_size):
-    """On boards made up the cells found are those of the original search, also at the edges and beside others'."""
+    """After any change it finds the cells that the original finds, and no change means no new search."""
     engine = fast.LuxAI_S2(map_size=map_size, MIN_FACTORIES=4, MAX_FACTORIES=4, verbose=0)
-    obs, rng, sizes = engine.reset(seed=4)[0]["player_0"], np.random.default_rng(5), Counter()
-    while obs["real_env_steps"] < 0:
-        orders = {player: lux.early_phase_action(obs, player) for player in lux.PLAYERS}
-        for order in orders.values():
-            if "spawn" in order and rng.random() < 0.5:  # somewhere near the edge
-                cells = np.argwhere(obs["board"]["valid_spawns_mask"])
-                order["spawn"] = cells[np.minimum(cells, map_size - 1 - cells).min(1).argmin()]
-        obs = engine.step(orders)[0]["player_0"]
+    place_factories([engine], seed=4)
+    board = engine.state.board
     factories = entities(engine.state)[1]
-    assert len(factories) == 8 and all(type(factory) is fast.LichenFactory for factory in factories)
-    edges = [min(factory.pos.x, factory.pos.y) == 1 for factory in factories]
-    assert any(edges) and not all(edges)
-    orders = defaultdict(list)
+    assert any(min(factory.pos.pos) == 1 for factory in factories)  # at the edge
+    assert any(min(factory.pos.pos) > 2 for factory in factories)
+    rng = np.random.default_rng(5)
+    sizes = Counter()
+
+    def found_by(factory):
+        return factory.grow_lichen_positions, factory.connected_lichen_positions
 
     def search():
-        engine._handle_recharge_actions(orders)
+        engine._handle_recharge_actions(defaultdict(list))
         for factory in factories:
-            factory.cache_water_info(engine.state.board, engine.env_cfg)
-        engine._handle_factory_water_actions(orders)
+            factory.cache_water_info(board, engine.env_cfg)
 
-    def compare():
+    def search_and_compare():
+        search()
         for factory in factories:
             original = Factory(SimpleNamespace(team_id=0), factory.unit_id, factory.num_id)
             original.pos = Position(factory.pos.pos)
-            original.cache_water_info(engine.state.board, engine.env_cfg)
+            original.cache_water_info(board, engine.env_cfg)
             assert found_by(factory) == found_by(original)
             sizes.update(grow=len(found_by(original)[0]), connected=len(found_by(original)[1]))
 
-    board = engine.state.board
-    for number in range(40):
-        made_up_lichen(engine, rng)
-        search()
-        compare()
+    for number in range(20):
+        grow_randomly(engine, rng)
+        search_and_compare()
         before = [found_by(factory) for factory in factories]
-        search()  # nothing has changed, so nothing is made anew
-        assert all(now[0] is then[0] for now, then in zip(map(found_by, factories), before))
-        x, y = rng.permutation(np.argwhere(board.factory_occupancy_map == -1))[0]
-        changes = {"lichen": 20, "lichen_strains": factories[number % 3].num_id, "rubble": 10, "ice": 1, "ore": 1}
-        what = list(changes)[number % 5]
-        old = getattr(board, what)[x, y]
-        getattr(board, what)[x, y] = changes[what]
-        if number % 2:  # asked in between, as nobody does, it searches as the original
-            for factory in factories:
-                factory.cache_water_info(board, engine.env_cfg)
-            compare()
-            getattr(board, what)[x, y] = old
         search()
-        compare()
-        if number % 10 == 5:
+        assert all(now[0] is then[0] for now, then in zip(map(found_by, factories), before))
+        for name, values in {
+            "lichen": [19, 20],
+            "lichen_strains": [-1, *(factory.num_id for factory in factories)],
+            "rubble": [0, 10],
+            "ice": [0, 1],
+            "ore": [0, 1],
+        }.items():
+            near = rng.choice(factories).pos.pos + rng.integers(-4, 5, 2)
+            x, y = np.clip(near, 0, map_size - 1)
+            if board.factory_occupancy_map[x, y] == -1:
+                getattr(board, name)[x, y] = rng.choice(values)
+                search_and_compare()
+        if number % 5 == 4:
             engine.destroy_factory(factories.pop())
-            search()
-            compare()
+            search_and_compare()
     assert sizes["grow"] > 5000 and sizes["connected"] > 3000, sizes
-    assert board.ground is None
