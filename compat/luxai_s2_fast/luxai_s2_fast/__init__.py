@@ -4,11 +4,12 @@
 
 The subclass keeps the engine's rules and replaces three parts:
 
-    part of the engine             replacement    why the results are the same
-    positions, arrays of two       Cell           Python ints add, compare and print like the array's elements
-    the search for lichen, at      LichenFactory  a search depends only on the cells that it reads, so it is
-    every step of every factory                   repeated only after one of them has changed
-    observations after every step  None           `engine.state.get_obs()` still makes one on request
+    part of the engine          replacement    why the results are the same
+    positions                   Cell           two Python ints add, compare and print like the
+                                               elements of an array
+    search for a factory's      LichenFactory  a search depends only on the cells that it reads,
+    lichen at every step                       so it is repeated once one of them has changed
+    observation at every step   None           `engine.state.get_obs()` makes one on request
 """
 
 import luxai_s2
@@ -22,7 +23,7 @@ NO_OWNER = 0
 
 
 class Cell(Position):
-    """A position as two Python ints, which are faster to add, compare and print than a NumPy array."""
+    """A position as two Python ints, faster to add, compare and print than a NumPy array."""
 
     __slots__ = ("x", "y")  # attributes in place of the properties of Position
 
@@ -53,8 +54,9 @@ def read_ground(board, lichen_to_spread):
         lichen_to_spread: how much lichen a cell needs to spread to its neighbours.
 
     Returns:
-        uint8 array [3, S + 2, S + 2], three maps with a border of zeros one cell wide: is the cell free for
-        lichen, does its lichen spread, and whose lichen or factory is there (`num_id` + 1, or NO_OWNER).
+        uint8 array [3, S + 2, S + 2], three maps with a border of zeros one cell wide: is the
+        cell free for lichen, does its lichen spread, and whose lichen or factory is there
+        (`num_id` + 1, or NO_OWNER).
     """
     ground = np.zeros((3, board.width + 2, board.height + 2), np.uint8)
     free, spreading, owner = ground[:, 1:-1, 1:-1]
@@ -71,10 +73,10 @@ class LichenFactory(Factory):
     cells_read = None  # set of the cells that the last search read
 
     def cache_water_info(self, board, env_cfg):
-        """Find the cells on which lichen would grow and the cells of lichen connected to the factory.
+        """Find the cells where lichen would grow, and the lichen connected to the factory.
 
-        Cells are indices into the flat maps of `board.ground`. The engine calls this for every factory
-        right after `_handle_recharge_actions`.
+        Cells are indices into the flat maps of `board.ground`. The engine calls this for every
+        factory right after `_handle_recharge_actions`.
         """
         if self.cells_read is not None and self.cells_read.isdisjoint(board.changed_cells):
             return
@@ -118,7 +120,7 @@ class LuxAI_S2(luxai_s2.LuxAI_S2):
     """The engine made of these parts, with the original's arguments."""
 
     def step(self, actions):
-        """Play a step as the original does, but return None for each observation once all factories are placed."""
+        """Play a step; once all factories are placed, return None for each observation."""
         state = self.state
         if state.real_env_steps >= 0:
             state.get_obs = lambda: None  # hides the method
@@ -140,7 +142,7 @@ class LuxAI_S2(luxai_s2.LuxAI_S2):
         return factory
 
     def _handle_recharge_actions(self, actions_by_type):
-        """Note which cells have changed too: next, the engine calls `cache_water_info` of every factory."""
+        """Also note which cells have changed, because the factories search for lichen next."""
         super()._handle_recharge_actions(actions_by_type)
         board = self.state.board
         ground = read_ground(board, self.env_cfg.MIN_LICHEN_TO_SPREAD)
