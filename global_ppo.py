@@ -215,7 +215,9 @@ def train(args, run_dir, device, checkpoint=None):
             reward = torch.as_tensor(reward, device=device).flatten(0, 1)
             reward = torch.where(reward > 0, reward * positive_weight, reward)
             # Rewards belong to the entities that acted: to the observation before the step.
-            rewards[step] = group_sum(reward, step_obs)  # (*)
+            reward = group_sum(reward, step_obs)
+            rewards[step] = reward  # (*)
+            done = torch.as_tensor(terminated | truncated, device=device)
             dones[step] = done.repeat_interleave(B // num_envs)
             next_obs = to_tensors(env_obs, device)
             for match in np.flatnonzero(infos.get("_episode", ())):
