@@ -159,7 +159,7 @@ def train(args, run_dir, device, checkpoint=None):
         if args.track:
             name = Path(run_dir).name
             wandb = import_module("wandb")
-            wandb.init(id=name, name=name, resume="allow", config=args, sync_tensorboard=True)
+            wandb.init(id=name, name=name, resume="allow", config=vars(args), sync_tensorboard=True)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
