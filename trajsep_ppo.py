@@ -31,7 +31,6 @@ import torch.distributed as dist
 import tyro
 from PIL import Image
 from torch.distributions import Categorical
-from torch.nn.utils import clip_grad_norm_, vector_to_parameters
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -285,8 +284,8 @@ def train(args, run_dir, device, checkpoint=None):
                 if WORLD_SIZE > 1:  # one message sums the metrics and gradients of all processes
                     parts = [metrics, *[p.grad for p in agent.parameters() if p.grad is not None]]
                     message = all_sum(torch.cat([part.flatten() for part in parts]))
-                    vector_to_parameters(message, parts)
-                norm = clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    torch.nn.utils.vector_to_parameters(message, parts)
+                norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 metrics = torch.cat([metrics, norm[None]]).tolist()  # waits for the device
                 if not np.isfinite(metrics).all():
                     raise FloatingPointError(f"loss or gradient is not a finite number in update {update}")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers import parameters_at_start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from toy_env import ToyVecEnv
 
 import global_ppo
 import trajsep_ppo
@@ -264,18 +265,15 @@ def refused(script, flags, monkeypatch, capfd, cwd, lines=1):
 
 def toy_run(script, folder, **changes):
     """A run folder with a checkpoint of the toy game, as training writes it except for `changes`."""
-    args = MODULES[script].Args(env_id="toy_env:ToyVecEnv", env_kwargs={"slots": 5}, num_envs=2)
-    net = trajsep_ppo.HybridNet(trajsep_ppo.make_envs(args_of_toy(), 1).single_observation_space, 4)
+    sizes = {"num_envs": 2, "total_timesteps": 64, "eval_episodes": 0}
+    args = MODULES[script].Args(env_id="toy_env:ToyVecEnv", env_kwargs={"slots": 5}, **sizes)
+    net = trajsep_ppo.HybridNet(ToyVecEnv(1, slots=5).single_observation_space, 4)
     content = {"args": dataclasses.asdict(args), "model": net.state_dict(), "global_step": 64, "matches": []}
     content |= {"optimizer": torch.optim.Adam(net.parameters()).state_dict(), "train_seconds": 1.0}
     content["torch_rng"] = torch.get_rng_state()
     folder.mkdir(exist_ok=True)
     torch.save(content | changes, folder / "checkpoint_64.pt")
     return folder / "checkpoint_64.pt"
-
-
-def args_of_toy():
-    return trajsep_ppo.Args(env_id="toy_env:ToyVecEnv", env_kwargs={"slots": 5})
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,8 @@ def cut_in_half(content):
 
 
 def flip_a_bit(content):
-    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, lambda _: b"", lambda _: bytes(range(256)) * 40])
