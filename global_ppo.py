@@ -21,8 +21,10 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from zipfile import ZipFile
 
 import numpy as np
@@ -129,8 +131,8 @@ def masked_mean(x, mask, count=None):
 
 def train(args, run_dir, device, checkpoint=None):
     """Train, from a checkpoint if there is one, and return the agent; logs and checkpoints go to run_dir."""
-    start = checkpoint or {"global_step": 0, "train_seconds": 0, "matches": []}
-    global_step = start["global_step"]
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    seconds = checkpoint["train_seconds"] if checkpoint else 0
     torch.manual_seed(args.seed + global_step)
     torch.backends.cudnn.deterministic = True
     num_envs = args.num_envs // WORLD_SIZE  # of this process
@@ -140,20 +142,19 @@ def train(args, run_dir, device, checkpoint=None):
     for parameter in agent.parameters():  # as in the first process: machines round differently
         all_sum(parameter.data.mul_(RANK == 0))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    share = len(start["matches"]) // WORLD_SIZE
-    own = start["matches"][RANK * share : (RANK + 1) * share]
-    own = [{key: x.numpy() for key, x in match.items()} for match in own]
-    try:
-        if checkpoint:
+    if not checkpoint:
+        next_obs, _ = envs.reset(seed=args.seed)
+    else:
+        share = len(checkpoint["matches"]) // WORLD_SIZE
+        own = checkpoint["matches"][RANK * share : (RANK + 1) * share]
+        own = [{key: x.numpy() for key, x in match.items()} for match in own]
+        try:
             agent.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["torch_rng"])
-        if args.evaluate:
-            envs.close()
-            return agent
-        next_obs, _ = envs.load_state(own) if own else envs.reset(seed=args.seed + global_step)
-    except (RuntimeError, ValueError):
-        raise Refused("the network or the matches of the checkpoint do not fit the flags")
+            next_obs, _ = envs.load_state(own) if own else envs.reset(seed=args.seed + global_step)
+        except (RuntimeError, ValueError) as error:
+            raise Refused(f"the checkpoint does not fit the flags: {shorten(str(error), 120)}")
+        torch.set_rng_state(checkpoint["torch_rng"])
     if RANK == 0:
         if args.track:
             name = Path(run_dir).name
@@ -162,7 +163,8 @@ def train(args, run_dir, device, checkpoint=None):
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        print(f"training on {device} from step {global_step}, writing to {run_dir}")
+        size = sum(parameter.numel() for parameter in agent.parameters())
+        print(f"{size:,} parameters on {device}, from step {global_step}, writing to {run_dir}")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -177,7 +179,7 @@ def train(args, run_dir, device, checkpoint=None):
     active = torch.zeros((args.num_steps + 1, B, G), dtype=torch.bool, device=device)
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
-    start_time = time.time() - start["train_seconds"]
+    start_time = time.time() - seconds
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, disable=RANK > 0)
     signals = []  # received by this process
     stopped = []  # received by any process, known to all
@@ -303,6 +305,10 @@ def train(args, run_dir, device, checkpoint=None):
         for name, x in losses.items():
             writer.add_scalar(f"losses/{name}", x, global_step)
         progress.update(rollout_steps)
+        if episodes:  # the first metrics say most
+            names = [*episode][:4]
+            means = {key: np.mean([x[key] for _, x in episodes]) for key in names}
+            progress.set_postfix({key: f"{mean:.1f}" for key, mean in means.items()})
         if saving:
             writer.flush()  # a run that continues from here finds all that was logged
             content = {
@@ -326,6 +332,7 @@ def train(args, run_dir, device, checkpoint=None):
     if RANK == 0:
         writer.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stopped := gather(signals):  # all processes wait here for the last checkpoint
         if RANK == 0:
             print(f"stopped at step {global_step}; continue: python {sys.argv[0]} --resume {run_dir}")
@@ -449,10 +456,18 @@ if __name__ == "__main__":
         device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
         if WORLD_SIZE > 1:
             try:
-                dist.init_process_group()  # gloo for CPUs, NCCL for GPUs
+                dist.init_process_group(timeout=timedelta(minutes=2))  # gloo, or NCCL on GPUs
             except (RuntimeError, ValueError) as error:
                 raise ConnectionError(f"no processes at MASTER_ADDR and MASTER_PORT: {error}")
-        agent = train(args, run_dir, device, checkpoint)
+        if args.evaluate:
+            envs = make_envs(args, 1, num_workers=0)
+            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+            try:
+                agent.to(device).load_state_dict(checkpoint["model"])
+            except RuntimeError as error:
+                raise Refused(f"{path} does not fit the flags: {shorten(str(error), 120)}")
+        else:
+            agent = train(args, run_dir, device, checkpoint)
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
         if RANK > 0:
@@ -470,7 +485,7 @@ if __name__ == "__main__":
             if args.capture_video:
                 evaluate(agent, replace(args, eval_episodes=1), device, f"{run_dir}/video.gif")
     except (Exception, KeyboardInterrupt) as error:
-        if "gloo" in str(error):
+        if "gloo" in str(error):  # the library that connects the processes
             error = ConnectionError("another process of this training has died")
         code = {Refused: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         if code == 1 and not isinstance(error, (OSError, FloatingPointError, MemoryError)):
