@@ -193,7 +193,7 @@ def train(args, run_dir, device, checkpoint=None):
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
     start_time = time.time() - seconds
-    progress = tqdm(total=num_updates * rollout_steps, initial=global_step, disable=RANK > 0)
+    progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
     signals = []  # received by this process
     stopped = []  # received by any process, known to all
     for number in (signal.SIGINT, signal.SIGTERM):

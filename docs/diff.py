@@ -1,6 +1,6 @@
 """Write docs/diff.md: every hunk in which the two scripts differ, with its explanation.
 
-    python docs/diff.py
+python docs/diff.py
 """
 
 import subprocess
@@ -12,8 +12,8 @@ COMMAND = "git diff --no-index --unified=0 global_ppo.py trajsep_ppo.py"
 
 INTRODUCTION = """# The diff, hunk by hunk
 
-`global_ppo.py` and `trajsep_ppo.py` are the same program. These are all the lines in which they differ, except for their
-docstrings, from the baseline (`-`) to the method (`+`). `python docs/diff.py` writes this page.
+`global_ppo.py` and `trajsep_ppo.py` are the same program. These are all the lines in which they differ, except
+for their docstrings, from the baseline (`-`) to the method (`+`). `python docs/diff.py` writes this page.
 
 ```bash
 git diff --no-index global_ppo.py trajsep_ppo.py
@@ -24,7 +24,7 @@ EXPLANATIONS = (
     """**Flags.** The share of the own reward, and who shares a trajectory.""",
     """The environment says in `group` who belongs together.""",
     """**From entities to groups.** The baseline sums the entity axis away (G = 1), the method keeps it (G = E):
-`x[g] = sum over the members e of g of x[e]`. Log probabilities, entropies and rewards all pass through this function.""",
+`x[g] = sum over the members e of g of x[e]`. Log probabilities, entropies and rewards all pass through here.""",
     """**A value for each group**, the mean of its members' values, in place of the team's; **and a reward** that is
 `w * own + (1 - w) * mean of the team's groups`, where the mean is over the groups that are alive.""",
     """**In the loop** the team's sum becomes each group's share.""",
