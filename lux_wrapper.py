@@ -1785,9 +1785,9 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             self._wait(steps)
             return getattr(self.games, f"{method}_wait")()
         except (EOFError, ConnectionError):
-            connection.wait([process.sentinel for process in self.games.processes], 5)
-            codes = [process.exitcode for process in self.games.processes]
-            dead = [self._name(worker) for worker, code in enumerate(codes) if code is not None]
+            sentinels = [process.sentinel for process in self.games.processes]
+            ended = connection.wait(sentinels, 5)
+            dead = [self._name(worker) for worker, sentinel in enumerate(sentinels) if sentinel in ended]
             failure = ChildProcessError(f"{' and '.join(dead)} died")
         except TimeoutError as error:
             failure = error
