@@ -56,7 +56,7 @@ any order, except that moves come first in ROBOT_ACTIONS.
     a feature               its name in FEATURES, and a line in LuxEncoder._observe_factories or
                             _observe_robots; or in `reset`, if it belongs to a cell of the map
     an action of robots     its name in ROBOT_ACTIONS, a line each in power_left and legal_actions,
-                            and its order in robot_order
+                            and its order in robot_queue
 
 **Without the vector environment** this file needs only NumPy: a bot for the official runner can use
 `LuxEncoder` (official observations to arrays and masks, actions to official orders) and
@@ -1211,7 +1211,7 @@ class LuxMatch:
 
     Args:
         options: LuxOptions.
-        weights: weight of each reward term, from `reward_weights`.
+        weights: weight of each reward term, from `weights_of`.
         engine_options: more settings for the engine.
     """
 

@@ -684,7 +684,10 @@ def test_factories_stand_near_ice():
 
 @pytest.mark.parametrize(
     "num_workers, options",
-    [(0, {}), (2, {"group_by": "cluster", "safe_masks": False, "max_robots": 6})],
+    [
+        (0, {"reward_weights": {"ice_dug": -1}}),
+        (2, {"reward_weights": {"survived": 7}, "group_by": "cluster", "safe_masks": False}),
+    ],
 )
 def test_matches_side_by_side_are_matches_alone(num_workers, options, time_limit):
     """Four matches together, one of which begins again before the others, and each alone: all the same."""
