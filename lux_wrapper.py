@@ -543,7 +543,8 @@ class LuxEncoder:
             for player, rows in enumerate(players):
                 slots = self.factory_slots[match][player]
                 table += [(match, player, slots[unit_id], True, *row) for unit_id, row in rows.items()]
-        match, player, slot, *fields = np.array(table, np.int64).T
+        table = np.array(table, np.int64).reshape(-1, 4 + len(Factory._fields))
+        match, player, slot, *fields = table.T
         by_slot = np.zeros((len(fields), len(matches), 2, self.options.max_factories), np.int64)
         by_slot[:, match, player, slot] = fields
         return Factories(by_slot[0] > 0, *by_slot[1:])
