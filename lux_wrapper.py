@@ -56,7 +56,7 @@ any order, except that moves come first in ROBOT_ACTIONS.
     a feature               its name in FEATURES, and a line in LuxEncoder._observe_factories or
                             _observe_robots; or in `reset`, if it belongs to a cell of the map
     an action of robots     its name in ROBOT_ACTIONS, a line each in power_left and legal_actions,
-                            and its order in robot_order
+                            and its order in robot_queue
 
 **Without the vector environment** this file needs only NumPy: a bot for the official runner can use
 `LuxEncoder` (official observations to arrays and masks, actions to official orders) and
@@ -508,7 +508,8 @@ class LuxEncoder:
             for player, rows in enumerate(players):
                 slots = self.factory_slots[match][player]
                 table += [(match, player, slots[unit_id], True, *row) for unit_id, row in rows.items()]
-        match, player, slot, *fields = np.array(table, np.int64).T
+        table = np.array(table, np.int64).reshape(-1, 4 + len(Factory._fields))
+        match, player, slot, *fields = table.T
         by_slot = np.zeros((len(fields), len(matches), 2, self.options.max_factories), np.int64)
         by_slot[:, match, player, slot] = fields
         return Factories(by_slot[0] > 0, *by_slot[1:])
@@ -1183,7 +1184,7 @@ class LuxMatch:
 
     Args:
         options: LuxOptions.
-        weights: weight of each reward term, from `reward_weights`.
+        weights: weight of each reward term, from `weights_of`.
         engine_options: more settings for the engine.
     """
 
@@ -1739,9 +1740,9 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             self._wait(steps)
             return getattr(self.games, f"{method}_wait")()
         except (EOFError, ConnectionError):
-            connection.wait([process.sentinel for process in self.games.processes], 5)
-            codes = [process.exitcode for process in self.games.processes]
-            dead = [self._name(worker) for worker, code in enumerate(codes) if code is not None]
+            sentinels = [process.sentinel for process in self.games.processes]
+            ended = connection.wait(sentinels, 5)
+            dead = [self._name(worker) for worker, sentinel in enumerate(sentinels) if sentinel in ended]
             failure = ChildProcessError(f"{' and '.join(dead)} died")
         except TimeoutError as error:
             failure = error
