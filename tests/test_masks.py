@@ -134,7 +134,7 @@ def riches(rng):
             heavy = int(unit.is_heavy())
             if rng.random() < 0.3:
                 full = lux.BATTERY[heavy]
-                edge = rng.choice([0, lux.ORDER_COST[heavy], lux.DIG_COST[heavy], lux.WORST_MOVE[heavy], full])
+                edge = rng.choice([0, lux.ORDER_COST[heavy], lux.DIG_COST[heavy], lux.MOVE_COST_ONTO[heavy, 100], full])
                 unit.power = int(np.clip(edge + rng.integers(-2, 13) * (1 + 9 * heavy), 0, full))
             if rng.random() < 0.05:
                 unit.cargo.ice, unit.cargo.ore = (int(rng.choice([0, 1, lux.CARGO[heavy]])) for _ in range(2))
