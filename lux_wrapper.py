@@ -67,7 +67,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import itertools
 import os
 import signal
 import sys
@@ -82,9 +81,7 @@ try:
 except ModuleNotFoundError:
     gym = None  # only LuxVecEnv needs it
 
-# ------------------------------------------------------------------------------------------------
-# Names
-# ------------------------------------------------------------------------------------------------
+# ---------- Names ----------
 
 PLAYERS = ("player_0", "player_1")
 NOBODY, FACTORY, LIGHT, HEAVY = range(4)
@@ -186,9 +183,7 @@ def columns(*names):
     return [COLUMN[name] for name in names]
 
 
-# ------------------------------------------------------------------------------------------------
-# Options
-# ------------------------------------------------------------------------------------------------
+# ---------- Options ----------
 
 
 @dataclass(frozen=True)
@@ -259,9 +254,7 @@ def weights_of(preset="ice", changes=None):
     return weights
 
 
-# ------------------------------------------------------------------------------------------------
-# Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy
-# ------------------------------------------------------------------------------------------------
+# ---------- Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy ----------
 
 GAME_LENGTH, CYCLE, DAY = 1000, 50, 30  # steps
 METAL_COST = np.array([10, 100])
@@ -283,9 +276,7 @@ WATER_RESERVE = 200  # steps that a factory must be able to live on after wateri
 LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
 FAR = 10**6  # more than any distance or time
 
-# ------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------
+# ---------- Reading ----------
 
 # What the encoder reads of an observation. `factories` and `robots` hold a dict for each player,
 # unit_id -> Factory or Robot; the rest are numbers and maps [H, W].
@@ -304,25 +295,16 @@ def read_observation(obs):
     factories, robots = ({}, {}), ({}, {})
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in obs["factories"][name].items():
+            x, y = map(int, factory["pos"])
             cargo = factory["cargo"]
-            factories[player][unit_id] = Factory(
-                *map(int, factory["pos"]),
-                *(factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]),
-                factory["strain_id"],
-            )
+            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
+            factories[player][unit_id] = Factory(x, y, *stock, factory["strain_id"])
         for unit_id, unit in obs["units"][name].items():
-            order, direction = unit["action_queue"][0][:2] if len(unit["action_queue"]) else (None, 0)
-            current_action = STAY  # other orders than these two end within a step
-            if order == ENGINE_DIG:
-                current_action = DIG
-            elif order == ENGINE_MOVE:
-                current_action = int(direction)
-            robots[player][unit_id] = Robot(
-                int(unit["unit_type"] == "HEAVY"),
-                *map(int, unit["pos"]),
-                *(unit["power"], unit["cargo"]["ice"], unit["cargo"]["ore"]),
-                current_action,
-            )
+            x, y = map(int, unit["pos"])
+            heavy, cargo, queue = int(unit["unit_type"] == "HEAVY"), unit["cargo"], unit["action_queue"]
+            order, direction = queue[0][:2] if len(queue) else (None, STAY)
+            action = {ENGINE_DIG: DIG, ENGINE_MOVE: int(direction)}.get(order, STAY)
+            robots[player][unit_id] = Robot(heavy, x, y, unit["power"], cargo["ice"], cargo["ore"], action)
     board = obs["board"]
     maps = board["rubble"], board["lichen"], board["lichen_strains"]
     return Snapshot(obs["real_env_steps"], *maps, factories, robots)
@@ -334,31 +316,19 @@ def read_engine(state):
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in state.factories[name].items():
             pos, cargo = factory.pos, factory.cargo
-            factories[player][unit_id] = Factory(
-                *(pos.x, pos.y, factory.power),
-                *(cargo.ice, cargo.ore, cargo.water, cargo.metal),
-                factory.num_id,
-            )
+            stock = factory.power, cargo.ice, cargo.ore, cargo.water, cargo.metal
+            factories[player][unit_id] = Factory(pos.x, pos.y, *stock, factory.num_id)
         for unit_id, unit in state.units[name].items():
-            order = unit.action_queue[0] if unit.action_queue else None
-            current_action = STAY
-            if order and order.act_type == "dig":
-                current_action = DIG
-            elif order and order.act_type == "move":
-                current_action = order.move_dir
-            pos, cargo = unit.pos, unit.cargo
-            robots[player][unit_id] = Robot(
-                *(int(unit.is_heavy()), pos.x, pos.y, unit.power, cargo.ice, cargo.ore),
-                current_action,
-            )
+            heavy, pos, cargo, queue = int(unit.is_heavy()), unit.pos, unit.cargo, unit.action_queue
+            order = queue[0].act_type if queue else None
+            action = DIG if order == "dig" else queue[0].move_dir if order == "move" else STAY
+            robots[player][unit_id] = Robot(heavy, pos.x, pos.y, unit.power, cargo.ice, cargo.ore, action)
     board = state.board
     maps = board.rubble, board.lichen, board.lichen_strains
     return Snapshot(state.real_env_steps, *maps, factories, robots)
 
 
-# ------------------------------------------------------------------------------------------------
-# The encoder: observations to arrays, actions to official orders
-# ------------------------------------------------------------------------------------------------
+# ---------- The encoder: observations to arrays, actions to official orders ----------
 
 # One observation of every match: `time` [N], maps [N, H, W] (`own_lichen` [N, P, H, W]), and entities.
 # `all_robots` includes robots without a slot; `robots` and their `unit_ids` do not.
@@ -503,7 +473,7 @@ class LuxEncoder:
         self.strains_before = scene.strains
         return obs, (scene, builds)
 
-    # -- Reading ---------------------------------------------------------------------------------
+    # ---------- Reading ----------
 
     def _read(self, snapshots):
         """The Scene that these snapshots show; gives slots to new robots."""
@@ -607,7 +577,7 @@ class LuxEncoder:
             *(steps_home, nearest, worth_clearing),
         )
 
-    # -- Observing -------------------------------------------------------------------------------
+    # ---------- Observing ----------
 
     def _draw_board(self, board, scene):
         """Write the channels of the boards [N, P, H, W, C]."""
@@ -710,7 +680,7 @@ class LuxEncoder:
             obs["features"][..., COLUMN[name]] = value[..., None]
         obs["features"][obs["kind"] == NOBODY] = 0
 
-    # -- Masks -----------------------------------------------------------------------------------
+    # ---------- Masks ----------
 
     def _plan_builds(self, scene, heavies):
         """Which factories can pay for a robot, and which of them have a slot for it.
@@ -806,7 +776,7 @@ class LuxEncoder:
         harmless[DIG] &= left[DIG] >= way_home[STAY]
         return harmless
 
-    # -- Orders ----------------------------------------------------------------------------------
+    # ---------- Orders ----------
 
     def orders(self, view, actions):
         """Official orders for an observation.
@@ -1038,9 +1008,7 @@ def robot_queue(robot, action, delivery_direction):
     return np.array([order], np.int64)
 
 
-# ------------------------------------------------------------------------------------------------
-# Lichen: what the reward "lichen" adds to the encoder
-# ------------------------------------------------------------------------------------------------
+# ---------- Lichen: what the reward "lichen" adds to the encoder ----------
 
 # Bool maps [N, P, H, W]: `room` where own lichen grows or can spread to, `to_clear` where only rubble
 # keeps it from spreading next
@@ -1127,9 +1095,7 @@ def threatened(robots, all_robots, around, bordered_shape):
     return threat[[STAY, UP, RIGHT, DOWN, LEFT, *stays]]
 
 
-# ------------------------------------------------------------------------------------------------
-# Bidding and factory placement
-# ------------------------------------------------------------------------------------------------
+# ---------- Bidding and factory placement ----------
 
 
 def early_phase_action(obs, player, grow_lichen=False):
@@ -1201,9 +1167,7 @@ def gaussian_filter(board, sigma):
     return kernels[0] @ board @ kernels[1]
 
 
-# ------------------------------------------------------------------------------------------------
-# One match: the engine, rewards and metrics
-# ------------------------------------------------------------------------------------------------
+# ---------- One match: the engine, rewards and metrics ----------
 
 
 class LuxMatch:
@@ -1399,9 +1363,7 @@ def _engine_class():
     return Engine
 
 
-# ------------------------------------------------------------------------------------------------
-# Many matches
-# ------------------------------------------------------------------------------------------------
+# ---------- Many matches ----------
 
 OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
 
@@ -1440,20 +1402,19 @@ def single_spaces(options):
     return gym.spaces.Dict(spaces), gym.spaces.MultiDiscrete(num_actions)
 
 
-def map_seeds(seed, match, num_envs, held_out):
-    """Generate the seeds of the maps that a match plays one after the other.
+def map_seed(seed, match, played, num_envs, held_out):
+    """Seed of the map on which a match begins.
 
     Args:
         seed: of `reset`.
         match: number of the match, counted over all processes.
+        played: how many matches have begun in its place since, this one included.
         num_envs, held_out: as in LuxVecEnv.
     """
     if held_out:
-        for played in itertools.count():
-            yield (seed + match + played * num_envs) % HELD_OUT_SEEDS
+        return (seed + match + (played - 1) * num_envs) % HELD_OUT_SEEDS
     rng = np.random.default_rng([seed, match])
-    while True:
-        yield int(rng.integers(HELD_OUT_SEEDS, 2**31))
+    return int([rng.integers(HELD_OUT_SEEDS, 2**31) for _ in range(played)][-1])
 
 
 class LuxMatches(gym.Env if gym else object):
@@ -1465,12 +1426,12 @@ class LuxMatches(gym.Env if gym else object):
     Args:
         indices: range of the numbers that the matches have in LuxVecEnv.
         options: LuxOptions.
-        seeds_of: function (seed of `reset`, index of a match) -> iterator over map seeds.
+        seed_of: function (seed of `reset`, index of a match, matches begun there) -> map seed.
         new_match: function without arguments that makes a LuxMatch.
     """
 
-    def __init__(self, indices, options, seeds_of, new_match):
-        self.indices, self.seeds_of, self.new_match = indices, seeds_of, new_match
+    def __init__(self, indices, options, seed_of, new_match):
+        self.indices, self.seed_of, self.new_match = indices, seed_of, new_match
         self.matches = []  # made by the first `reset`: the engine is slow to import
         self.encoder = LuxEncoder(options, len(indices))
         self.view = None
@@ -1484,8 +1445,10 @@ class LuxMatches(gym.Env if gym else object):
         self.matches = self.matches or [self.new_match() for _ in self.indices]
         if options is not None:
             return self._resume([options["state"][index] for index in self.indices]), {}
-        self._count_maps(seed)
+        self.seed = seed
+        self.played = [0 for _ in self.indices]
         for row in range(len(self.matches)):
+            self.played[row] += 1
             self._begin(row)
         return self._observe(), {}
 
@@ -1500,6 +1463,7 @@ class LuxMatches(gym.Env if gym else object):
                 rewards[row], metrics = match.step(orders[row], acts[row])
             if metrics is not None:
                 finished.append((self.indices[row], metrics))
+                self.played[row] += 1
                 self._begin(row)
         return self._observe(), 0.0, False, False, {"rewards": rewards, "finished": finished}
 
@@ -1510,20 +1474,11 @@ class LuxMatches(gym.Env if gym else object):
             for played, log, match in zip(self.played, self.action_log, self.matches)
         ]
 
-    def _count_maps(self, seed):
-        """Start counting maps for the seed of `reset`."""
-        self.seed = seed
-        self.played = [0 for _ in self.indices]
-        self.map_seeds = [self.seeds_of(seed, index) for index in self.indices]
-
     def _begin(self, row):
-        """Begin the next match of a row."""
-        self.played[row] += 1
-        self._begin_on(row, next(self.map_seeds[row]))
-
-    def _begin_on(self, row, map_seed):
+        """Begin the match whose turn it is."""
         with self._naming(row):
-            self.encoder.reset(self.matches[row].reset(map_seed), row)
+            seed = self.seed_of(self.seed, self.indices[row], self.played[row])
+            self.encoder.reset(self.matches[row].reset(seed), row)
 
     def _observe(self):
         snapshots = [read_engine(match.engine.state) for match in self.matches]
@@ -1536,19 +1491,17 @@ class LuxMatches(gym.Env if gym else object):
         The encoder takes one observation of every match at a time. So all matches must arrive in the
         same step, and younger ones, which begin later, stand at their start until then.
         """
-        self._count_maps(int(states[0]["seed"]))
+        self.seed = int(states[0]["seed"])
+        self.played = [int(state["played"]) for state in states]
         ages = [len(state["actions"]) for state in states]
         begins = [max(ages) - age for age in ages]
-        map_seeds = []
-        for row, state in enumerate(states):
-            self.played[row] = int(state["played"])
-            map_seeds.append([next(self.map_seeds[row]) for _ in range(self.played[row])][-1])
-            self.action_log[row, : ages[row]] = state["actions"]
+        for log, age, state in zip(self.action_log, ages, states):
+            log[:age] = state["actions"]
         orders = acts = None
         for step in range(max(ages) + 1):
             for row, match in enumerate(self.matches):
                 if step in (0, begins[row]):
-                    self._begin_on(row, map_seeds[row])
+                    self._begin(row)
                 elif step > begins[row]:
                     match.step(orders[row], acts[row])
             obs = self._observe()
@@ -1631,14 +1584,14 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         shares = max(n for n in range(1, max(num_workers, 1) + 1) if num_envs % n == 0)
         self.size = num_envs // shares  # matches of a worker
 
-        def seeds_of(seed, index):
-            return map_seeds(seed, first_match + index, num_envs, held_out)
+        def seed_of(seed, index, played):
+            return map_seed(seed, first_match + index, played, num_envs, held_out)
 
         new_match = functools.partial(LuxMatch, self.options, weights, engine_options)
         make_matches = [
             functools.partial(
                 *(_make_matches, os.getpid(), range(first, first + self.size)),
-                *(self.options, seeds_of, new_match),
+                *(self.options, seed_of, new_match),
             )
             for first in range(0, num_envs, self.size)
         ]
@@ -1714,20 +1667,13 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             ValueError: if it cannot be the state of such an environment.
         """
         number = self.single_action_space.nvec
-
-        def fits(match):
-            log = match["actions"]
-            is_log = log.dtype == np.int8 and log.shape[1:] == number.shape and len(log) < GAME_LENGTH
-            is_count = np.size(match["seed"]) == np.size(match["played"]) == 1
-            return (
-                (is_log and is_count)
-                and ((0 <= log) & (log < number)).all()
-                and (match["seed"] >= 0 and match["played"] >= 1)
-            )
-
-        if len(state) != self.num_envs or not all(map(fits, state)):
+        logs = [match["actions"] for match in state]
+        fits = len(logs) == self.num_envs
+        for log in logs:
+            fits = fits and log.shape[1:] == number.shape and ((0 <= log) & (log < number)).all()
+        if not fits:
             raise ValueError("the state of the matches is that of another environment")
-        steps = max(len(match["actions"]) for match in state)
+        steps = max(map(len, logs))
         options = {"state": state}
         obs, _ = self._call("reset", options=options, steps=steps + 1)
         return self._observations(obs), {}
@@ -1774,7 +1720,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
                 episode[key][index] = value
         return {"episode": episode, "_episode": ended}
 
-    # -- Workers ---------------------------------------------------------------------------------
+    # ---------- Workers ----------
 
     def _call(self, method, *args, steps=1, **kwargs):
         """What a method of `games` returns; if a worker fails, one sentence, and all workers are ended."""
