@@ -9,6 +9,7 @@ often each rule decides alone.
 Of cells that are equally near the first one counts, by x, then by y; of factories the one placed first.
 """
 
+import itertools
 import math
 from collections import Counter
 
@@ -142,7 +143,7 @@ def footprint(factories):
 
 
 # ------------------------------------------------------------------------------------------------
-# The board
+# Board and features
 # ------------------------------------------------------------------------------------------------
 
 
@@ -172,11 +173,6 @@ def channels(side):
         "opponent_light": draw(kind_of("LIGHT", side.their_robots)),
         "opponent_heavy": draw(kind_of("HEAVY", side.their_robots)),
     }
-
-
-# ------------------------------------------------------------------------------------------------
-# Features: name -> value; what is not named is 0
-# ------------------------------------------------------------------------------------------------
 
 
 def log(amount):
@@ -223,7 +219,7 @@ def common_features(side, here, home):
 
 
 def factory_features(side, id):
-    """Kind, stocks, robots that belong to it, and who stands in its centre. Its home is itself."""
+    """Name -> value, where it is not 0: kind, stocks, robots that belong to it, and who stands in its centre. Its home is itself."""
     factory = side.factories[id]
     cargo = factory["cargo"]
     return {
@@ -474,14 +470,6 @@ def allowed(objections, safe_masks):
 # ------------------------------------------------------------------------------------------------
 
 
-def steps_ordered(robot, cost):
-    """The most that can be paid for, with one order now and one after; 1 at least."""
-    order, steps = config_of(robot).ACTION_QUEUE_POWER_COST, 1
-    while order + (steps + 1) * cost + order <= robot["power"]:
-        steps += 1
-    return steps
-
-
 def delivery(side, robot):
     """Direction, factory and resource of what a robot delivers; its own cell comes first."""
     cells = [tuple(robot["pos"]), *beside(robot["pos"]).values()]
@@ -494,19 +482,21 @@ def queue(side, robot, action):
     """The orders that make the robot do this.
 
     An order is: type (0 move, 1 transfer, 2 pick up, 3 dig), direction, resource (0 ice, 1 ore, 4
-    power), amount, repeat, times. Moves are counted as if all were over rubble of 100.
+    power), amount, repeat, times. Moves and digs are ordered as often as the power lasts, with one
+    order now and one after; moves are counted as if all were over rubble of 100.
     """
     config = config_of(robot)
+    order_cost = config.ACTION_QUEUE_POWER_COST
+    spare = robot["power"] - 2 * order_cost
     if action == "stay":
         return []
     if action == "dig":
-        return [[3, 0, 0, 0, 0, steps_ordered(robot, config.DIG_COST)]]
+        return [[3, 0, 0, 0, 0, max(spare // config.DIG_COST, 1)]]
     if action in MOVES:
         worst = math.floor(config.MOVE_COST + config.RUBBLE_MOVEMENT_COST * GAME.MAX_RUBBLE)
-        return [[0, 1 + list(MOVES).index(action), 0, 0, 0, steps_ordered(robot, worst)]]
+        return [[0, 1 + list(MOVES).index(action), 0, 0, 0, max(spare // worst, 1)]]
     if action == "pick_up_power":  # all that it can hold once the order is paid for
-        left = robot["power"] - config.ACTION_QUEUE_POWER_COST
-        return [[2, 0, 4, config.BATTERY_CAPACITY - left, 0, 1]]
+        return [[2, 0, 4, config.BATTERY_CAPACITY - (robot["power"] - order_cost), 0, 1]]
     direction, _, resource = delivery(side, robot)
     return [[1, direction, ["ice", "ore"].index(resource), robot["cargo"][resource], 0, 1]]
 
@@ -551,17 +541,6 @@ def compare_orders(side, sent, row, safe_masks, count):
     assert all(sent[id].shape[1:] == (6,) for id in side.robots.keys() & sent.keys())
 
 
-# ------------------------------------------------------------------------------------------------
-# The comparison
-# ------------------------------------------------------------------------------------------------
-
-
-def wrong_features(row, wanted):
-    """name -> (value, expected) where a row of features differs."""
-    pairs = {name: (value, wanted.get(name, 0)) for name, value in zip(lux.FEATURES, row)}
-    return {name: pair for name, pair in pairs.items() if abs(pair[0] - pair[1]) > 1e-5}
-
-
 def compare(side, seen, options):
     """All arrays of a team [...] against the second computation.
 
@@ -589,7 +568,8 @@ def compare(side, seen, options):
         assert seen["kind"][slot] == kind
         assert seen["position"][slot].tolist() == entity["pos"]
         assert seen["group"][slot] == (side.slot[head] if options.group_by == "cluster" else slot)
-        assert wrong_features(seen["features"][slot].tolist(), wanted) == {}, where
+        for name, value in zip(lux.FEATURES, seen["features"][slot].tolist()):
+            assert abs(value - wanted.get(name, 0)) < 1e-5, (where, name)
         may = [name in allowed(objections[id], options.safe_masks) for name in actions]
         may += [False] * (lux.NUM_ACTIONS - len(actions))
         assert seen["action_mask"][slot].tolist() == may, (where, actions)
@@ -635,10 +615,9 @@ def official(robots=(), factories=None, theirs=(), time=100, rubble=(), ice=(), 
     maps = ("rubble", "ice", "ore", "lichen", "lichen_strains")
     board = {name: np.zeros((SIZE, SIZE), int) for name in maps}
     board["lichen_strains"] -= 1
-    for cell in ice:
-        board["ice"][cell] = 1
-    for cell in ore:
-        board["ore"][cell] = 1
+    for name, cells in (("ice", ice), ("ore", ore)):
+        for cell in cells:
+            board[name][cell] = 1
     for cell, amount in dict(rubble).items():
         board["rubble"][cell] = amount
     for cell, (amount, strain) in dict(lichen).items():
@@ -646,18 +625,14 @@ def official(robots=(), factories=None, theirs=(), time=100, rubble=(), ice=(), 
         board["lichen_strains"][cell] = strain
 
     own = [factory(10, 10)] if factories is None else factories
-    all_factories = {
-        f"factory_{number}": entity | {"strain_id": number} for number, entity in enumerate([*own, factory(19, 19)])
-    }
-    all_robots = {f"unit_{number}": unit for number, unit in enumerate([*robots, *theirs], 10)}
-
-    def teams(all_entities, of_first):
-        pairs = list(all_entities.items())
-        return dict(zip(lux.PLAYERS, (dict(pairs[:of_first]), dict(pairs[of_first:]))))
-
+    numbers, strains = itertools.count(10), itertools.count()
+    units = [{f"unit_{n}": unit for unit, n in zip(team, numbers)} for team in (robots, theirs)]
+    homes = [
+        {f"factory_{n}": home | {"strain_id": n} for home, n in zip(team, strains)} for team in (own, [factory(19, 19)])
+    ]
     return {
-        "units": teams(all_robots, len(robots)),
-        "factories": teams(all_factories, len(own)),
+        "units": dict(zip(lux.PLAYERS, units)),
+        "factories": dict(zip(lux.PLAYERS, homes)),
         "board": board,
         "real_env_steps": time,
     }
@@ -981,21 +956,19 @@ def test_early_phase_action(bids):
     for action, bid in zip(actions.values(), bids):
         action["bid"] = bid
     obs = engine.step(actions)[0]["player_0"]
-    order = lux.PLAYERS if bids == (0, 0) else lux.PLAYERS[::-1]
-    for turn in (*order, *order):
-        team, bid = obs["teams"][turn], bids[lux.PLAYERS.index(turn)]
+    for turn in lux.PLAYERS * 2 if bids == (0, 0) else lux.PLAYERS[::-1] * 2:
+        team = obs["teams"][turn]
         action = lux.early_phase_action(obs, turn)
         assert lux.early_phase_action(obs, OTHER[turn]) == {}
         assert action.keys() == {"spawn", "water", "metal"}
-        assert action["water"] == action["metal"] == 150 - bid // 2
+        assert action["water"] == action["metal"] == 150 - bids[lux.PLAYERS.index(turn)] // 2
         best = max(score(obs, x, y) for x, y in np.ndindex(24, 24))
         assert score(obs, *action["spawn"]) == pytest.approx(best)
-        none_left, three_left = (
-            lux.early_phase_action(obs | {"teams": {turn: team | change}}, turn)
-            for change in ({"factories_to_place": 0}, {"factories_to_place": 3, "water": 301, "metal": 250})
-        )
-        assert none_left == {}
-        assert (three_left["water"], three_left["metal"]) == (100, 83)
+        three_left = team | {"factories_to_place": 3, "water": 301, "metal": 250}
+        share = lux.early_phase_action(obs | {"teams": {turn: three_left}}, turn)
+        assert (share["water"], share["metal"]) == (100, 83)
+        none_left = team | {"factories_to_place": 0}
+        assert lux.early_phase_action(obs | {"teams": {turn: none_left}}, turn) == {}
         obs = engine.step({turn: action, OTHER[turn]: {}})[0]["player_0"]
     assert obs["real_env_steps"] == 0
     for player in lux.PLAYERS:
@@ -1020,6 +993,9 @@ WEIGHTS = {
     "survived": 0.001,
     "factory_lost": -0.2,
 }
+# Metrics that are not named as the term that they add up
+METRIC = {"ice_delivered": "ice_transferred", "water_made": "water", "ore_delivered": "ore"}
+METRIC["metal_made"] = "metal"
 
 
 def test_weights():
@@ -1080,8 +1056,7 @@ class Account:
     def __init__(self, side, options, count):
         self.player, self.options, self.count = side.player, options, count
         self.placed = len(side.factories)
-        self.total, self.counted = Counter(), Counter()
-        self.steps_alive = self.earned = 0
+        self.total = Counter()  # by the names of metrics
 
     def book(self, side, row, after):
         """Rewards [E] of a step with actions `row` [E] that led to the observation `after`."""
@@ -1098,62 +1073,49 @@ class Account:
                 arrived[factory_id, resource] += robot["cargo"][resource]
             end = beside(robot["pos"]).get(action, tuple(robot["pos"]))
             ends.append((end, id in alive))
+        born = [robot["pos"] for id, robot in alive.items() if id not in side.robots]
         for id, action in factory_actions(side, row).items():
-            factory = side.factories[id]
             achieved[id] = factory_achievements(side, id, arrived, after)
             if action.startswith("build"):
-                self.counted[action] += 1
-                born = [robot["pos"] for id, robot in alive.items() if id not in side.robots]
-                ends.append((tuple(factory["pos"]), factory["pos"] in born))
+                self.total["lights_built" if action == "build_light" else "heavies_built"] += 1
+                centre = side.factories[id]["pos"]
+                ends.append((tuple(centre), centre in born))
         robots_on = Counter(cell for cell, _ in ends)
         lost = [cell for cell, survived in ends if not survived]
-        self.counted["lost"] += len(lost)
-        self.counted["collided"] += sum(robots_on[cell] > 1 for cell in lost)
-        self.counted["yielded"] += len(waiting)
-        self.counted["blocked"] += self.blocked_builds(side)
-        self.steps_alive += len(after["factories"][self.player])
+        self.total["robots_lost"] += len(lost)
+        self.total["own_collisions"] += sum(robots_on[cell] > 1 for cell in lost)
+        self.total["right_of_way"] += len(waiting)
+        slots = slots_for(side, self.options.safe_masks)
+        for id in side.factories:
+            kinds = payable(side, id, self.options.safe_masks)
+            self.total["blocked_builds"] += kinds != set() and not kinds & slots[id]
         rewards = np.zeros(self.options.num_entities)
         for id, terms in achieved.items():
             for term, amount in terms.items():
-                self.total[term] += amount
+                self.total[METRIC.get(term, term)] += amount
                 self.happened(term, amount != 0)
                 rewards[side.slot[id]] += WEIGHTS[term] * amount
-        self.earned += rewards.sum()
+        self.total["r"] += rewards.sum()
         return rewards
 
     def happened(self, what, times):
         self.count[self.player, what] += int(times)
 
-    def blocked_builds(self, side):
-        """How many factories can pay for a robot and find no slot for it."""
-        safe_masks = self.options.safe_masks
-        slots = slots_for(side, safe_masks)
-        kinds = {id: payable(side, id, safe_masks) for id in side.factories}
-        return sum(kinds[id] != set() and not kinds[id] & slots[id] for id in kinds)
-
     def metrics(self, memory, after):
         """Those of the whole match, which has ended with the observation `after`."""
         strains = [strain for strain, player in memory.owner.items() if player == self.player]
-        total, alive = self.total, self.steps_alive / GAME.max_episode_length
-        same = {term: total[term] for term in WEIGHTS if not term.endswith(("_made", "_delivered"))}
-        return same | {
-            "r": self.earned,
-            "ice_transferred": total["ice_delivered"],
-            "ice_per_factory": total["ice_delivered"] / self.placed,
-            "factories_alive": alive,
-            "factories_alive_share": alive / self.placed,
-            "factories_placed": self.placed,
-            "water": total["water_made"],
-            "ore": total["ore_delivered"],
-            "metal": total["metal_made"],
-            "lichen": sum(amount_of_lichen(after["board"], strain) for strain in strains),
-            "lights_built": self.counted["build_light"],
-            "heavies_built": self.counted["build_heavy"],
-            "robots_lost": self.counted["lost"],
-            "own_collisions": self.counted["collided"],
-            "right_of_way": self.counted["yielded"],
-            "blocked_builds": self.counted["blocked"],
-        }
+        alive = self.total["survived"] / GAME.max_episode_length
+        return (
+            dict.fromkeys(lux.TEAM_METRICS, 0)
+            | self.total
+            | {
+                "ice_per_factory": self.total["ice_transferred"] / self.placed,
+                "factories_alive": alive,
+                "factories_alive_share": alive / self.placed,
+                "factories_placed": self.placed,
+                "lichen": sum(amount_of_lichen(after["board"], strain) for strain in strains),
+            }
+        )
 
 
 def test_a_robot_without_a_slot():
@@ -1184,12 +1146,6 @@ def test_a_robot_without_a_slot():
 # ------------------------------------------------------------------------------------------------
 
 
-def jump(engine, step):
-    """Continue with another step of the match."""
-    engine.state.env_steps += step - engine.state.real_env_steps
-    engine.env_steps = engine.state.env_steps
-
-
 def plenty(engine, thirst):
     """A function that lets a match begin late, with much metal and power and free ground.
 
@@ -1205,9 +1161,9 @@ def plenty(engine, thirst):
             state.board.rubble[max(x - 4, 0) : x + 5, max(y - 4, 0) : y + 5] = 0
             dies = factory in second or (thirst and factory.team_id == 1)
             factory.cargo.water = 40 if dies else 400
-            factory.cargo.metal = 250
-            factory.power = 5000
-        jump(engine, 860)
+            factory.cargo.metal, factory.power = 250, 5000
+        state.env_steps += 860
+        engine.env_steps = state.env_steps
 
     return change
 
@@ -1274,16 +1230,11 @@ STAGES = {
     "large": dict(map_size=64, min_factories=4, max_factories=10, max_robots=20, safe_masks=False),
     "collisions": dict(min_factories=3, max_robots=16, group_by="cluster", safe_masks=False),
 }
-
-
-@pytest.fixture(scope="module")
-def found():
-    """What was counted in each stage that was played."""
-    return {}
+found = {}  # what was counted, by stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_matches(found, stage):
+def test_matches(stage):
     """Three matches in one encoder: orders and rewards of every step, arrays after every third."""
     options, rng = lux.LuxOptions(**STAGES[stage]), np.random.default_rng(3)
     env, matches = in_process(3, **STAGES[stage])
@@ -1306,7 +1257,7 @@ def test_matches(found, stage):
     found[stage] = sum((match.count for match in played), Counter())
 
 
-def test_everything_was_met(found):
+def test_everything_was_met():
     """The matches above met everything, what is paid for both players."""
     if len(found) < len(STAGES):
         pytest.skip("needs all of the matches above")
