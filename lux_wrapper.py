@@ -330,17 +330,18 @@ def read_engine(state):
 
 # ---------- The encoder: observations to arrays, actions to official orders ----------
 
-# One observation of every match: `time` [N], maps [N, H, W] (`own_lichen` [N, P, H, W]), and entities.
-# `all_robots` includes robots without a slot; `robots` and their `unit_ids` do not.
+# One observation of every match: `time` [N], maps [N, H, W], `own_lichen` (match, player, x and y of the
+# cells where teams' lichen grows), and entities. `all_robots` includes robots without a slot; `robots`
+# and their `unit_ids` do not.
 Scene = namedtuple(
     "Scene",
-    "snapshots time rubble lichen own_lichen strains factories all_robots robots unit_ids maps around soil",
+    "snapshots time rubble lichen strains own_lichen factories all_robots robots unit_ids maps around soil",
 )
 
 # Where things stand: maps [N, P, H + 2, W + 2] with a border of one cell, so that the neighbours of any
 # cell can be read. `factory` is the slot of the own factory that covers a cell, or -1; `centre` and
-# `robot` say whether an own one is there; `impassable` are the border and the opponent's factories.
-BorderedMaps = namedtuple("BorderedMaps", "factory centre robot impassable")
+# `robot` say whether an own one is there.
+BorderedMaps = namedtuple("BorderedMaps", "factory centre robot")
 
 # What is around each robot, arrays [5, R] by direction, the own cell first: the cells as indices in
 # BorderedMaps, what these have there, rubble, and steps to the edge of the nearest factory. Arrays [R]:
@@ -478,10 +479,12 @@ class LuxEncoder:
     def _read(self, snapshots):
         """The Scene that these snapshots show; gives slots to new robots."""
         seen = Snapshot(*zip(*snapshots))
-        rubble = np.stack(seen.rubble)
-        lichen = np.stack(seen.lichen).astype(np.uint8)  # small types make maps faster
-        strains = np.stack(seen.strains).astype(np.int16)
-        own_lichen = self._own_lichen(lichen, strains)
+        rubble = np.array(seen.rubble, np.int16)  # small types make maps faster
+        lichen = np.array(seen.lichen, np.int16)
+        strains = np.array(seen.strains, np.int16)
+        match, x, y = cells = marked_cells(strains >= 0)
+        owner = self.strain_owner[match, strains[cells]]
+        own_lichen = tuple(axis[owner >= 0] for axis in (match, owner, x, y))
         factories = self._read_factories(seen.factories)
         all_robots, all_ids = self._read_robots(seen.robots, factories)
         has_slot = all_robots.slot >= 0
@@ -494,17 +497,9 @@ class LuxEncoder:
             soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
         around = self._look_around(robots, factories, rubble, maps, soil)
         return Scene(
-            *(snapshots, np.array(seen.time), rubble, lichen, own_lichen, strains),
+            *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen),
             *(factories, all_robots, robots, unit_ids, maps, around, soil),
         )
-
-    def _own_lichen(self, lichen, strains):
-        """Lichen of each player, uint8 [N, P, H, W]."""
-        own = np.zeros((len(lichen), 2, *lichen.shape[1:]), np.uint8)
-        match, x, y = np.nonzero((lichen > 0) & (strains >= 0))
-        owner = self.strain_owner[match, strains[match, x, y]]
-        own[match, owner, x, y] = lichen[match, x, y]
-        return own
 
     def _read_factories(self, matches):
         """Factories by slot; `matches` holds for each match and player a dict unit_id -> Factory."""
@@ -562,7 +557,10 @@ class LuxEncoder:
     def _look_around(self, robots, factories, rubble, maps, soil):
         """What is Around the robots."""
         x, y = robots.x + 1 + DX[:, None], robots.y + 1 + DY[:, None]  # in bordered maps
-        cells = robots.match, robots.player, x, y
+        factory = maps.factory[robots.match, robots.player, x, y]
+        size = self.options.map_size
+        impassable = (x < 1) | (x > size) | (y < 1) | (y > size)
+        impassable |= maps.factory[robots.match, 1 - robots.player, x, y] >= 0
         rubble_there = bordered(rubble)[robots.match, x, y]
         nearest = nearest_factory(factories, *(robots.match, robots.player, robots.x, robots.y))
         home = robots.match, robots.player, nearest
@@ -573,7 +571,7 @@ class LuxEncoder:
             here = robots.match, robots.player, robots.x, robots.y
             worth_clearing = rubble_there[STAY] * soil.to_clear[here]
         return Around(
-            *(x, y, maps.factory[cells], maps.impassable[cells], rubble_there),
+            *(x, y, factory, impassable, rubble_there),
             *(steps_home, nearest, worth_clearing),
         )
 
@@ -583,19 +581,14 @@ class LuxEncoder:
         """Write the channels of the boards [N, P, H, W, C]."""
         board[:] = self.terrain[:, None]
         board[..., CHANNEL["rubble"]] = scene.rubble[:, None]
-        if scene.own_lichen.any():
-            board[..., CHANNEL["own_lichen"]] = scene.own_lichen
-            board[..., CHANNEL["opponent_lichen"]] = scene.own_lichen[:, ::-1]
-        covered = np.uint8(100) * (scene.maps.factory[..., 1:-1, 1:-1] >= 0)
-        board[..., CHANNEL["own_factory"]] = covered
-        board[..., CHANNEL["opponent_factory"]] = covered[:, ::-1]
+        match, player, x, y = scene.own_lichen
+        draw(board, "lichen", match, player, x, y, scene.lichen[match, x, y])
+        match, player, _, x, y = factory_cells(scene.factories)
+        draw(board, "factory", match, player, x, y)
         robots = scene.all_robots
-        for kind, heavy in (("light", False), ("heavy", True)):
-            match, player, x, y = (
-                field[robots.heavy == heavy] for field in (robots.match, robots.player, robots.x, robots.y)
-            )
-            board[match, player, x, y, CHANNEL[f"own_{kind}"]] = 100
-            board[match, 1 - player, x, y, CHANNEL[f"opponent_{kind}"]] = 100
+        for kind, name in enumerate(("light", "heavy")):
+            rows = robots.heavy == kind
+            draw(board, name, robots.match[rows], robots.player[rows], robots.x[rows], robots.y[rows])
 
     def _count_built(self, robots):
         """Light and heavy robots alive that each factory built, two arrays [N, P, max_factories]."""
@@ -627,8 +620,7 @@ class LuxEncoder:
         }.items():
             features[..., COLUMN[name]] = value
         if scene.soil is not None:
-            lichen_cells = count_nearest(scene.own_lichen > 0, factories)
-            features[..., COLUMN["lichen_cells"]] = lichen_cells / 50
+            features[..., COLUMN["lichen_cells"]] = count_nearest(scene.soil.lichen, factories) / 50
             features[..., COLUMN["room_cells"]] = count_nearest(scene.soil.room, factories) / 50
 
     def _observe_robots(self, obs, scene):
@@ -760,8 +752,9 @@ class LuxEncoder:
         here = robots.match, robots.x, robots.y
         cargo = CARGO[robots.heavy]
         on_ice, on_ore = self.ice[here], self.ore[here]
-        own_lichen = scene.own_lichen[robots.match, robots.player, robots.x, robots.y] > 0
-        others_lichen = (scene.lichen[here] > 0) & ~own_lichen
+        is_own = self.strain_owner[robots.match, scene.strains[here]] == robots.player
+        own_lichen = (scene.lichen[here] > 0) & is_own
+        others_lichen = (scene.lichen[here] > 0) & ~is_own
         mines = (on_ice & (robots.ice < cargo)) | (on_ore & (robots.ore < cargo))
         clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | others_lichen
         clears |= (around.worth_clearing > 0) & (robots.heavy == 0)
@@ -862,6 +855,11 @@ def ways_to_nearest(cells):
     return np.clip(ways / 8, -1, 1)
 
 
+def marked_cells(maps):
+    """Indices of the marked cells of bool maps, as np.nonzero, which is slow on maps with few of them."""
+    return np.unravel_index(np.flatnonzero(maps), maps.shape)
+
+
 def nearest_factory(factories, match, player, x, y):
     """Slot of the team's factory that is nearest to a cell, the first of equally near ones.
 
@@ -881,23 +879,30 @@ def bordered(maps):
     return wide
 
 
+def factory_cells(factories):
+    """Match, player, slot, x and y of the 3 x 3 cells that each factory covers; x and y [9, factories]."""
+    match, player, slot = who = np.nonzero(factories.alive)
+    dx, dy = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)
+    return match, player, slot, factories.x[who] + dx, factories.y[who] + dy
+
+
 def bordered_maps(factories, all_robots, size):
     """The BorderedMaps of these entities on boards with `size` cells to a side."""
     shape = len(factories.alive), 2, size + 2, size + 2
-    match, player, slot = who = np.nonzero(factories.alive)
-    x, y = factories.x[who] + 1, factories.y[who] + 1
+    match, player, slot, x, y = factory_cells(factories)
     factory = np.full(shape, -1, np.int8)
-    for dx in (-1, 0, 1):
-        for dy in (-1, 0, 1):
-            factory[match, player, x + dx, y + dy] = slot
+    factory[match, player, x + 1, y + 1] = slot
     centre = np.zeros(shape, bool)
-    centre[match, player, x, y] = True
+    centre[match, player, x[4] + 1, y[4] + 1] = True
     robot = np.zeros(shape, bool)
     robot[all_robots.match, all_robots.player, all_robots.x + 1, all_robots.y + 1] = True
-    impassable = factory[:, ::-1] >= 0
-    impassable[..., [0, -1], :] = True
-    impassable[..., :, [0, -1]] = True
-    return BorderedMaps(factory, centre, robot, impassable)
+    return BorderedMaps(factory, centre, robot)
+
+
+def draw(board, name, match, player, x, y, value=100):
+    """Draw entities of players into the boards of both, as their own and as the opponent's."""
+    board[match, player, x, y, CHANNEL[f"own_{name}"]] = value
+    board[match, 1 - player, x, y, CHANNEL[f"opponent_{name}"]] = value
 
 
 def log_amount(amount):
@@ -944,9 +949,10 @@ def water_costs(strains, strains_before, lichen, num_strains):
     """
     N, H, W = strains.shape
     counted = np.zeros((N, num_strains, H + 2, W + 2), bool)
-    for cells in (strains, strains_before):
-        match, x, y = np.nonzero(cells >= 0)
-        strain = cells[match, x, y]
+    lost = (strains_before >= 0) & (strains_before != strains)
+    for marked, strain_of in ((strains >= 0, strains), (lost, strains_before)):
+        match, x, y = marked_cells(marked)
+        strain = strain_of[match, x, y]
         counted[match, strain, x + 1, y + 1] = True
         spreads = lichen[match, x, y] >= LICHEN_TO_SPREAD - 2
         match, strain, x, y = match[spreads], strain[spreads], x[spreads], y[spreads]
@@ -1010,27 +1016,29 @@ def robot_queue(robot, action, delivery_direction):
 
 # ---------- Lichen: what the reward "lichen" adds to the encoder ----------
 
-# Bool maps [N, P, H, W]: `room` where own lichen grows or can spread to, `to_clear` where only rubble
-# keeps it from spreading next
-Soil = namedtuple("Soil", "room to_clear")
+# Bool maps [N, P, H, W]: own `lichen`, `room` where it grows or can spread to, and `to_clear` where
+# only rubble keeps it from spreading next
+Soil = namedtuple("Soil", "lichen room to_clear")
 
 
 def lichen_soil(own_lichen, resources, rubble, bordered_factory):
     """The Soil of both players, LICHEN_REACH steps over bare ground from own factories and lichen.
 
     Args:
-        own_lichen: units [N, P, H, W].
+        own_lichen: as in Scene.
         resources: bool [N, H, W], ice and ore.
         rubble: units [N, H, W].
         bordered_factory: as in BorderedMaps.
     """
     covered = bordered_factory[..., 1:-1, 1:-1] >= 0
-    fertile = ~resources[:, None] & ~covered & ~covered[:, ::-1] & (own_lichen[:, ::-1] == 0)
+    own = np.zeros_like(covered)
+    own[own_lichen] = True
+    fertile = ~resources[:, None] & ~covered & ~covered[:, ::-1] & ~own[:, ::-1]
     under_rubble = rubble[:, None] > 0
-    reached = covered | (own_lichen > 0)
+    reached = covered | own
     for _ in range(LICHEN_REACH):
         reached |= dilate(reached) & fertile & ~under_rubble
-    return Soil(reached & ~covered, dilate(reached) & fertile & under_rubble)
+    return Soil(own, reached & ~covered, dilate(reached) & fertile & under_rubble)
 
 
 def dilate(cells):
@@ -1042,7 +1050,7 @@ def dilate(cells):
 
 def count_nearest(cells, factories):
     """Number of marked cells nearest to each factory of the team: [N, P, H, W] to [N, P, max_factories]."""
-    match, player, x, y = np.nonzero(cells)
+    match, player, x, y = marked_cells(cells)
     count = np.zeros(factories.alive.shape, np.int64)
     np.add.at(count, (match, player, nearest_factory(factories, match, player, x, y)), 1)
     return count
