@@ -145,20 +145,20 @@ def queue(arms, seeds=None):
     return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], list(ARMS).index(job[0])))
 
 
-def programs(arm, folder):
-    """Folder of the programs that an arm runs: this project's, or a patched copy in `folder`.
+def programs(patches, folder):
+    """Folder of the programs: this project's, or with patches a copy in `folder`.
 
     Raises:
         Failed: if a patch does not fit the programs.
     """
-    if arm not in PATCHES:
+    if not patches:
         return ROOT
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # of any repository
-    for name in PATCHES[arm]:
+    for name in patches:
         command = ["git", "apply", PATCH_FOLDER / f"{name}.patch"]
         done = subprocess.run(command, cwd=folder, env=outside, capture_output=True, text=True)
         if done.returncode:
@@ -350,8 +350,8 @@ class Work:
         script, *flags = shlex.split(task["command"])
         run = task | {"commit": commit()}
         say(task["arm"], task["seed"], f"training, see {folder}")
-        command = [sys.executable, programs(task["arm"], folder / "programs") / script, *flags]
-        self.run(command, folder, "training.log")
+        command = [sys.executable, programs(task["patches"].split(), folder / "programs") / script]
+        self.run([*command, *flags], folder, "training.log")
         paths = saved(folder)
         last = torch.load(paths[max(paths)], weights_only=True)
         every = SAVE_EVERY * last["args"]["num_envs"] * last["args"]["num_steps"]
@@ -378,7 +378,7 @@ class Work:
         if wanted:
             say(arm, task["seed"], f"{len(wanted)} evaluations")
             script = task["command"].split(".py")[0]
-            patched = str(programs(arm, folder / "programs"))
+            patched = str(programs(task["patches"].split(), folder / "programs"))
             how = json.dumps([patched, script, wanted, self.matches, self.first_map])
             code = f"import sys; sys.path.append({str(ROOT / 'benchmark')!r}); import ablation; "
             code += f"ablation.evaluate(*{how})"
