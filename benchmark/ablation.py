@@ -418,6 +418,9 @@ def main(
         sys.exit(f"ablation.py: error: no arm {unknown[0]}; there are {', '.join(ARMS)}")
     if min(parallel, matches) < 1:
         sys.exit("ablation.py: error: --parallel and --matches must be at least 1")
+    for arm in arms if "--env-kwargs" in flags else ():
+        if "--env-kwargs" in ARMS[arm]:  # the second one would replace it
+            sys.exit(f"ablation.py: error: {arm} has --env-kwargs of its own")
     out.mkdir(parents=True, exist_ok=True)
     work, complete = Work(out, schedule, matches, first_map, flags), 0
     jobs = queue(arms, seeds)
