@@ -343,7 +343,7 @@ def components(data, last):
     """The README's table: what happens where the team shares a part, or everything."""
     study = Study(data, last)
     arms = [arm for arm in SHARED if arm in study.runs]
-    steps, rows = study.steps(arms), []
+    steps, rows = study.steps(arms) if arms else (), []
     for arm in arms:
         speed = study.reached(arm, "ice_transferred", 10000, steps, over="starting_factories")
         ice = [study.ice(arm, steps), speed, theirs(PUBLISHED[arm][0])]

@@ -1,6 +1,7 @@
 """The page of the authors' study: its numbers and verdicts from made-up matches, and that it is what the data says."""
 
 import csv
+import re
 import sys
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def text(tmp_path_factory):
     study.main(folder, folder / "out")
     said = (folder / "out" / "study.md").read_text()
     pictures = {path.stem for path in (folder / "out" / "study").glob("*.png")}
-    assert pictures == {"trajectories", "groups", "rules", "baseline"}
+    assert {section.name for section in study.SECTIONS} - pictures == {"lichen", "ablation"}
     assert all((f"study/{section.name}.png" in said) == (section.name in pictures) for section in study.SECTIONS)
     return said
 
@@ -111,7 +112,7 @@ def test_verdicts(text):
     final, pace = "holds 2, does not hold 1, within the intervals 1", "holds 1, does not hold 2, within the intervals 1"
     assert f"By final ice: {final}. By pace: {pace}." in " ".join(said.split())
     # Four pairs of this table, and separate above robots in two others, by 3,000 where seeds differ by 4,000.
-    assert "6 pairs so far. By final ice: holds 2, does not hold 1, within the intervals 3." in " ".join(text.split())
+    assert "6 pairs. By final ice: holds 2, does not hold 1, within the intervals 3." in " ".join(text.split())
 
 
 def test_what_is_missing(text):
@@ -120,35 +121,40 @@ def test_what_is_missing(text):
     assert "Evaluations that all of these have: 4,096, 8,192 steps." in said
     said, rows = of_section(text, "Number of groups of robots")
     assert set(rows) == {"robots", "separate", "separate above robots"}
-    assert "Evaluations that all of these have: 4,096, 8,192 steps." in said
     said, rows = of_section(text, "Flags of the baseline's own")
     assert set(rows) == {"global"} and "holds" not in said  # a pair has two arms
-    said, _ = of_section(text, "Tables not run yet")
-    assert "- Lichen: `default`, `lichen`\n" in said and "- Own share of the reward: `default`, `share-75`" in said
-    assert "Trajectories" not in said
-    said = " ".join(text.split())
-    assert f"5 of {len(ablation.ARMS)} arms so far" in said
-    assert "11 trainings with seeds 11 to 12, 1.8 hours with one thread each, at the commits `abc11`, `abc12`" in said
+    said, rows = of_section(text, "Lichen")
+    assert "Not run yet." in said and not rows
+    assert f"5 of {len(ablation.ARMS)} arms, 11 trainings with seeds 11 to 12," in text
+    assert "1.8 hours with one thread each, at the commits `abc11`, `abc12`." in text
 
 
-def test_why(tmp_path, monkeypatch):
-    """The explanation of a whole table has the means over seeds of what its trainings logged."""
-    why = {"lichen": "clipped {clipfrac[default]}, explained {explained_variance[lichen]}", "baseline": "whole"}
-    monkeypatch.setattr(study, "WHY", study.WHY | why)
+def test_patches(text):
+    """The lines of the patches of a table's arms, and no others."""
+    said, _ = of_section(text, "Number of groups of robots")
+    (shown,) = re.findall("```diff\n(.*?)```", said, re.DOTALL)
+    patch = (ablation.PATCH_FOLDER / "robots.patch").read_text().splitlines()
+    changed = [line for line in patch if line.startswith("+") and not line.startswith("+++")]
+    assert len(changed) == 2 and shown.splitlines() == ["# robots, in lux_wrapper.py", *changed]
+    assert study.changes(["separate", "global"]) == []
+    assert study.changes(["global-critic"])[0].count("\n-") == 2
+
+
+def test_losses(tmp_path, monkeypatch):
+    """What the page says of losses are means over seeds; an arm without trainings has none."""
+    monkeypatch.setattr(study, "PAGE", tmp_path / "page.md")
+    study.PAGE.write_text("{clipfrac[default]} {explained_variance[lichen]} {clipfrac[global]}")
     default = ARMS["separate"] | {17: ARMS["separate"][11]}
-    made_up(tmp_path, {"default": default, "lichen": ARMS["separate"], "global": ARMS["global"]})
+    made_up(tmp_path, {"default": default, "lichen": ARMS["separate"]})
     study.main(tmp_path, tmp_path)
-    said, _ = of_section((tmp_path / "study.md").read_text(), "Lichen")
-    assert said.rstrip().endswith("clipped 13%, explained 50%")  # 0.11, 0.12 and 0.17
-    said, _ = of_section((tmp_path / "study.md").read_text(), "Flags of the baseline's own")
-    assert "whole" not in said
+    assert (tmp_path / "study.md").read_text() == "13% 50% -"  # 0.11, 0.12 and 0.17
 
 
 def test_one_sentence_for_what_is_wrong(tmp_path):
-    with pytest.raises(SystemExit, match="there is no .*ablation.csv; benchmark/ablation.py makes it"):
+    with pytest.raises(SystemExit, match="there is no .*ablation.csv; ablation.py makes it"):
         study.main(tmp_path, tmp_path)
     made_up(tmp_path, {})
-    with pytest.raises(SystemExit, match="no training in .*ablation.csv is evaluated to its end"):
+    with pytest.raises(SystemExit, match="no training is evaluated to its end in .*ablation.csv"):
         study.main(tmp_path, tmp_path)
 
 
@@ -158,11 +164,8 @@ def test_pairs_and_verdicts():
     assert made.order(sections["lichen"]) == [("default", "lichen")]  # theirs is below their separate arm
     assert made.order(sections["ablation"]) == [("default", "large-heads"), ("large-heads", "no-safe-masks")]
     assert made.order(sections["baseline"]) == [] == made.order(sections["share"])
-    assert [study.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1))] == [
-        "holds",
-        "does not hold",
-        "within the intervals",
-    ]
+    verdicts = [study.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1))]
+    assert verdicts == ["holds", "does not hold", "within the intervals"]
     assert study.verdict(0, 0) == study.verdict(0, 1) == "within the intervals"
 
 
@@ -180,7 +183,6 @@ def test_every_arm_has_its_place():
     assert arms == set(ablation.ARMS)
     assert set(study.PUBLISHED) < arms and set(study.NAMES) < set(study.PUBLISHED)
     assert set(study.SHARED) < set(study.PUBLISHED)
-    assert list(study.WHY) == [section.name for section in study.SECTIONS]
     for section in study.SECTIONS:
         assert {arm for pair in section.pairs for arm in pair} <= set(section.arms.split())
 
