@@ -50,7 +50,7 @@ class Referee:
 
     def __init__(self, engine, count):
         self.engine, self.count, self.play = engine, count, engine.step
-        engine.env_cfg.validate_action_space = True
+        engine.env_cfg.validate_action_space = engine.collect_stats = True
         engine.log_error = lambda *message: count.update(malformed=1)
         engine.step = self.step
 
@@ -60,8 +60,9 @@ class Referee:
         # These cannot pay for an order, and so cannot stop what they can no longer pay for either.
         cost = {"LIGHT": lux.ORDER_COST[0], "HEAVY": lux.ORDER_COST[1]}
         self.weak = {unit.unit_id for unit in robots if unit.power < cost[unit.unit_type.name]}
-        self.count["orders"] += sum(map(len, orders.values()))
-        self.stats = state.stats
+        if state.real_env_steps >= 0:  # not while factories are placed
+            self.count["orders"] += sum(map(len, orders.values()))
+            self.state = state
         return self.play(orders)
 
     def validate(self, accepted, by_type):
@@ -72,10 +73,10 @@ class Referee:
 
     def compare(self, metrics):
         """At the end of a match: its metrics ("l", and arrays [P]) and the engine's counters."""
-        over = metrics["l"] >= lux.GAME_LENGTH or metrics["factories_alive"].min() == 0
+        over = metrics["l"] >= lux.GAME_LENGTH or not all(self.state.factories.values())
         self.count.update({"matches": 1, "ended by the engine": int(not over)})
         for team, player in enumerate(lux.PLAYERS):
-            stats = self.stats[player]
+            stats = self.state.stats[player]
             made, destroyed = stats["generation"], stats["destroyed"]
             engines = {
                 "ice_transferred": stats["transfer"]["ice"],
@@ -94,10 +95,11 @@ def soak_stage(settings, steps, seed):
     """Play random legal actions: what is counted, and (step, memory in MB, Python's blocks)."""
     count, memory = Counter(), []
     env = lux.LuxVecEnv(4, num_workers=0, **settings)
+    env.reset(seed=seed)  # makes the engines
     referees = [Referee(match.engine, count) for match in env.matches]
+    obs, _ = env.reset(seed=seed)
     rng, weights = np.random.default_rng(seed), np.ones(lux.NUM_ACTIONS)
     weights[[lux.DIG, lux.DELIVER]] = 5
-    obs, _ = env.reset(seed=seed)
     for step in range(0, steps, env.num_envs):
         mask = obs["action_mask"]
         actions = np.where(mask, rng.random(mask.shape) ** (1 / weights), -1).argmax(-1)
