@@ -17,14 +17,12 @@ import matplotlib
 import numpy as np
 import tyro
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import plot  # noqa: E402
 import torch  # noqa: E402
+from plot import plt  # noqa: E402
 
 import lux_wrapper as lux  # noqa: E402
 import trajsep_ppo  # noqa: E402
@@ -97,19 +95,14 @@ def comparison(data, last):
 
         return lambda runs: mean(runs, metric) / (mean(runs, over) if over else 1)
 
-    number, share = "{:,.0f}".format, "{:.0%}".format
+    number, share, step_text = "{:,.0f}".format, "{:.0%}".format, plot.step_text
+    ratio = ("ice_transferred", "starting_factories")
     measures = {
-        "steps to a mean length of 500": (plot.step_text, reached("episode_length", 500)),
-        "steps to 95% full-length matches": (plot.step_text, reached("full_length", 0.95)),
-        "steps to 10,000 ice per starting factory": (
-            plot.step_text,
-            reached("ice_per_factory", 10000),
-        ),
+        "steps to a mean length of 500": (step_text, reached("episode_length", 500)),
+        "steps to 95% full-length matches": (step_text, reached("full_length", 0.95)),
+        "steps to 10,000 ice per starting factory": (step_text, reached("ice_per_factory", 10000)),
         "final ice per starting factory, mean of each team's": (number, final("ice_per_factory")),
-        "the same, mean ice over mean factories": (
-            number,
-            final("ice_transferred", "starting_factories"),
-        ),
+        "the same, mean ice over mean factories": (number, final(*ratio)),
         "teams that lose a factory": (share, final("loses_factory")),
     }
     rows = []

@@ -154,9 +154,9 @@ def reached(runs, metric, level, find, steps=None):
 
 
 def final_row(runs, last, label):
-    cells = [spread(runs, last, metric) for metric in ("episode_length", "ice_transferred")]
-    cells.append(spread(runs, last, "ice_per_factory"))
-    cells += [spread(runs, last, metric, 2) for metric in ("factories_alive", "factories_alive_share")]
+    whole = ("episode_length", "ice_transferred", "ice_per_factory")
+    cells = [spread(runs, last, metric) for metric in whole]
+    cells += [spread(runs, last, f"factories_alive{end}", 2) for end in ("", "_share")]
     return [label, str(len(runs)), *cells]
 
 

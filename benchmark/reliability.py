@@ -140,12 +140,6 @@ def command(options, *flags):
     return [sys.executable, script, "--eval-episodes", "0", *map(str, flags)]
 
 
-def last_step(steps, num_envs):
-    """The step at which a training ends, with its last whole rollout."""
-    rollout = num_envs * trajsep_ppo.Args.num_steps
-    return steps // rollout * rollout
-
-
 def checkpoints(folder):
     return [path for run in Path(folder).glob("runs/*") for path in trajsep_ppo.checkpoints(run)]
 
@@ -168,11 +162,10 @@ def quiet(folder):
 def soak_training(options, keep):
     """Memory of a training and its workers, from its first update to its last checkpoint."""
     samples, start = [], time.time()
-    last = last_step(options.steps, trajsep_ppo.Args.num_envs)
     with tempfile.TemporaryDirectory() as folder:
         steps = ("--total-timesteps", options.steps)
         child = subprocess.Popen(command(options, *steps), **quiet(folder))
-        while child.poll() is None and last not in map(step_of, checkpoints(folder)):
+        while child.poll() is None and options.steps not in map(step_of, checkpoints(folder)):
             samples.append((round(time.time() - start, 1), round(memory_of(child.pid), 1)))
             time.sleep(min(2, 0.2 + len(samples) / 100))
         code = child.wait()
@@ -181,7 +174,7 @@ def soak_training(options, keep):
     before, after = np.median(sizes[tenth : 2 * tenth]), np.median(sizes[-tenth:])
     growth = after / before - 1
     result = {"samples": samples, "growth": growth, "passed": code == 0 and growth < 0.03}
-    line = f"{last:,} steps: {before:.0f} MB after the first tenth, {after:.0f} MB in the last"
+    line = f"{options.steps:,} steps: {before:.0f} MB after the first tenth, {after:.0f} MB in the last"
     return result, f"{line}, {growth:+.1%}; peak {max(sizes):.0f} MB, exit code {code}"
 
 
@@ -199,7 +192,7 @@ def kill(options, keep):
     with tempfile.TemporaryDirectory() as folder:
         child = train(folder, *flags)
         start = wait_for_checkpoint(folder, child, 1)
-        seconds = wait_for_checkpoint(folder, child, last_step(options.steps, 8)) - start
+        seconds = wait_for_checkpoint(folder, child, options.steps) - start
         if child.wait():
             said = Path(folder, "log").read_text()[-300:]
             sys.exit(f"reliability.py: error: the training failed: {said}")
@@ -227,7 +220,7 @@ def kill(options, keep):
 
 PARTS = {  # part -> its function, and its environment steps
     "soak-engine": (soak_engine, 1_000_000),
-    "soak-training": (soak_training, 200_000),
+    "soak-training": (soak_training, 204_800),
     "kill": (kill, 4096),
 }
 
@@ -243,7 +236,7 @@ def main(
     """Measure, print and keep in the folder `out`.
 
     Args:
-        steps: environment steps of a part, instead of its own number.
+        steps: environment steps of a part, whole rollouts, instead of its own number.
         kills: trainings that are killed.
         seed: of random actions and of the moments of kills.
         script: which one is trained in soak-training and kill.

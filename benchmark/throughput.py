@@ -40,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import tyro  # noqa: E402
-from helpers import scripted as scripted_team  # noqa: E402
+from helpers import scripted  # noqa: E402
 from luxai_s2 import LuxAI_S2  # noqa: E402
 from plot import table  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
@@ -73,7 +73,7 @@ class Stopwatches:
 
 
 def in_a_process(function, *args):
-    """What function(*args) returns in a fresh process, and the peak memory of it and its children in MB."""
+    """What function(*args) returns in a process of its own, and the peak of its memory in MB."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_send, args=(there, function, args))
@@ -96,14 +96,10 @@ def _send(pipe, function, args):
     pipe.send(function(*args))
 
 
-def children_of(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def memory_of(pid):
     """Memory of a process and its children in MB; what they share counts once."""
     try:
-        children = children_of(pid)
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         (size,) = [int(line.split()[1]) for line in lines if line.startswith("Pss:")]
     except (OSError, ValueError):  # it has ended
@@ -136,11 +132,9 @@ def commit():
 
 
 def machine():
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        model = names[0] if names else model
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    model = names[0] if names else platform.machine()
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     return f"{model}, {os.cpu_count()} cores, {versions}"
 
@@ -199,16 +193,8 @@ def report_training(result):
 # -- Wrapper -------------------------------------------------------------------------------
 
 
-def scripted(obs, rng):
-    """Actions [N, P, E] of the tests' scripted team, which here builds light robots too."""
-    actions = scripted_team(obs)
-    can_build = (obs["kind"] == lux.FACTORY) & obs["action_mask"][..., lux.BUILD_LIGHT]
-    build = can_build & (actions != lux.BUILD_HEAVY) & (rng.random(actions.shape) < 0.2)
-    return np.where(build, lux.BUILD_LIGHT, actions)
-
-
 def recorded_matches(env, seed, steps=200):
-    """Map seeds, actions (a list) and orders (a list for each match) of play; None if a match ended."""
+    """Map seeds, actions, and orders of each match of scripted play; None if a match ended."""
     obs, _ = env.reset(seed=seed)
     seeds = [match.seed for match in env.matches]
     orders = [[] for _ in env.matches]
@@ -220,10 +206,9 @@ def recorded_matches(env, seed, steps=200):
 
     for match, step, of_match in zip(env.matches, originals, orders):
         match.engine.step = partial(record, step, of_match)
-    rng = np.random.default_rng(0)
     actions, over = [], False
     while len(actions) < steps and not over:
-        actions.append(scripted(obs, rng))
+        actions.append(scripted(obs))
         obs, _, terminated, _, _ = env.step(actions[-1])
         over = terminated.any()
     for match, step in zip(env.matches, originals):
