@@ -1,4 +1,4 @@
-"""The ablation: the order of its queue, that it continues where it was stopped, and the numbers of its tables."""
+"""The ablation: its queue, that it continues where it was stopped, the numbers of its tables."""
 
 import csv
 import signal
@@ -61,9 +61,12 @@ def test_play_is_that_of_the_script_and_can_be_repeated():
     assert [match["lights_built"].mean() for match in metrics] == expected["lights_built"]
     for one, other in zip(metrics, play(False)):
         assert all(np.array_equal(one[key], other[key]) for key in one)
-    returns = [[match["r"].tolist() for match in x] for x in (metrics, greedy, play(True, 2), play(True, 1000))]
-    assert returns[0] != returns[1] and returns[2] != returns[3]
-    assert returns[2][:2] == returns[1][2:]  # maps 2 and 3
+
+    def returns(matches):
+        return [match["r"].tolist() for match in matches]
+
+    assert returns(metrics) != returns(greedy)
+    assert returns(play(True, 2))[:2] == returns(greedy)[2:]  # maps 2 and 3
 
 
 def rows_of(path):
@@ -72,8 +75,8 @@ def rows_of(path):
 
 def test_interrupted_and_resumed(tmp_path, capfd):
     out = tmp_path / "out"
-    command = [sys.executable, ROOT / "benchmark/ablation.py", "--arms", "global", "--seeds", "3", f"--flags={TINY}"]
-    command += ["--out", out, "--matches", "2", "--schedule", "64", "100", "192"]
+    command = [sys.executable, ROOT / "benchmark/ablation.py", "--arms", "global", "--seeds", "3"]
+    command += [f"--flags={TINY}", "--out", out, "--matches", "2", "--schedule", "64", "100", "192"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "global__3" / "evaluation_64_sampled.json").exists():
         assert process.poll() is None
@@ -83,10 +86,12 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     rows = rows_of(out / "ablation.csv")
     assert len(rows) % 4 == 0 and 4 <= len(rows) < 20  # 2 matches x 2 players an evaluation
     (run,) = rows_of(out / "runs.csv")
-    assert [run[key] for key in ("arm", "seed", "steps", "maps")] == ["global", "3", "256", "2000 to 2001"]
+    assert (run["arm"], run["seed"], run["steps"]) == ("global", "3", "256")
+    assert run["maps"] == "2000 to 2001"
     assert 0 <= float(run["clipfrac"]) <= 1 >= float(run["explained_variance"])
 
-    options = {"out": out, "matches": 2, "schedule": (64, 100, 192), "arms": ("global",), "seeds": (3,), "flags": TINY}
+    options = {"arms": ("global",), "seeds": (3,), "out": out, "flags": TINY}
+    options |= {"matches": 2, "schedule": (64, 100, 192)}
     capfd.readouterr()
     ablation.main(**options)
     assert "training" not in capfd.readouterr().out  # the training is not made again
@@ -104,9 +109,10 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     ablation.main(**options)
     assert "1 of 1 runs are complete" in capfd.readouterr().out
     assert (out / "ablation.csv").read_text() == text
-    for other, what in (({"flags": SMALL}, "command"), ({"matches": 3}, "maps"), ({"first_map": 2}, "maps")):
+    others = {"flags": (SMALL, "command"), "matches": (3, "maps"), "first_map": (2, "maps")}
+    for name, (value, what) in others.items():
         with pytest.raises(SystemExit, match="1 of 1 runs failed"):
-            ablation.main(**options | other)
+            ablation.main(**options | {name: value})
         assert f"holds a training with other {what}" in capfd.readouterr().out
     assert (out / "ablation.csv").read_text() == text
 
@@ -132,14 +138,19 @@ def test_one_sentence_for_what_is_wrong(tmp_path, capfd):
         ablation.main(arms=("lichen",), out=tmp_path / "out", flags=SMALL)
     with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         ablation.main(arms=("cluster",), seeds=(1,), out=tmp_path / "out", flags="--gamma 2")
-    assert "--gamma must be between 0 and 1" in capfd.readouterr().out  # the end of the script's log
+    assert "--gamma must be between 0 and 1" in capfd.readouterr().out  # the end of the log
 
 
 def test_lost_checkpoints(tmp_path, capfd, monkeypatch):
-    """A training whose checkpoints were removed before they were kept is not evaluated at others instead."""
+    """A training is not evaluated if checkpoints were removed before they were kept."""
     keep = ablation.keep
+
+    def keep_late(folder):
+        if any(folder.glob("runs/*/*_256.pt")):
+            keep(folder)
+
     monkeypatch.setattr(ablation, "SAVE_EVERY", 1)
-    monkeypatch.setattr(ablation, "keep", lambda folder: any(folder.glob("runs/*/*_256.pt")) and keep(folder))
+    monkeypatch.setattr(ablation, "keep", keep_late)
     with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         ablation.main(arms=("global",), seeds=(1,), out=tmp_path, flags=TINY)
     assert "2 checkpoints were removed before they were kept" in capfd.readouterr().out
@@ -154,13 +165,15 @@ def made_up(folder, lengths):
         for arm, seeds in lengths.items():
             for seed, steps in seeds.items():
                 for step, matches in steps.items():
-                    start = {"arm": arm, "seed": seed, "global_step": step, "train_seconds": step / 100}
+                    start = {"arm": arm, "seed": seed, "global_step": step}
+                    start["train_seconds"] = step / 100
                     for index, length in enumerate(matches):
                         for player in range(2):  # players have 1000 ice more and less than the mean
                             row = {"match_seed": index, "player": player, "starting_factories": 4}
                             ice = 10 * length + (1000 if player else -1000) + 100 * seed
-                            row |= {"episode_length": length, "ice_transferred": ice, "ice_per_factory": ice / 4}
-                            row |= {"factories_alive": length / 250, "factories_alive_share": length / 1000}
+                            row |= {"ice_transferred": ice, "ice_per_factory": ice / 4}
+                            row |= {"episode_length": length, "factories_alive": length / 250}
+                            row["factories_alive_share"] = length / 1000
                             for policy in ("sampled", "greedy") if step == 4096 else ("sampled",):
                                 writer.writerow(start | row | {"policy": policy})
 
@@ -181,13 +194,14 @@ def test_tables_of_known_numbers(tmp_path, capfd):
         if line.startswith("| "):
             first, *others = line.strip("| ").split(" | ")
             cells[section, first] = others
-    name, final, speed = plot.ARMS["default"][0], "## Final policy, sampled actions", "## Speed of learning"
+    name = plot.ARMS["default"][0]
+    final, speed = "## Final policy, sampled actions", "## Speed of learning"
     # 10,000 ice + 100 or 200 by seed, a quarter of that per factory
-    row = "2 | 1,000 (0; 0) | 10,150 (50; 71) | 2,538 (12; 18) | 4.00 (0.00; 0.00) | 1.00 (0.00; 0.00)"
-    assert " | ".join(cells[final, name]) == row
+    row = ["2", "1,000 (0; 0)", "10,150 (50; 71)", "2,538 (12; 18)"]
+    assert cells[final, name] == [*row, "4.00 (0.00; 0.00)", "1.00 (0.00; 0.00)"]
     assert " | ".join(cells[final, "global trajectory"][:3]) == "1 | 400 (200; -) | 4,100 (2,000; -)"
-    # Full-length: seed 1 has 10% at 2048, which is 5% of both; both have all at 4096. Length 500: from 200 at 1024 to
-    # 460, 600 and in the mean 530 at 2048; seed 1 gets there between 2048 and 4096.
+    # Full-length: seed 1 has 10% at 2048, which is 5% of both; both have all at 4096. Length 500:
+    # from 200 at 1024 to 460, 600 and in the mean 530 at 2048; seed 1 gets there after 2048.
     row = "2 | 4,096 (2,048 to 4,096) | 4,096 | 1,955 (1,792 to 2,200) | never | 41 (41 to 41)"
     assert " | ".join(cells[speed, name]) == row
     assert cells[speed, "global trajectory"][1:5] == ["never"] * 4
@@ -198,22 +212,26 @@ def test_tables_of_known_numbers(tmp_path, capfd):
 def test_comparison_of_known_numbers(tmp_path):
     """Steps are means over seeds of where each gets there; shares are of teams."""
     full = [1000] * 10
-    default = {1: {1024: [200] * 10, 2048: full, 4096: full}, 2: {1024: [200] * 10, 2048: [200] * 10, 4096: full}}
+    short = [200] * 10
+    default = {1: {1024: short, 2048: full, 4096: full}, 2: {1024: short, 2048: short, 4096: full}}
     slow = {1: {1024: [400] * 10, 2048: [400] * 10, 4096: [400] * 9 + [1900]}}  # a mean of 550
     made_up(tmp_path, {"default": default, "global": slow})
     made = figures.comparison(*plot.load(tmp_path / "ablation.csv")).splitlines()
     rows = [line.strip("| ").split(" | ") for line in made[2:]]
     table = {first: others for first, *others in rows}
-    # 3/8 of the way from 200 to 1,000, within 1,024 and within 2,048 steps; two thirds of that from 400 to 550.
+    # 3/8 of the way from 200 to 1,000, within 1,024 and within 2,048 steps; two thirds of the way
+    # from 400 to 550.
     row = ["2,112 (1,408 to 2,816)", "3,413 (3,413 to 3,413)", "1.6"]
     assert table["steps to a mean length of 500"] == row
-    assert table["steps to 95% full-length matches"][:2] == ["2,995 (1,997 to 3,994)", "never (never to never)"]
-    assert table["steps to 10,000 ice per starting factory"][0] == "never (never to never)"
+    never = "never (never to never)"
+    full_length = table["steps to 95% full-length matches"]
+    assert full_length[:2] == ["2,995 (1,997 to 3,994)", never]
+    assert table["steps to 10,000 ice per starting factory"][0] == never
     # A quarter of 10,100, 10,200 and 5,600 ice.
     row = ["2,538 (2,525 to 2,550)", "1,400 (1,400 to 1,400)", "0.55"]
     assert table["final ice per starting factory, mean of each team's"] == row
     assert table["the same, mean ice over mean factories"] == row
-    assert table["teams that lose a factory"][:2] == ["0% (0% to 0%)", "90% (90% to 90%)"]
+    assert table["teams that lose a factory"] == ["0% (0% to 0%)", "90% (90% to 90%)", "-"]
 
 
 def test_the_page_of_results_shows_what_the_data_says():
