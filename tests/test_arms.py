@@ -109,8 +109,13 @@ def test_groups(rule, patched):
     stage |= {"max_robots": ROBOTS, "safe_masks": False}
     env = patched("lux_wrapper", [rule]).LuxVecEnv(2, num_workers=0, **stage)
     obs, _ = env.reset(seed=5)
+    teams = env.matches[0].engine.state.factories
+    for factory in teams["player_1"].values():
+        factory.cargo.metal = 30  # for light robots only
     rng, changes, groups, before = np.random.default_rng(5), 0, set(), {}
-    for _ in range(40):
+    for step in range(40):
+        if step == 20:
+            next(iter(teams["player_0"].values())).cargo.water = 0  # it is lost
         for team in np.ndindex(2, 2):
             seen = {key: obs[key][team].copy() for key in ("kind", "position", "group")}
             wanted = expected(rule, seen["kind"], seen["position"], 24)
