@@ -1646,7 +1646,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         for log in logs:
             fits = fits and log.shape[1:] == number.shape and ((0 <= log) & (log < number)).all()
         if not fits:
-            raise ValueError("the state of the matches is that of another environment")
+            raise ValueError("the state is of matches of another environment")
         steps = max(map(len, logs))
         options = {"state": state}
         obs, _ = self._call("reset", options=options, steps=steps + 1)
@@ -1721,7 +1721,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         patience = WORKER_TIMEOUT + self.size * steps
         for worker, pipe in enumerate(self.games.parent_pipes):
             waited = 0
-            while not pipe.poll(1):  # seconds; counted like this, those of a suspended process do not count
+            while not pipe.poll(1):  # seconds; a suspended process does not count them
                 waited += 1
                 if waited >= patience:
                     raise TimeoutError(f"{self._name(worker)} did nothing for {waited} s")
