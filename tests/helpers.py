@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 import lux_wrapper as lux
-import trajsep_ppo
 from hybrid_model import HybridNet
 
 # ------------------------------------------------------------------------------------------------------
