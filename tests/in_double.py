@@ -5,10 +5,12 @@ double precision it stays so small that two runs which compute the same thing en
 LAST_PLACE=<seed> every parameter starts about one unit in the last place away, as on another processor.
 """
 
+import contextlib
 import os
 import runpy
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -16,6 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hybrid_model import HybridNet  # noqa: E402  (after the path to it)
+
+
+@contextlib.contextmanager
+def double_precision():
+    """New tensors, and what the programs convert to float32, have double precision."""
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
 
 as_tensor, initialize = torch.as_tensor, HybridNet.__init__
 
@@ -36,10 +50,9 @@ def initialize_elsewhere(net, *args, **options):
 
 
 if __name__ == "__main__":
-    torch.set_default_dtype(torch.float64)
-    torch.Tensor.float = torch.Tensor.double
     torch.as_tensor = as_double_tensor
     if "LAST_PLACE" in os.environ:
         HybridNet.__init__ = initialize_elsewhere
     del sys.argv[0]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    with double_precision():
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -16,11 +16,19 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from in_double import double_precision
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import global_ppo
 import trajsep_ppo
 from hybrid_model import HybridNet
+
+
+@pytest.fixture(autouse=True)
+def in_double():
+    with double_precision():
+        yield
+
 
 # ------------------------------------------------------------------------------------------------------
 # A toy game
@@ -58,13 +66,13 @@ class ToyVecEnv:
         shape = (num_envs, PLAYERS, SLOTS)
         self.obs = {
             "board": np.zeros((num_envs, PLAYERS, SIZE, SIZE, 2), np.uint8),
-            "features": np.zeros((*shape, 3), np.float32),
+            "features": np.zeros((*shape, 3)),
             "position": np.zeros((*shape, 2), np.int64),
             "kind": np.zeros(shape, np.int64),
             "group": np.zeros(shape, np.int64),
             "action_mask": np.zeros((*shape, ACTIONS), bool),
         }
-        self.rewards = np.zeros(shape, np.float32)
+        self.rewards = np.zeros(shape)
         self.ends = np.zeros((2, num_envs), bool)  # terminated, truncated
         spaces = {key: gym.spaces.Box(-np.inf, np.inf, x.shape[1:]) for key, x in self.obs.items()}
         self.single_observation_space = gym.spaces.Dict(spaces)
@@ -156,7 +164,7 @@ def outputs(args, separate, agent, diary, rows, learned=None):
         for g, slots in members(separate, diary[t].obs, b).items():
             if learned is not None and (t, b, g) not in learned:
                 obs["kind"][i, slots] = 0
-    logits, values, team_values = (x.double() for x in agent(obs))
+    logits, values, team_values = agent(obs)
     says = SimpleNamespace(probabilities={}, logprob={}, entropy={}, value={}, team_value=team_values)
     for i, (t, b) in enumerate(rows):
         for g, slots in members(separate, diary[t].obs, b).items():
@@ -184,7 +192,7 @@ def learn(args, separate, agent, diary, minibatches):
     T, B = args.num_steps, args.num_envs * PLAYERS
     num_updates = args.total_timesteps // (args.num_envs * T)
     parameters = list(agent.parameters())
-    first_moments, second_moments = ([torch.zeros_like(x).double() for x in parameters] for _ in range(2))
+    first_moments, second_moments = ([torch.zeros_like(x) for x in parameters] for _ in range(2))
     adam_steps = 0
 
     for update in range(num_updates):
@@ -266,7 +274,7 @@ def learn(args, separate, agent, diary, minibatches):
                 variance = sum((advantage[cell] - mean) ** 2 for cell in says.value) / n
 
                 # Loss: means over the cells of the minibatch, every cell with a ratio and an advantage of its own.
-                policy_loss = value_loss = entropy = approx_kl = clipfrac = torch.zeros(()).double()
+                policy_loss = value_loss = entropy = approx_kl = clipfrac = torch.zeros(())
                 signs_clipped = set()
                 of_team = {row: [cell for cell in says.value if cell[:2] == row] for row in rows}
                 for cell in says.value:
@@ -294,8 +302,8 @@ def learn(args, separate, agent, diary, minibatches):
 
                 # Gradient: that of all parameters together is scaled down to the norm max_grad_norm where it is larger.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-                norm = sum((x.double() ** 2).sum().item() for x in gradients) ** 0.5
-                gradients = [x.double() * min(1, args.max_grad_norm / (norm + 1e-6)) for x in gradients]
+                norm = sum((x**2).sum().item() for x in gradients) ** 0.5
+                gradients = [x * min(1, args.max_grad_norm / (norm + 1e-6)) for x in gradients]
 
                 # Adam: a step along the running mean of the gradient, in units of the root of its running mean square.
                 # Both begin at 0, and are divided by the weight of what they have seen since.
@@ -304,7 +312,7 @@ def learn(args, separate, agent, diary, minibatches):
                     m.copy_(0.9 * m + (1 - 0.9) * gradient)
                     v.copy_(0.999 * v + (1 - 0.999) * gradient**2)
                     m_hat, v_hat = m / (1 - 0.9**adam_steps), v / (1 - 0.999**adam_steps)
-                    x.data -= (learning_rate * m_hat / (v_hat**0.5 + 1e-5)).float()
+                    x.data -= learning_rate * m_hat / (v_hat**0.5 + 1e-5)
                 facts = {"cells": n, "signs_clipped": signs_clipped, "gradient_clipped": norm > args.max_grad_norm}
                 yield update, "facts", facts
                 yield update, "parameters", vector_of(agent)
@@ -442,19 +450,19 @@ def train_and_compare(monkeypatch, script, args, run_dir, toy):
             before, after = seen.parameters[len(facts) - 1], seen.parameters[len(facts)]
             off, length = (after - slow).norm().item(), (slow - before).norm().item()
             here += f", after its minibatch {len(facts) - args.num_minibatches * sum(epochs[:update])}"
-            assert off <= 2e-5 * length, f"{here}: off by {off} in a step of length {length}"
+            assert off <= 1e-9 * length, f"{here}: off by {off} in a step of length {length}"
             vector_to_parameters(after.clone(), agent.parameters())
         elif name == "log":
             assert epochs[update] == len(minibatches[update]), f"update {update + 1} ends too late"
             at = end * args.num_envs
-            compare(here, slow, {key: seen.logged[key, at] for key in slow}, atol=1e-6)
+            compare(here, slow, {key: seen.logged[key, at] for key in slow})
     return facts, epochs
 
 
-def compare(name, slow, fast, atol=5e-6):
-    """Two dicts of numbers or arrays, of which those of `fast` have the precision of float32."""
+def compare(name, slow, fast):
+    """Two dicts of numbers or arrays, which differ by rounding alone."""
     for key, x in slow.items():
-        assert (abs(fast[key] - x) <= atol + 1e-5 * abs(x)).all(), f"{name}, {key}: {fast[key]} instead of {x}"
+        assert (abs(fast[key] - x) <= 1e-10 * (1 + abs(x))).all(), f"{name}, {key}: {fast[key]} instead of {x}"
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -587,6 +595,6 @@ def test_everything_shared_is_the_baseline(monkeypatch, tmp_path):
     assert separate.minibatches == team.minibatches and separate.logged.keys() == team.logged.keys()
     for key, x in separate.logged.items():
         if key[0] != "charts/SPS":
-            assert x == pytest.approx(team.logged[key], rel=1e-3, abs=1e-5), key
-    torch.testing.assert_close(separate.parameters[-1], team.parameters[-1], rtol=1e-3, atol=1e-4)
+            assert x == pytest.approx(team.logged[key], rel=1e-9, abs=1e-10), key
+    torch.testing.assert_close(separate.parameters[-1], team.parameters[-1], rtol=1e-9, atol=1e-9)
     assert (separate.parameters[-1] - separate.parameters[0]).norm() > 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import parameters_at_start
+from in_double import double_precision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import trajsep_ppo
@@ -129,11 +130,8 @@ def distance(parameters, others):
 def assert_same(cwd, expected, expected_log):
     """Parameters and metrics agree, except for rounding: about 1e-14 of the way that training has moved them."""
     parameters, logged = results(cwd)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with double_precision():
         at_start = parameters_at_start()
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert distance(parameters, expected) < 1e-10 * distance(expected, at_start)
     for tag in EPISODES:
         assert sorted(logged[tag]) == sorted(expected_log[tag]) and len(logged[tag]) == 2
