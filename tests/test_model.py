@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import made_up_observation, space_of
+from in_double import double_precision
 
 import hybrid_model
 import lux_wrapper
@@ -19,6 +20,12 @@ PARAMETER_LIMIT = 203_000
 CHANNELS, FEATURES, SLOTS, ACTIONS = 3, 4, 9, 6
 ROBOT, FACTORY = 1, 2  # not the kinds of the game: the number of the factories is the network's argument
 LIVE = (6, 0, 1, SLOTS)  # entities on each board: nobody, one, some, no slot free
+
+
+@pytest.fixture(autouse=True)
+def in_double():
+    with double_precision():
+        yield
 
 
 def observation(H, W, seed=0):
@@ -40,7 +47,7 @@ def observation(H, W, seed=0):
     action_mask[first], action_mask[second] = True, np.arange(ACTIONS) == 2
     arrays = {
         "board": rng.integers(0, 101, (len(LIVE), H, W, CHANNELS)).astype(np.uint8),
-        "features": np.where(live[..., None], rng.normal(size=(*shape, FEATURES)), np.nan).astype(np.float32),
+        "features": np.where(live[..., None], rng.normal(size=(*shape, FEATURES)), np.nan),
         "position": position,
         "kind": kind,
         "group": np.zeros(shape, np.int64),
@@ -140,7 +147,7 @@ def slow_forward(p, obs):
 
 
 def parameters_of(net):
-    return {name: x.detach().numpy().astype(np.float64) for name, x in net.named_parameters()}
+    return {name: x.detach().numpy() for name, x in net.named_parameters()}
 
 
 @pytest.mark.parametrize("H, W", [(16, 24), (24, 8), (20, 13), (9, 31), (8, 8), (5, 3), (48, 48)])
@@ -150,7 +157,7 @@ def test_entity_by_entity(H, W):
     net = network(obs)
     outputs = net(obs)
     for output, slow in zip(outputs, slow_forward(parameters_of(net), obs)):
-        torch.testing.assert_close(output, torch.from_numpy(slow).float(), atol=2e-4, rtol=2e-4)
+        torch.testing.assert_close(output, torch.from_numpy(slow), atol=1e-12, rtol=1e-12)
     logits, value, _ = outputs
     live = obs["kind"] > 0
     assert logits[live][obs["action_mask"][live]].abs().min() > 1e-4 and value[live].abs().min() > 1e-4
@@ -165,7 +172,7 @@ def test_nobody_on_any_board():
     net = network(obs)
     logits, value, team_value = net(obs)
     assert (logits == 0).all() and (value == 0).all()
-    torch.testing.assert_close(team_value, torch.from_numpy(slow_forward(parameters_of(net), obs)[2]).float())
+    torch.testing.assert_close(team_value, torch.from_numpy(slow_forward(parameters_of(net), obs)[2]))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -206,7 +213,7 @@ def weighted_sums(obs, logits, value, team_value):
     weights = (robots, logits), (factories, logits), (of_value, value), (of_team * ~nobody, team_value)
     weights = [*weights, (of_team * nobody, team_value)]
     if isinstance(value, torch.Tensor):
-        weights = [(torch.from_numpy(weight).float(), output) for weight, output in weights]
+        weights = [(torch.from_numpy(weight), output) for weight, output in weights]
     return {name: (weight * output).sum() for name, (weight, output) in zip(LEARNS, weights)}
 
 
@@ -229,7 +236,7 @@ def test_what_each_output_teaches():
             gradient, where = of[name][rows], f"{output}: {name} ({layer})"
             expected = (after[output] - before[output]) / (2 * step)
             size = float(np.linalg.norm(gradient))
-            assert (gradient * direction[rows]).sum() == pytest.approx(expected, rel=1e-3, abs=1e-3 * size), where
+            assert (gradient * direction[rows]).sum() == pytest.approx(expected, rel=1e-6, abs=1e-6 * size), where
             assert size > 1e-3 if layer in LEARNS[output] else size == 0, where
 
 
@@ -283,7 +290,7 @@ def test_start():
         weight = layer.weight.detach().flatten(1)
         weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
         gain = 0.01 if name in ("actor", "critic.2", "team_critic.2") else math.sqrt(2)
-        torch.testing.assert_close(weight @ weight.T / gain**2, torch.eye(len(weight)), atol=1e-4, rtol=0, msg=name)
+        torch.testing.assert_close(weight @ weight.T / gain**2, torch.eye(len(weight)), atol=1e-12, rtol=0, msg=name)
     logits, value, team_value = net(obs)
     assert logits[logits > -1e8].abs().max() < 0.1 and max(value.abs().max(), team_value.abs().max()) < 0.1
 
@@ -315,8 +322,10 @@ def test_cost_follows_live_entities():
     padded = {k: x if k == "board" else torch.cat([x] + [torch.zeros_like(x)] * 9, 1) for k, x in obs.items()}
     (padded_logits, padded_value, padded_team_value), as_few = run(padded)
     assert as_few == few
-    assert torch.equal(padded_logits[:, :SLOTS], logits) and not padded_logits[:, SLOTS:].any()
-    assert torch.equal(padded_value[:, :SLOTS], value) and torch.equal(padded_team_value, team_value)
+    for output, padded_output in ((logits, padded_logits), (value, padded_value)):
+        torch.testing.assert_close(padded_output[:, :SLOTS], output)
+        assert not padded_output[:, SLOTS:].any()
+    torch.testing.assert_close(padded_team_value, team_value)
 
 
 def test_knows_no_game():
