@@ -1,8 +1,11 @@
-"""Run a script in double precision: `python in_double.py trajsep_ppo.py --seed 1`, alone or by torchrun.
+"""Run a script in double precision: `python in_double.py trajsep_ppo.py --seed 1`, or with torchrun.
 
-Rounding depends on the processor's kernels, the threads and the number of processes, and training multiplies it. In
-double precision it stays so small that two runs which compute the same thing end alike, and other ones do not. With
-LAST_PLACE=<seed> every parameter starts about one unit in the last place away, as on another processor.
+Rounding depends on the processor's kernels, on threads and on the number of processes, and training
+amplifies it. In double precision it stays negligible: two runs that compute the same thing end
+alike, and any other two do not.
+
+With LAST_PLACE=<seed> each parameter starts about one unit in the last place away, as on another
+processor. Processes after the first start anywhere, as their parameters must not count.
 """
 
 import contextlib
@@ -19,6 +22,9 @@ sys.path.insert(0, str(ROOT))
 
 from hybrid_model import HybridNet  # noqa: E402  (after the path to it)
 
+as_tensor = torch.as_tensor
+initialize = HybridNet.__init__
+
 
 @contextlib.contextmanager
 def double_precision():
@@ -31,22 +37,20 @@ def double_precision():
             torch.set_default_dtype(torch.float32)
 
 
-as_tensor, initialize = torch.as_tensor, HybridNet.__init__
-
-
 def as_double_tensor(*args, **options):
-    """The environment's rewards and features are float32, which double precision represents exactly."""
+    """torch.as_tensor for the float32 features and rewards of an environment."""
     x = as_tensor(*args, **options)
     return x.double() if x.dtype == torch.float32 else x
 
 
 def initialize_elsewhere(net, *args, **options):
-    """Parameters as another processor would draw them: each is rounded up, down or not at all."""
+    """HybridNet.__init__ of another processor: each parameter is rounded up, down or not at all."""
     initialize(net, *args, **options)
     generator = torch.Generator().manual_seed(int(os.environ["LAST_PLACE"]))
-    epsilon = torch.finfo(torch.float64).eps if os.environ.get("RANK", "0") == "0" else 1
+    first_process = os.environ.get("RANK", "0") == "0"
+    size = torch.finfo(torch.float64).eps if first_process else 1
     for parameter in net.parameters():
-        parameter.data *= 1 + epsilon * torch.randint(-1, 2, parameter.shape, generator=generator)
+        parameter.data *= 1 + size * torch.randint(-1, 2, parameter.shape, generator=generator)
 
 
 if __name__ == "__main__":
