@@ -26,21 +26,24 @@ as_tensor = torch.as_tensor
 initialize = HybridNet.__init__
 
 
+def as_double_tensor(*args, **options):
+    """torch.as_tensor for the float32 features and rewards of an environment."""
+    x = as_tensor(*args, **options)
+    return x.double() if x.dtype == torch.float32 else x
+
+
 @contextlib.contextmanager
 def double_precision():
     """New tensors, and what the programs convert to float32, have double precision."""
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    with (
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(torch, "as_tensor", as_double_tensor),
+    ):
         torch.set_default_dtype(torch.float64)
         try:
             yield
         finally:
             torch.set_default_dtype(torch.float32)
-
-
-def as_double_tensor(*args, **options):
-    """torch.as_tensor for the float32 features and rewards of an environment."""
-    x = as_tensor(*args, **options)
-    return x.double() if x.dtype == torch.float32 else x
 
 
 def initialize_elsewhere(net, *args, **options):
@@ -54,7 +57,6 @@ def initialize_elsewhere(net, *args, **options):
 
 
 if __name__ == "__main__":
-    torch.as_tensor = as_double_tensor
     if "LAST_PLACE" in os.environ:
         HybridNet.__init__ = initialize_elsewhere
     del sys.argv[0]
