@@ -32,11 +32,17 @@ def as_double_tensor(*args, **options):
     return x.double() if x.dtype == torch.float32 else x
 
 
+def exponential_(x):
+    """torch.Tensor.exponential_ without MKL, which draws other numbers."""
+    return x.copy_(-torch.rand_like(x).log())
+
+
 @contextlib.contextmanager
 def double_precision():
     """New tensors, and what the programs convert to float32, have double precision."""
     with (
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+        mock.patch.object(torch.Tensor, "exponential_", exponential_),
         mock.patch.object(torch, "as_tensor", as_double_tensor),
     ):
         torch.set_default_dtype(torch.float64)
