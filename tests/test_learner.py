@@ -524,12 +524,12 @@ CASES = {
     "target_kl": "--target-kl 0.015",
     "one minibatch": f"--num-minibatches 1 --learning-rate 0.03 {ANY_GRADIENT}",
     "small rewards": "--max-grad-norm 0.5 --positive-reward-weight 1",
-    "hardly anybody": "--num-minibatches 8",
+    "few entities": "--num-minibatches 8",
     "team": "--max-grad-norm 10",
     "team, small rewards": "--positive-reward-weight 1 --no-anneal-lr",
     "team, not normalized": f"--no-norm-adv --no-anneal-ent {ANY_GRADIENT}",
     "team, target_kl": "--target-kl 0.1",
-    "team, hardly anybody": "--num-minibatches 8",
+    "team, few entities": "--num-minibatches 8",
 }
 ARMS = {  # flags by patches
     ("global-critic",): f"--group-by cluster {ANY_GRADIENT}",
@@ -562,7 +562,7 @@ def test_learner(monkeypatch, tmp_path, case):
     if "small rewards" in case:  # so small that the epsilon of the normalization counts
         toy["reward_scale"] = 1e-4
         monkeypatch.setattr(HybridNet, "forward", with_small_values)
-    if "hardly anybody" in case:
+    if "few entities" in case:
         toy["births"] = 0.01
     facts, epochs = train_and_compare(monkeypatch, script, (), args, tmp_path, toy)
 

@@ -275,7 +275,7 @@ def test_a_port_in_use(tmp_path):
     assert "MASTER_PORT" in line and str(port) in line
 
 
-def test_nobody_to_meet(tmp_path):
+def test_no_address(tmp_path):
     """Without an address: one sentence."""
     environment = by_hand(0, free_port())
     del environment["MASTER_ADDR"]
