@@ -2,14 +2,12 @@
 
     python global_ppo.py
 
-`--resume runs/<run>` continues a run, `--evaluate runs/<run>` plays it on held-out maps; other flags override its
-own. For two processes, write `torchrun --standalone --nproc-per-node 2` in place of `python`.
+`--resume runs/<run>` continues a run, `--evaluate runs/<run>` plays it on held-out maps. For two processes
+write `torchrun --standalone --nproc-per-node 2` in place of `python`.
 
-One shared encoder reads the map. The team has one reward (the sum over its entities), one value, one
-advantage, one probability ratio (the product over its entities) and one entropy (their sum), where
-in trajsep_ppo.py every group has its own.
+One shared encoder reads the map. The team has one reward (the sum over its entities), one value, advantage,
+ratio (the product over its entities) and entropy (the sum); in trajsep_ppo.py each group has its own.
 The two scripts are the same program: (*) marks every difference.
-Read `Args`, the functions of the method, and `train`: collect, advantages, update.
 Axis letters: T steps, N matches, P players, B = N * P teams, E entity slots, G groups, A actions.
 
 Source: Takács, Magyar, Gulyás, "Scalable Distributed Reinforcement Learning in Multi-Agent Environments"
@@ -40,9 +38,10 @@ from tqdm import tqdm
 
 from hybrid_model import HybridNet
 
-# The processes of torchrun share every rollout and every minibatch
+# torchrun's processes share every rollout and minibatch
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
 @dataclass
@@ -83,11 +82,8 @@ class Args:
     positive_reward_weight: float = 1.1  # weight of positive rewards, annealed linearly to 1
 
 
-# ------------------------------ The method ------------------------------
-
-
 def make_envs(args, num_envs, **options):
-    """The vector environment of --env-id. The rest of this file knows of the game only its arrays."""
+    """The vector environment of --env-id; the rest of this file only sees its arrays."""
     module, _, name = args.env_id.partition(":")
     try:
         return getattr(import_module(module), name)(num_envs, **options, **args.env_kwargs)
@@ -96,7 +92,7 @@ def make_envs(args, num_envs, **options):
 
 
 def to_tensors(obs, device):
-    """Observation arrays [N, P, ...] as tensors [B, ...]; on a CPU they share memory with the arrays."""
+    """Observation arrays [N, P, ...] as tensors [B, ...]; on a CPU they share memory."""
     return {key: torch.as_tensor(array, device=device).flatten(0, 1) for key, array in obs.items()}
 
 
@@ -111,62 +107,64 @@ def group_value(value, team_value, obs):
 
 
 def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
-    """Generalized advantage estimation for trajectories that begin and end at any step: [T, B, G], 0 where inactive.
+    """Advantages [T, B, G] of trajectories that begin and end at any step; 0 where inactive.
 
-    rewards [T, B, G] belong to actions, values and active [T + 1, B, G] to observations, the last one included.
-    A group has ended if it is inactive in the next observation or if its match is done [T, B].
+    rewards [T, B, G] belong to actions, values and active [T + 1, B, G] to observations, dones [T, B] to matches.
+    A group has ended if it is inactive in the next observation or if its match is done.
     """
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         continues = active[t + 1] & active[t] & ~dones[t, :, None]
         delta = rewards[t] + gamma * torch.where(continues, values[t + 1], 0) - values[t]
-        last = torch.where(active[t], delta + gamma * gae_lambda * torch.where(continues, last, 0), 0)
+        last = delta + gamma * gae_lambda * torch.where(continues, last, 0)
+        last = torch.where(active[t], last, 0)
         advantages[t] = last
     return advantages
 
 
 def masked_mean(x, mask, count=None):
-    """Mean of x where mask, even if the rest is NaN; with the `count` of all processes, a share of their mean."""
+    """Mean of x where mask, even if the rest is NaN; or this process's share, given the count of all."""
     count = mask.sum() if count is None else count
     return torch.where(mask, x, 0).sum() / count.clamp(min=1)
 
 
 def train(args, run_dir, device, checkpoint=None):
-    """Train, from a checkpoint if one is given, and return the agent. Logs and checkpoints go to run_dir."""
-    torch.manual_seed(args.seed)
+    """Train, from a checkpoint if there is one, and return the agent; logs and checkpoints go to run_dir."""
+    global_step = checkpoint["global_step"] if checkpoint else 0
+    seconds = checkpoint["train_seconds"] if checkpoint else 0
+    torch.manual_seed(args.seed + global_step)
     torch.backends.cudnn.deterministic = True
     num_envs = args.num_envs // WORLD_SIZE  # of this process
     envs = make_envs(args, num_envs, num_workers=args.num_workers, first_match=RANK * num_envs)
-    agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
+    num_actions = int(envs.single_action_space.nvec.max())
+    agent = HybridNet(envs.single_observation_space, num_actions).to(device)
     for parameter in agent.parameters():  # as in the first process: machines round differently
         all_sum(parameter.data.mul_(RANK == 0))
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    global_step = checkpoint["global_step"] if checkpoint else 0
-    seconds = checkpoint["train_seconds"] if checkpoint else 0
-    try:
-        if checkpoint:
+    if not checkpoint:
+        next_obs, _ = envs.reset(seed=args.seed)
+    else:
+        share = len(checkpoint["matches"]) // WORLD_SIZE
+        own = checkpoint["matches"][RANK * share : (RANK + 1) * share]
+        own = [{key: x.numpy() for key, x in match.items()} for match in own]
+        try:
             agent.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            torch.set_rng_state(checkpoint["torch_rng"])
-            torch.cuda.manual_seed_all(args.seed + global_step)  # only a CPU continues exactly
-        if matches := checkpoint and checkpoint["matches"]:
-            own = matches[RANK * len(matches) // WORLD_SIZE : (RANK + 1) * len(matches) // WORLD_SIZE]
-            next_obs, _ = envs.load_state([{key: x.numpy() for key, x in match.items()} for match in own])
-        else:
-            next_obs, _ = envs.reset(seed=args.seed + global_step)
-    except (RuntimeError, ValueError) as error:
-        raise Refused(f"the checkpoint does not fit the flags: {shorten(str(error), 120)}")
+            next_obs, _ = envs.load_state(own) if own else envs.reset(seed=args.seed + global_step)
+        except (RuntimeError, ValueError) as error:
+            raise Refused(f"the checkpoint does not fit the flags: {shorten(str(error), 120)}")
+        torch.set_rng_state(checkpoint["torch_rng"])
     if RANK == 0:
         if args.track:
-            import wandb
-
             name = Path(run_dir).name
+            wandb = import_module("wandb")
             wandb.init(id=name, name=name, resume="allow", config=vars(args), sync_tensorboard=True)
         writer = SummaryWriter(run_dir, purge_step=global_step + 1)
         table = "\n".join(f"|{key}|{value}|" for key, value in vars(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        print(f"training on {device}, writing to {run_dir}, from step {global_step} of {args.total_timesteps} on")
+        size = sum(parameter.numel() for parameter in agent.parameters())
+        print(f"{size:,} parameters on {device}, from step {global_step}, writing to {run_dir}")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -183,22 +181,17 @@ def train(args, run_dir, device, checkpoint=None):
     num_updates = args.total_timesteps // rollout_steps
     start_time = time.time() - seconds
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
-    signals = []  # SIGINT and SIGTERM that this process received
-    stopped = []  # and all processes: they stop after the same update
+    signals = []  # received by this process
+    stopped = []  # received by any process, known to all
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
 
-    def note(number, _):
-        signals.append(number)
-        if WORLD_SIZE == 1:  # a second Ctrl-C ends at once; torchrun sends each one twice
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
     for update in range(global_step // rollout_steps + 1, num_updates + 1):
         if stopped:
             break
         elapsed = (update - 1) / num_updates
-        learning_rate = (1 - elapsed) * args.learning_rate if args.anneal_lr else args.learning_rate
-        optimizer.param_groups[0]["lr"] = learning_rate
+        lr = (1 - elapsed) * args.learning_rate if args.anneal_lr else args.learning_rate
+        optimizer.param_groups[0]["lr"] = lr
         ent_coef = (1 - elapsed) * args.ent_coef if args.anneal_ent else args.ent_coef
         positive_weight = args.positive_reward_weight + (1 - args.positive_reward_weight) * elapsed
         episodes = []
@@ -208,7 +201,7 @@ def train(args, run_dir, device, checkpoint=None):
             global_step += args.num_envs
             for key, x in next_obs.items():
                 obs[key][step] = x
-            step_obs = {key: x[step] for key, x in obs.items()}  # a copy: the environment reuses its arrays
+            step_obs = {key: x[step] for key, x in obs.items()}  # the environment reuses its arrays
             with torch.no_grad():
                 logits, value, team_value = agent(step_obs)
             policy = Categorical(logits=logits, validate_args=False)
@@ -223,8 +216,10 @@ def train(args, run_dir, device, checkpoint=None):
             reward = torch.as_tensor(reward, device=device).flatten(0, 1)
             reward = torch.where(reward > 0, reward * positive_weight, reward)
             # Rewards belong to the entities that acted: to the observation before the step.
-            rewards[step] = group_sum(reward, step_obs)  # (*)
-            dones[step] = torch.as_tensor(terminated | truncated, device=device).repeat_interleave(B // num_envs)
+            reward = group_sum(reward, step_obs)
+            rewards[step] = reward  # (*)
+            done = torch.as_tensor(terminated | truncated, device=device)
+            dones[step] = done.repeat_interleave(B // num_envs)
             next_obs = to_tensors(env_obs, device)
             for match in np.flatnonzero(infos.get("_episode", ())):
                 episode = {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}
@@ -244,7 +239,7 @@ def train(args, run_dir, device, checkpoint=None):
         batch = {key: x.flatten(0, 1) for key, x in batch.items()}
         clipfracs = []
         for _ in range(args.update_epochs):
-            # Each team's steps are shuffled separately: a minibatch has as many of every team and process.
+            # Each team's steps are shuffled separately: minibatches have as many of every team.
             order = torch.rand((args.num_steps, WORLD_SIZE, B), device=device).argsort(0)[:, RANK]
             for rows in (order * B + torch.arange(B, device=device)).chunk(args.num_minibatches):
                 mb = {key: x.index_select(0, rows.flatten()) for key, x in batch.items()}
@@ -258,14 +253,15 @@ def train(args, run_dir, device, checkpoint=None):
                 newvalue = group_value(value, team_value, mb)
                 logratio = torch.where(mb_active, newlogprob - mb["logprob"], 0)
                 ratio = logratio.exp()
-                approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)  # joschu.net/blog/kl-approx.html
-                clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active, count)
+                approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)
+                clipped = (ratio - 1).abs() > args.clip_coef
+                clipfrac = masked_mean(clipped.float(), mb_active, count)
 
                 if args.norm_adv:
                     mb_advantage = (mb_advantage - mean) / (variance.sqrt() + 1e-8)
                 # Policy loss: the group axis stays up to the mean over active cells
                 pg_loss1 = -mb_advantage * ratio
-                pg_loss2 = -mb_advantage * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss2 = -mb_advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = masked_mean(torch.max(pg_loss1, pg_loss2), mb_active, count)
                 v_loss = 0.5 * masked_mean((newvalue - mb["return"]) ** 2, mb_active, count)
                 entropy_loss = masked_mean(entropy, mb_active, count)
@@ -274,17 +270,15 @@ def train(args, run_dir, device, checkpoint=None):
                 optimizer.zero_grad()
                 loss.backward()
                 metrics = torch.stack([pg_loss, v_loss, entropy_loss, approx_kl, clipfrac]).detach()
-                if WORLD_SIZE > 1:  # one message adds up the metrics and gradients of all processes
-                    grads = [p.grad for p in agent.parameters() if p.grad is not None]
-                    sums = all_sum(torch.cat([metrics, *[grad.flatten() for grad in grads]]))
-                    metrics, *parts = sums.split([len(metrics), *[grad.numel() for grad in grads]])
-                    for grad, part in zip(grads, parts):
-                        grad.copy_(part.view_as(grad))
+                if WORLD_SIZE > 1:  # one message sums the metrics and gradients of all processes
+                    parts = [metrics, *[p.grad for p in agent.parameters() if p.grad is not None]]
+                    message = all_sum(torch.cat([part.flatten() for part in parts]))
+                    torch.nn.utils.vector_to_parameters(message, parts)
                 norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
-                losses = dict(zip(names, torch.cat([metrics, norm[None]]).tolist()))  # waits for the device
-                if not np.isfinite([*losses.values()]).all():
-                    raise FloatingPointError(f"the loss or its gradient is not a finite number in update {update}")
+                metrics = torch.cat([metrics, norm[None]]).tolist()  # waits for the device
+                if not np.isfinite(metrics).all():
+                    raise FloatingPointError(f"loss or gradient is not a finite number in update {update}")
+                losses = dict(zip(LOSSES, metrics))
                 clipfracs.append(losses["clipfrac"])
                 optimizer.step()
             if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
@@ -292,8 +286,9 @@ def train(args, run_dir, device, checkpoint=None):
 
         # LOG AND SAVE
         _, _, residual = all_moments(batch["return"] - batch["value"], batch["active"])
-        _, _, total = all_moments(batch["return"], batch["active"])
-        losses |= {"clipfrac": np.mean(clipfracs), "explained_variance": 1 - (residual / total).item()}
+        _, _, variance = all_moments(batch["return"], batch["active"])
+        losses["explained_variance"] = 1 - (residual / variance).item()
+        losses["clipfrac"] = np.mean(clipfracs)
         episodes = gather(episodes)
         stopped = gather(signals)
         saving = update % args.save_every == 0 or update == num_updates or stopped
@@ -304,12 +299,16 @@ def train(args, run_dir, device, checkpoint=None):
             for key, x in episode.items():
                 name = {"l": "charts/episodic_length", "r": "charts/episodic_return"}.get(key)
                 writer.add_scalar(name or f"{envs.metadata['name']}/{key}", x, episode_step)
-        writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+        writer.add_scalar("charts/learning_rate", lr, global_step)
         writer.add_scalar("charts/ent_coef", ent_coef, global_step)
         writer.add_scalar("charts/SPS", int(global_step / (time.time() - start_time)), global_step)
         for name, x in losses.items():
             writer.add_scalar(f"losses/{name}", x, global_step)
         progress.update(rollout_steps)
+        if episodes:  # the first metrics say most
+            names = [*episode][:4]
+            means = {key: np.mean([x[key] for _, x in episodes]) for key in names}
+            progress.set_postfix({key: f"{mean:.1f}" for key, mean in means.items()})
         if saving:
             writer.flush()  # a run that continues from here finds all that was logged
             content = {
@@ -319,11 +318,11 @@ def train(args, run_dir, device, checkpoint=None):
                 "global_step": global_step,
                 "train_seconds": time.time() - start_time,
                 "torch_rng": torch.get_rng_state(),
-                "matches": [{key: torch.as_tensor(x) for key, x in match.items()} for match in matches],
+                "matches": [{k: torch.as_tensor(x) for k, x in match.items()} for match in matches],
             }
             torch.save(content, buffer := io.BytesIO())
-            unfinished = Path(run_dir, "checkpoint.tmp")  # a full disk or a kill costs no earlier checkpoint
-            unfinished.write_bytes(buffer.getbuffer())
+            unfinished = Path(run_dir, "checkpoint.tmp")
+            unfinished.write_bytes(buffer.getbuffer())  # a full disk costs no earlier checkpoint
             unfinished.replace(Path(run_dir, f"checkpoint_{global_step}.pt"))
             for path in checkpoints(run_dir)[:-2]:
                 path.unlink()
@@ -332,50 +331,50 @@ def train(args, run_dir, device, checkpoint=None):
     envs.close()
     if RANK == 0:
         writer.close()
-    if stopped := gather(signals):  # late ones too; here all wait until the last checkpoint is written
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if stopped := gather(signals):  # all processes wait here for the last checkpoint
         if RANK == 0:
-            print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+            print(f"stopped at step {global_step}; continue: python {sys.argv[0]} --resume {run_dir}")
         sys.exit(128 + stopped[0])
     return agent
 
 
 @torch.no_grad()
-def evaluate(agent, args, device, frames=None):
-    """Play held-out matches, each once, with sampled actions: dict metric -> a number for each (mean of the teams).
-
-    If `frames` is a list, it receives pictures of the first match.
-    """
-    drawn = {} if frames is None else {"render_mode": "rgb_array"}
-    envs = make_envs(args, args.eval_episodes, num_workers=args.num_workers, held_out=True, **drawn)
+def evaluate(agent, args, device, video=None):
+    """Play held-out matches, each once: a dict metric -> list of values. `video` is a file for the first."""
+    options = {"num_workers": args.num_workers, "held_out": True}
+    options |= {"num_workers": 0, "render_mode": "rgb_array"} if video else {}
+    envs = make_envs(args, args.eval_episodes, **options)
     generator = torch.Generator(device).manual_seed(0)
     finished = [None] * args.eval_episodes
+    steps = 0
+    frames = []
     obs, _ = envs.reset(seed=0)
-    step = 0
     while None in finished:
-        if drawn and step % 4 == 0:
+        if video and steps % 4 == 0:
             frames.append(Image.fromarray(envs.render()[0]))
-        step += 1
+        steps += 1
         logits, _, _ = agent(to_tensors(obs, device))
         action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
         obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
         for match in np.flatnonzero(infos.get("_episode", ())):
             episode = {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}
-            finished[match] = finished[match] or episode  # a second match begins where one has ended
+            finished[match] = finished[match] or episode  # another match may follow
     envs.close()
+    if video:
+        frames[0].save(video, save_all=True, append_images=frames[1:], duration=50, loop=0)
     return {key: [episode[key] for episode in finished] for key in finished[0]}
 
 
-# --------------- Nothing below is about the method: several processes, checks, checkpoints ---------------
-
-
 def sample(probs):
-    """This is Categorical.sample(); each process draws the noise of all, so that several act as one would."""
+    """This is Categorical.sample(); every process draws the noise of all, so that they act as one."""
     noise = torch.empty((WORLD_SIZE, *probs.shape), device=probs.device).exponential_()
     return (probs / noise[RANK]).argmax(-1)
 
 
 def all_moments(x, mask):
-    """This is the number of cells where mask, and the mean and variance of x there, over all processes."""
+    """This is the number of cells where mask, and the mean and variance of x there, of all processes."""
     x = torch.where(mask, x, 0).double()  # precise enough for the variance to be a difference
     count, total, squares = all_sum(torch.stack([mask.sum(), x.sum(), (x**2).sum()]))
     mean = total / count.clamp(min=1)
@@ -385,28 +384,25 @@ def all_moments(x, mask):
 
 def all_sum(x):
     """Sum of a tensor over all processes, in place."""
-    try:
-        if WORLD_SIZE > 1:
-            dist.all_reduce(x)
-    except RuntimeError:
-        raise ConnectionError("another process of this training has died")
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x)
     return x
 
 
 def gather(rows):
     """The lists of all processes, joined."""
     lists = [rows] * WORLD_SIZE
-    try:
-        if WORLD_SIZE > 1:
-            dist.all_gather_object(lists, rows)
-    except RuntimeError:
-        raise ConnectionError("another process of this training has died")
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(lists, rows)
     return sum(lists, [])
+
+
+# --------------- Nothing below is about the method ---------------
 
 
 def checkpoints(run_dir):
     """Paths of the checkpoints of a run, the newest last."""
-    paths = {path.stem.removeprefix("checkpoint_"): path for path in Path(run_dir).glob("checkpoint_*.pt")}
+    paths = {path.stem[11:]: path for path in Path(run_dir).glob("checkpoint_*.pt")}
     return [paths[step] for step in sorted(filter(str.isdecimal, paths), key=int)]
 
 
@@ -418,24 +414,21 @@ def check_args(args):
     """Raise Refused if flags cannot work."""
     for low, high, names in (
         (1, 10**9, "num_envs num_steps num_minibatches update_epochs save_every"),
-        (args.num_envs * args.num_steps, 10**9, "total_timesteps"),
         (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
         (0, 10**9, "ent_coef vf_coef target_kl num_workers eval_episodes"),
-        (0, 1, "gamma gae_lambda"),
+        (0, 1, "gamma gae_lambda"),  # (*)
         (0, 2**32 - 1, "seed"),
+        (args.num_envs * args.num_steps, 10**9, "total_timesteps"),
     ):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
-                raise Refused(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
-    for wrong, message in (
-        (args.num_envs % WORLD_SIZE, f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes"),
-        (args.num_steps % args.num_minibatches, f"--num-steps {args.num_steps} does not divide by --num-minibatches"),
-        ("--cuda" in sys.argv and not torch.cuda.is_available(), "--cuda needs a GPU and a PyTorch with CUDA"),
-        (args.resume and args.evaluate, "--resume trains and --evaluate does not: give one of them"),
-    ):
-        if wrong:
-            raise Refused(message)
+                flag = name.replace("_", "-")
+                raise Refused(f"--{flag} must be between {low} and {high}, got {value}")
+    if args.num_envs % WORLD_SIZE:
+        raise Refused(f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes")
+    if args.num_steps % args.num_minibatches:
+        raise Refused(f"--num-steps {args.num_steps} does not divide by --num-minibatches")
 
 
 if __name__ == "__main__":
@@ -444,61 +437,62 @@ if __name__ == "__main__":
     run_dir = Path("runs", f"{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
     checkpoint = None
     try:
-        if source := args.resume or args.evaluate:
+        if source := args.evaluate or args.resume:
             *earlier, path = checkpoints(source) or [Path(source)]
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 saved = Args(**checkpoint["args"])
-                intact = ZipFile(path).testzip() is None and asdict(saved) == checkpoint["args"]
+                assert asdict(saved) == checkpoint["args"] and not ZipFile(path).testzip()
             except Exception:  # a damaged file can raise anything
-                intact = False
-            if not intact:
                 hint = f"; the one before it is {earlier[-1]}" if earlier else ""
-                raise Refused(f"{path} is damaged, or no checkpoint of this script and version{hint}")
-            args = tyro.cli(Args, default=replace(saved, env_kwargs={}))  # other flags override the run's
+                raise Refused(f"{path} is damaged, or not a checkpoint of this script{hint}")
+            args = tyro.cli(Args, default=replace(saved, env_kwargs={}))  # flags override the run's
             args.env_kwargs = saved.env_kwargs | args.env_kwargs
-            if args.evaluate or path in checkpoints(path.parent)[-1:]:  # an older one begins a new run
+            args.resume = None
+            if args.evaluate or path in checkpoints(path.parent)[-1:]:  # else a new run begins
                 run_dir = path.parent
         check_args(args)
-        args.resume = None
-        device = torch.device("cuda", LOCAL_RANK) if args.cuda and torch.cuda.is_available() else torch.device("cpu")
+        cuda = args.cuda and torch.cuda.is_available()
+        device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+        if WORLD_SIZE > 1:
+            try:
+                dist.init_process_group(timeout=timedelta(minutes=2))  # gloo, or NCCL on GPUs
+            except (RuntimeError, ValueError) as error:
+                raise ConnectionError(f"no processes at MASTER_ADDR and MASTER_PORT: {error}")
         if args.evaluate:
             envs = make_envs(args, 1, num_workers=0)
-            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max())).to(device)
+            agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
             try:
-                agent.load_state_dict(checkpoint["model"])
+                agent.to(device).load_state_dict(checkpoint["model"])
             except RuntimeError as error:
                 raise Refused(f"{path} does not fit the flags: {shorten(str(error), 120)}")
         else:
-            if WORLD_SIZE > 1:
-                try:
-                    dist.init_process_group(timeout=timedelta(minutes=2))  # gloo for CPUs, NCCL for GPUs
-                except (RuntimeError, ValueError) as error:
-                    why = shorten(str(error), 120)
-                    raise ConnectionError(f"cannot meet the processes at MASTER_ADDR and MASTER_PORT: {why}")
             agent = train(args, run_dir, device, checkpoint)
-            if WORLD_SIZE > 1:
-                dist.destroy_process_group()
-                if RANK > 0:
-                    os._exit(0)  # in Python's usual end torch's threads sometimes abort
-        if RANK == 0 and args.eval_episodes:
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+        if RANK > 0:
+            os._exit(0)  # in Python's usual end torch's threads sometimes abort
+        if args.eval_episodes:
             metrics = evaluate(agent, args, device)
-            summary = {key: dict(mean=np.mean(x), std=np.std(x), min=min(x), max=max(x)) for key, x in metrics.items()}
+            summary = {}
             print(f"\nevaluation on {args.eval_episodes} held-out matches: mean, std, min, max")
-            for key, row in summary.items():
+            for key, x in metrics.items():
+                summary[key] = {"mean": np.mean(x), "std": np.std(x), "min": min(x), "max": max(x)}
                 name = {"l": "episode_length", "r": "episodic_return"}.get(key, key)
-                print(f"{name:24}" + "".join(f"{number:10.1f}" for number in row.values()))
+                print(f"{name:24}" + "".join(f"{number:10.1f}" for number in summary[key].values()))
             text = json.dumps({"summary": summary, "matches": metrics}, indent=1)
             Path(run_dir, "evaluation.json").write_text(text)
             if args.capture_video:
-                evaluate(agent, replace(args, eval_episodes=1, num_workers=0), device, frames := [])
-                frames[0].save(Path(run_dir, "video.gif"), save_all=True, append_images=frames[1:], duration=50)
+                evaluate(agent, replace(args, eval_episodes=1), device, f"{run_dir}/video.gif")
     except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, (Refused, OSError, FloatingPointError, MemoryError, KeyboardInterrupt)):
-            sys.excepthook(type(error), error, error.__traceback__)
+        if "gloo" in str(error):  # the library that connects the processes
+            error = ConnectionError("another process of this training has died")
         code = {Refused: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        if code == 1 and not isinstance(error, (OSError, FloatingPointError, MemoryError)):
+            sys.excepthook(type(error), error, error.__traceback__)
         kept = checkpoints(run_dir)[-1:] if code != 2 else []
         hint = f"; the last checkpoint is {kept[0]}" if kept else ""
         if RANK == 0 or code != 2:  # one process is enough to refuse a flag
-            print(f"\n{Path(__file__).name}: error: {str(error) or 'interrupted'}{hint}", file=sys.stderr)
+            what = f"{str(error) or 'interrupted'}{hint}"
+            print(f"\n{Path(__file__).name}: error: {what}", file=sys.stderr)
         sys.exit(code)

@@ -67,7 +67,6 @@ import atexit
 import contextlib
 import functools
 import gc
-import itertools
 import os
 import signal
 import sys
@@ -82,9 +81,7 @@ try:
 except ModuleNotFoundError:
     gym = None  # only LuxVecEnv needs it
 
-# ------------------------------------------------------------------------------------------------
-# Names
-# ------------------------------------------------------------------------------------------------
+# ---------- Names ----------
 
 PLAYERS = ("player_0", "player_1")
 NOBODY, FACTORY, LIGHT, HEAVY = range(4)
@@ -186,9 +183,7 @@ def columns(*names):
     return [COLUMN[name] for name in names]
 
 
-# ------------------------------------------------------------------------------------------------
-# Options
-# ------------------------------------------------------------------------------------------------
+# ---------- Options ----------
 
 
 @dataclass(frozen=True)
@@ -259,9 +254,7 @@ def weights_of(preset="ice", changes=None):
     return weights
 
 
-# ------------------------------------------------------------------------------------------------
-# Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy
-# ------------------------------------------------------------------------------------------------
+# ---------- Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy ----------
 
 GAME_LENGTH, CYCLE, DAY = 1000, 50, 30  # steps
 METAL_COST = np.array([10, 100])
@@ -283,9 +276,7 @@ WATER_RESERVE = 200  # steps that a factory must be able to live on after wateri
 LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
 FAR = 10**6  # more than any distance or time
 
-# ------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------
+# ---------- Reading ----------
 
 # What the encoder reads of an observation. `factories` and `robots` hold a dict for each player,
 # unit_id -> Factory or Robot; the rest are numbers and maps [H, W].
@@ -304,25 +295,16 @@ def read_observation(obs):
     factories, robots = ({}, {}), ({}, {})
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in obs["factories"][name].items():
+            x, y = map(int, factory["pos"])
             cargo = factory["cargo"]
-            factories[player][unit_id] = Factory(
-                *map(int, factory["pos"]),
-                *(factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]),
-                factory["strain_id"],
-            )
+            stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
+            factories[player][unit_id] = Factory(x, y, *stock, factory["strain_id"])
         for unit_id, unit in obs["units"][name].items():
-            order, direction = unit["action_queue"][0][:2] if len(unit["action_queue"]) else (None, 0)
-            current_action = STAY  # other orders than these two end within a step
-            if order == ENGINE_DIG:
-                current_action = DIG
-            elif order == ENGINE_MOVE:
-                current_action = int(direction)
-            robots[player][unit_id] = Robot(
-                int(unit["unit_type"] == "HEAVY"),
-                *map(int, unit["pos"]),
-                *(unit["power"], unit["cargo"]["ice"], unit["cargo"]["ore"]),
-                current_action,
-            )
+            x, y = map(int, unit["pos"])
+            heavy, cargo, queue = int(unit["unit_type"] == "HEAVY"), unit["cargo"], unit["action_queue"]
+            order, direction = queue[0][:2] if len(queue) else (None, STAY)
+            action = {ENGINE_DIG: DIG, ENGINE_MOVE: int(direction)}.get(order, STAY)
+            robots[player][unit_id] = Robot(heavy, x, y, unit["power"], cargo["ice"], cargo["ore"], action)
     board = obs["board"]
     maps = board["rubble"], board["lichen"], board["lichen_strains"]
     return Snapshot(obs["real_env_steps"], *maps, factories, robots)
@@ -334,43 +316,32 @@ def read_engine(state):
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in state.factories[name].items():
             pos, cargo = factory.pos, factory.cargo
-            factories[player][unit_id] = Factory(
-                *(pos.x, pos.y, factory.power),
-                *(cargo.ice, cargo.ore, cargo.water, cargo.metal),
-                factory.num_id,
-            )
+            stock = factory.power, cargo.ice, cargo.ore, cargo.water, cargo.metal
+            factories[player][unit_id] = Factory(pos.x, pos.y, *stock, factory.num_id)
         for unit_id, unit in state.units[name].items():
-            order = unit.action_queue[0] if unit.action_queue else None
-            current_action = STAY
-            if order and order.act_type == "dig":
-                current_action = DIG
-            elif order and order.act_type == "move":
-                current_action = order.move_dir
-            pos, cargo = unit.pos, unit.cargo
-            robots[player][unit_id] = Robot(
-                *(int(unit.is_heavy()), pos.x, pos.y, unit.power, cargo.ice, cargo.ore),
-                current_action,
-            )
+            heavy, pos, cargo, queue = int(unit.is_heavy()), unit.pos, unit.cargo, unit.action_queue
+            order = queue[0].act_type if queue else None
+            action = DIG if order == "dig" else queue[0].move_dir if order == "move" else STAY
+            robots[player][unit_id] = Robot(heavy, pos.x, pos.y, unit.power, cargo.ice, cargo.ore, action)
     board = state.board
     maps = board.rubble, board.lichen, board.lichen_strains
     return Snapshot(state.real_env_steps, *maps, factories, robots)
 
 
-# ------------------------------------------------------------------------------------------------
-# The encoder: observations to arrays, actions to official orders
-# ------------------------------------------------------------------------------------------------
+# ---------- The encoder: observations to arrays, actions to official orders ----------
 
-# One observation of every match: `time` [N], maps [N, H, W] (`own_lichen` [N, P, H, W]), and entities.
-# `all_robots` includes robots without a slot; `robots` and their `unit_ids` do not.
+# One observation of every match: `time` [N], maps [N, H, W], `own_lichen` (match, player, x and y of the
+# cells where teams' lichen grows), and entities. `all_robots` includes robots without a slot; `robots`
+# and their `unit_ids` do not.
 Scene = namedtuple(
     "Scene",
-    "snapshots time rubble lichen own_lichen strains factories all_robots robots unit_ids maps around soil",
+    "snapshots time rubble lichen strains own_lichen factories all_robots robots unit_ids maps around soil",
 )
 
 # Where things stand: maps [N, P, H + 2, W + 2] with a border of one cell, so that the neighbours of any
 # cell can be read. `factory` is the slot of the own factory that covers a cell, or -1; `centre` and
-# `robot` say whether an own one is there; `impassable` are the border and the opponent's factories.
-BorderedMaps = namedtuple("BorderedMaps", "factory centre robot impassable")
+# `robot` say whether an own one is there.
+BorderedMaps = namedtuple("BorderedMaps", "factory centre robot")
 
 # What is around each robot, arrays [5, R] by direction, the own cell first: the cells as indices in
 # BorderedMaps, what these have there, rubble, and steps to the edge of the nearest factory. Arrays [R]:
@@ -503,15 +474,17 @@ class LuxEncoder:
         self.strains_before = scene.strains
         return obs, (scene, builds)
 
-    # -- Reading ---------------------------------------------------------------------------------
+    # ---------- Reading ----------
 
     def _read(self, snapshots):
         """The Scene that these snapshots show; gives slots to new robots."""
         seen = Snapshot(*zip(*snapshots))
-        rubble = np.stack(seen.rubble)
-        lichen = np.stack(seen.lichen).astype(np.uint8)  # small types make maps faster
-        strains = np.stack(seen.strains).astype(np.int16)
-        own_lichen = self._own_lichen(lichen, strains)
+        rubble = np.array(seen.rubble, np.int16)  # small types make maps faster
+        lichen = np.array(seen.lichen, np.int16)
+        strains = np.array(seen.strains, np.int16)
+        match, x, y = cells = marked_cells(strains >= 0)
+        owner = self.strain_owner[match, strains[cells]]
+        own_lichen = tuple(axis[owner >= 0] for axis in (match, owner, x, y))
         factories = self._read_factories(seen.factories)
         all_robots, all_ids = self._read_robots(seen.robots, factories)
         has_slot = all_robots.slot >= 0
@@ -524,17 +497,9 @@ class LuxEncoder:
             soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
         around = self._look_around(robots, factories, rubble, maps, soil)
         return Scene(
-            *(snapshots, np.array(seen.time), rubble, lichen, own_lichen, strains),
+            *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen),
             *(factories, all_robots, robots, unit_ids, maps, around, soil),
         )
-
-    def _own_lichen(self, lichen, strains):
-        """Lichen of each player, uint8 [N, P, H, W]."""
-        own = np.zeros((len(lichen), 2, *lichen.shape[1:]), np.uint8)
-        match, x, y = np.nonzero((lichen > 0) & (strains >= 0))
-        owner = self.strain_owner[match, strains[match, x, y]]
-        own[match, owner, x, y] = lichen[match, x, y]
-        return own
 
     def _read_factories(self, matches):
         """Factories by slot; `matches` holds for each match and player a dict unit_id -> Factory."""
@@ -593,7 +558,10 @@ class LuxEncoder:
     def _look_around(self, robots, factories, rubble, maps, soil):
         """What is Around the robots."""
         x, y = robots.x + 1 + DX[:, None], robots.y + 1 + DY[:, None]  # in bordered maps
-        cells = robots.match, robots.player, x, y
+        factory = maps.factory[robots.match, robots.player, x, y]
+        size = self.options.map_size
+        impassable = (x < 1) | (x > size) | (y < 1) | (y > size)
+        impassable |= maps.factory[robots.match, 1 - robots.player, x, y] >= 0
         rubble_there = bordered(rubble)[robots.match, x, y]
         nearest = nearest_factory(factories, *(robots.match, robots.player, robots.x, robots.y))
         home = robots.match, robots.player, nearest
@@ -604,29 +572,24 @@ class LuxEncoder:
             here = robots.match, robots.player, robots.x, robots.y
             worth_clearing = rubble_there[STAY] * soil.to_clear[here]
         return Around(
-            *(x, y, maps.factory[cells], maps.impassable[cells], rubble_there),
+            *(x, y, factory, impassable, rubble_there),
             *(steps_home, nearest, worth_clearing),
         )
 
-    # -- Observing -------------------------------------------------------------------------------
+    # ---------- Observing ----------
 
     def _draw_board(self, board, scene):
         """Write the channels of the boards [N, P, H, W, C]."""
         board[:] = self.terrain[:, None]
         board[..., CHANNEL["rubble"]] = scene.rubble[:, None]
-        if scene.own_lichen.any():
-            board[..., CHANNEL["own_lichen"]] = scene.own_lichen
-            board[..., CHANNEL["opponent_lichen"]] = scene.own_lichen[:, ::-1]
-        covered = np.uint8(100) * (scene.maps.factory[..., 1:-1, 1:-1] >= 0)
-        board[..., CHANNEL["own_factory"]] = covered
-        board[..., CHANNEL["opponent_factory"]] = covered[:, ::-1]
+        match, player, x, y = scene.own_lichen
+        draw(board, "lichen", match, player, x, y, scene.lichen[match, x, y])
+        match, player, _, x, y = factory_cells(scene.factories)
+        draw(board, "factory", match, player, x, y)
         robots = scene.all_robots
-        for kind, heavy in (("light", False), ("heavy", True)):
-            match, player, x, y = (
-                field[robots.heavy == heavy] for field in (robots.match, robots.player, robots.x, robots.y)
-            )
-            board[match, player, x, y, CHANNEL[f"own_{kind}"]] = 100
-            board[match, 1 - player, x, y, CHANNEL[f"opponent_{kind}"]] = 100
+        for kind, name in enumerate(("light", "heavy")):
+            rows = robots.heavy == kind
+            draw(board, name, robots.match[rows], robots.player[rows], robots.x[rows], robots.y[rows])
 
     def _count_built(self, robots):
         """Light and heavy robots alive that each factory built, two arrays [N, P, max_factories]."""
@@ -658,8 +621,7 @@ class LuxEncoder:
         }.items():
             features[..., COLUMN[name]] = value
         if scene.soil is not None:
-            lichen_cells = count_nearest(scene.own_lichen > 0, factories)
-            features[..., COLUMN["lichen_cells"]] = lichen_cells / 50
+            features[..., COLUMN["lichen_cells"]] = count_nearest(scene.soil.lichen, factories) / 50
             features[..., COLUMN["room_cells"]] = count_nearest(scene.soil.room, factories) / 50
 
     def _observe_robots(self, obs, scene):
@@ -711,7 +673,7 @@ class LuxEncoder:
             obs["features"][..., COLUMN[name]] = value[..., None]
         obs["features"][obs["kind"] == NOBODY] = 0
 
-    # -- Masks -----------------------------------------------------------------------------------
+    # ---------- Masks ----------
 
     def _plan_builds(self, scene, heavies):
         """Which factories can pay for a robot, and which of them have a slot for it.
@@ -779,9 +741,7 @@ class LuxEncoder:
     def _harmless_actions(self, scene, left, gain):
         """Rules 1, 2 and 4 to 6 of the safe masks for the robots, bool [A, R].
 
-        Args:
-            left: power [A, R] that each action leaves.
-            gain: power [R] that picking up gives.
+        `left` [A, R] is the power that each action leaves, `gain` [R] what picking up gives.
         """
         robots, around = scene.robots, scene.around
         harmless = np.ones(left.shape, bool)
@@ -791,8 +751,9 @@ class LuxEncoder:
         here = robots.match, robots.x, robots.y
         cargo = CARGO[robots.heavy]
         on_ice, on_ore = self.ice[here], self.ore[here]
-        own_lichen = scene.own_lichen[robots.match, robots.player, robots.x, robots.y] > 0
-        others_lichen = (scene.lichen[here] > 0) & ~own_lichen
+        is_own = self.strain_owner[robots.match, scene.strains[here]] == robots.player
+        own_lichen = (scene.lichen[here] > 0) & is_own
+        others_lichen = (scene.lichen[here] > 0) & ~is_own
         mines = (on_ice & (robots.ice < cargo)) | (on_ore & (robots.ore < cargo))
         clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | others_lichen
         clears |= (around.worth_clearing > 0) & (robots.heavy == 0)
@@ -807,7 +768,7 @@ class LuxEncoder:
         harmless[DIG] &= left[DIG] >= way_home[STAY]
         return harmless
 
-    # -- Orders ----------------------------------------------------------------------------------
+    # ---------- Orders ----------
 
     def orders(self, view, actions):
         """Official orders for an observation.
@@ -871,14 +832,9 @@ class LuxEncoder:
 
 
 def ways_to_nearest(cells):
-    """Way from every cell to the nearest marked one, by walking distance.
+    """Way [H, W, 3] from every cell to the nearest marked one of `cells` [H, W], by walking distance.
 
-    Args:
-        cells: bool [H, W].
-
-    Returns:
-        [H, W, 3] float32: dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) on a board
-        without marked cells.
+    A way is dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) if no cell is marked.
     """
     ways = np.zeros((*cells.shape, 3), np.float32)
     marked = np.argwhere(cells)
@@ -891,6 +847,11 @@ def ways_to_nearest(cells):
     ways[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
     ways[..., 2] = np.abs(ways[..., :2]).sum(-1)
     return np.clip(ways / 8, -1, 1)
+
+
+def marked_cells(maps):
+    """Indices of the marked cells of bool maps, as np.nonzero, which is slow on maps with few of them."""
+    return np.unravel_index(np.flatnonzero(maps), maps.shape)
 
 
 def nearest_factory(factories, match, player, x, y):
@@ -912,23 +873,30 @@ def bordered(maps):
     return wide
 
 
+def factory_cells(factories):
+    """Match, player, slot, x and y of the 3 x 3 cells that each factory covers; x and y [9, factories]."""
+    match, player, slot = who = np.nonzero(factories.alive)
+    dx, dy = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)
+    return match, player, slot, factories.x[who] + dx, factories.y[who] + dy
+
+
 def bordered_maps(factories, all_robots, size):
     """The BorderedMaps of these entities on boards with `size` cells to a side."""
     shape = len(factories.alive), 2, size + 2, size + 2
-    match, player, slot = who = np.nonzero(factories.alive)
-    x, y = factories.x[who] + 1, factories.y[who] + 1
+    match, player, slot, x, y = factory_cells(factories)
     factory = np.full(shape, -1, np.int8)
-    for dx in (-1, 0, 1):
-        for dy in (-1, 0, 1):
-            factory[match, player, x + dx, y + dy] = slot
+    factory[match, player, x + 1, y + 1] = slot
     centre = np.zeros(shape, bool)
-    centre[match, player, x, y] = True
+    centre[match, player, x[4] + 1, y[4] + 1] = True
     robot = np.zeros(shape, bool)
     robot[all_robots.match, all_robots.player, all_robots.x + 1, all_robots.y + 1] = True
-    impassable = factory[:, ::-1] >= 0
-    impassable[..., [0, -1], :] = True
-    impassable[..., :, [0, -1]] = True
-    return BorderedMaps(factory, centre, robot, impassable)
+    return BorderedMaps(factory, centre, robot)
+
+
+def draw(board, name, match, player, x, y, value=100):
+    """Draw entities of players into the boards of both, as their own and as the opponent's."""
+    board[match, player, x, y, CHANNEL[f"own_{name}"]] = value
+    board[match, 1 - player, x, y, CHANNEL[f"opponent_{name}"]] = value
 
 
 def log_amount(amount):
@@ -946,12 +914,7 @@ def power_left(robots, around):
 
 
 def legal_actions(robots, around, left, gain):
-    """What the game lets robots do, bool [A, R].
-
-    Args:
-        left: power [A, R] that each action leaves.
-        gain: power [R] that picking up gives.
-    """
+    """What the game lets robots do, bool [A, R]; `left` [A, R] and `gain` [R] as in _harmless_actions."""
     legal = left >= 0
     in_factory = around.factory[STAY] >= 0
     legal[MOVES] &= ~around.impassable[MOVES]
@@ -967,17 +930,14 @@ def water_costs(strains, strains_before, lichen, num_strains):
     A unit of water is good for 10 cells: the 12 at the factory's edge, cells of its strain, and neighbours
     of cells from which it spreads. All are counted here, although some may be under rubble or another
     strain. And as the engine asks for what it counted one step before, a cell counts if it was of the
-    strain then, and spreads with up to 2 units less.
-
-    Args:
-        strains, strains_before: int [N, H, W], -1 where no lichen grows; now and one step before.
-        lichen: units [N, H, W] now.
+    strain then (`strains_before` [N, H, W]), and spreads with up to 2 units less.
     """
     N, H, W = strains.shape
     counted = np.zeros((N, num_strains, H + 2, W + 2), bool)
-    for cells in (strains, strains_before):
-        match, x, y = np.nonzero(cells >= 0)
-        strain = cells[match, x, y]
+    lost = (strains_before >= 0) & (strains_before != strains)
+    for marked, strain_of in ((strains >= 0, strains), (lost, strains_before)):
+        match, x, y = marked_cells(marked)
+        strain = strain_of[match, x, y]
         counted[match, strain, x + 1, y + 1] = True
         spreads = lichen[match, x, y] >= LICHEN_TO_SPREAD - 2
         match, strain, x, y = match[spreads], strain[spreads], x[spreads], y[spreads]
@@ -993,10 +953,7 @@ def water_costs(strains, strains_before, lichen, num_strains):
 def yield_moves(robots, actions, yielded):
     """Actions [R] in which only the first of several robots moves onto a cell, and the others stay.
 
-    Args:
-        robots: Robots; the first is the one born first.
-        actions: [R].
-        yielded: counts [N, P] of robots that wait, written.
+    The first is the one born first. The others are counted in `yielded` [N, P].
     """
     actions = actions.copy()
     goals = set()
@@ -1039,31 +996,28 @@ def robot_queue(robot, action, delivery_direction):
     return np.array([order], np.int64)
 
 
-# ------------------------------------------------------------------------------------------------
-# Lichen: what the reward "lichen" adds to the encoder
-# ------------------------------------------------------------------------------------------------
+# ---------- Lichen: what the reward "lichen" adds to the encoder ----------
 
-# Bool maps [N, P, H, W]: `room` where own lichen grows or can spread to, `to_clear` where only rubble
-# keeps it from spreading next
-Soil = namedtuple("Soil", "room to_clear")
+# Bool maps [N, P, H, W]: own `lichen`, `room` where it grows or can spread to, and `to_clear` where
+# only rubble keeps it from spreading next
+Soil = namedtuple("Soil", "lichen room to_clear")
 
 
 def lichen_soil(own_lichen, resources, rubble, bordered_factory):
     """The Soil of both players, LICHEN_REACH steps over bare ground from own factories and lichen.
 
-    Args:
-        own_lichen: units [N, P, H, W].
-        resources: bool [N, H, W], ice and ore.
-        rubble: units [N, H, W].
-        bordered_factory: as in BorderedMaps.
+    `own_lichen` as in Scene, `resources` bool [N, H, W] (ice and ore), `rubble` units [N, H, W],
+    `bordered_factory` as in BorderedMaps.
     """
     covered = bordered_factory[..., 1:-1, 1:-1] >= 0
-    fertile = ~resources[:, None] & ~covered & ~covered[:, ::-1] & (own_lichen[:, ::-1] == 0)
+    own = np.zeros_like(covered)
+    own[own_lichen] = True
+    fertile = ~resources[:, None] & ~covered & ~covered[:, ::-1] & ~own[:, ::-1]
     under_rubble = rubble[:, None] > 0
-    reached = covered | (own_lichen > 0)
+    reached = covered | own
     for _ in range(LICHEN_REACH):
         reached |= dilate(reached) & fertile & ~under_rubble
-    return Soil(reached & ~covered, dilate(reached) & fertile & under_rubble)
+    return Soil(own, reached & ~covered, dilate(reached) & fertile & under_rubble)
 
 
 def dilate(cells):
@@ -1075,7 +1029,7 @@ def dilate(cells):
 
 def count_nearest(cells, factories):
     """Number of marked cells nearest to each factory of the team: [N, P, H, W] to [N, P, max_factories]."""
-    match, player, x, y = np.nonzero(cells)
+    match, player, x, y = marked_cells(cells)
     count = np.zeros(factories.alive.shape, np.int64)
     np.add.at(count, (match, player, nearest_factory(factories, match, player, x, y)), 1)
     return count
@@ -1128,9 +1082,7 @@ def threatened(robots, all_robots, around, bordered_shape):
     return threat[[STAY, UP, RIGHT, DOWN, LEFT, *stays]]
 
 
-# ------------------------------------------------------------------------------------------------
-# Bidding and factory placement
-# ------------------------------------------------------------------------------------------------
+# ---------- Bidding and factory placement ----------
 
 
 def early_phase_action(obs, player, grow_lichen=False):
@@ -1202,9 +1154,7 @@ def gaussian_filter(board, sigma):
     return kernels[0] @ board @ kernels[1]
 
 
-# ------------------------------------------------------------------------------------------------
-# One match: the engine, rewards and metrics
-# ------------------------------------------------------------------------------------------------
+# ---------- One match: the engine, rewards and metrics ----------
 
 
 class LuxMatch:
@@ -1289,9 +1239,7 @@ class LuxMatch:
     def _achievements(self, acts, robots, factories):
         """Amount of each reward term for each entity in the step just played, [P, E, len(REWARDS)].
 
-        Args:
-            acts: what the entities did.
-            robots, factories: dicts unit_id -> engine object, as it is after the step.
+        `robots` and `factories` are dicts unit_id -> engine object, as it is after the step.
         """
         state = self.engine.state
         amounts = np.zeros((2, self.options.num_entities, len(REWARDS)))
@@ -1339,8 +1287,7 @@ class LuxMatch:
     def _count_robots(self, robots):
         """Count births, losses, and losses on a cell where another own robot ended the step too.
 
-        Args:
-            robots: engine objects of the robots that were alive before the step.
+        `robots` are the engine's, alive before the step.
         """
         alive = self.engine.state.units
         births = self.engine.births
@@ -1400,9 +1347,7 @@ def _engine_class():
     return Engine
 
 
-# ------------------------------------------------------------------------------------------------
-# Many matches
-# ------------------------------------------------------------------------------------------------
+# ---------- Many matches ----------
 
 OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
 
@@ -1441,20 +1386,12 @@ def single_spaces(options):
     return gym.spaces.Dict(spaces), gym.spaces.MultiDiscrete(num_actions)
 
 
-def map_seeds(seed, match, num_envs, held_out):
-    """Generate the seeds of the maps that a match plays one after the other.
-
-    Args:
-        seed: of `reset`.
-        match: number of the match, counted over all processes.
-        num_envs, held_out: as in LuxVecEnv.
-    """
+def map_seed(seed, match, played, num_envs, held_out):
+    """Seed of the map of a match, when `played` matches have begun in its place since `reset(seed)`."""
     if held_out:
-        for played in itertools.count():
-            yield (seed + match + played * num_envs) % HELD_OUT_SEEDS
+        return (seed + match + (played - 1) * num_envs) % HELD_OUT_SEEDS
     rng = np.random.default_rng([seed, match])
-    while True:
-        yield int(rng.integers(HELD_OUT_SEEDS, 2**31))
+    return int([rng.integers(HELD_OUT_SEEDS, 2**31) for _ in range(played)][-1])
 
 
 class LuxMatches(gym.Env if gym else object):
@@ -1463,15 +1400,12 @@ class LuxMatches(gym.Env if gym else object):
     It observes what LuxVecEnv observes of these matches. Its infos hold "rewards" [n, P, E] and
     "finished", a list of (index, metrics) of the matches that ended.
 
-    Args:
-        indices: range of the numbers that the matches have in LuxVecEnv.
-        options: LuxOptions.
-        seeds_of: function (seed of `reset`, index of a match) -> iterator over map seeds.
-        new_match: function without arguments that makes a LuxMatch.
+    `indices` is the range of the numbers that the matches have in LuxVecEnv, `seed_of` a function
+    (seed of `reset`, index, matches begun there) -> map seed, `new_match` one that makes a LuxMatch.
     """
 
-    def __init__(self, indices, options, seeds_of, new_match):
-        self.indices, self.seeds_of, self.new_match = indices, seeds_of, new_match
+    def __init__(self, indices, options, seed_of, new_match):
+        self.indices, self.seed_of, self.new_match = indices, seed_of, new_match
         self.matches = []  # made by the first `reset`: the engine is slow to import
         self.encoder = LuxEncoder(options, len(indices))
         self.view = None
@@ -1485,8 +1419,10 @@ class LuxMatches(gym.Env if gym else object):
         self.matches = self.matches or [self.new_match() for _ in self.indices]
         if options is not None:
             return self._resume([options["state"][index] for index in self.indices]), {}
-        self._count_maps(seed)
+        self.seed = seed
+        self.played = [0 for _ in self.indices]
         for row in range(len(self.matches)):
+            self.played[row] += 1
             self._begin(row)
         return self._observe(), {}
 
@@ -1501,6 +1437,7 @@ class LuxMatches(gym.Env if gym else object):
                 rewards[row], metrics = match.step(orders[row], acts[row])
             if metrics is not None:
                 finished.append((self.indices[row], metrics))
+                self.played[row] += 1
                 self._begin(row)
         return self._observe(), 0.0, False, False, {"rewards": rewards, "finished": finished}
 
@@ -1511,20 +1448,11 @@ class LuxMatches(gym.Env if gym else object):
             for played, log, match in zip(self.played, self.action_log, self.matches)
         ]
 
-    def _count_maps(self, seed):
-        """Start counting maps for the seed of `reset`."""
-        self.seed = seed
-        self.played = [0 for _ in self.indices]
-        self.map_seeds = [self.seeds_of(seed, index) for index in self.indices]
-
     def _begin(self, row):
-        """Begin the next match of a row."""
-        self.played[row] += 1
-        self._begin_on(row, next(self.map_seeds[row]))
-
-    def _begin_on(self, row, map_seed):
+        """Begin the match whose turn it is."""
         with self._naming(row):
-            self.encoder.reset(self.matches[row].reset(map_seed), row)
+            seed = self.seed_of(self.seed, self.indices[row], self.played[row])
+            self.encoder.reset(self.matches[row].reset(seed), row)
 
     def _observe(self):
         snapshots = [read_engine(match.engine.state) for match in self.matches]
@@ -1537,19 +1465,17 @@ class LuxMatches(gym.Env if gym else object):
         The encoder takes one observation of every match at a time. So all matches must arrive in the
         same step, and younger ones, which begin later, stand at their start until then.
         """
-        self._count_maps(int(states[0]["seed"]))
+        self.seed = int(states[0]["seed"])
+        self.played = [int(state["played"]) for state in states]
         ages = [len(state["actions"]) for state in states]
         begins = [max(ages) - age for age in ages]
-        map_seeds = []
-        for row, state in enumerate(states):
-            self.played[row] = int(state["played"])
-            map_seeds.append([next(self.map_seeds[row]) for _ in range(self.played[row])][-1])
-            self.action_log[row, : ages[row]] = state["actions"]
+        for log, age, state in zip(self.action_log, ages, states):
+            log[:age] = state["actions"]
         orders = acts = None
         for step in range(max(ages) + 1):
             for row, match in enumerate(self.matches):
                 if step in (0, begins[row]):
-                    self._begin_on(row, map_seeds[row])
+                    self._begin(row)
                 elif step > begins[row]:
                     match.step(orders[row], acts[row])
             obs = self._observe()
@@ -1632,14 +1558,14 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         shares = max(n for n in range(1, max(num_workers, 1) + 1) if num_envs % n == 0)
         self.size = num_envs // shares  # matches of a worker
 
-        def seeds_of(seed, index):
-            return map_seeds(seed, first_match + index, num_envs, held_out)
+        def seed_of(seed, index, played):
+            return map_seed(seed, first_match + index, played, num_envs, held_out)
 
         new_match = functools.partial(LuxMatch, self.options, weights, engine_options)
         make_matches = [
             functools.partial(
                 *(_make_matches, os.getpid(), range(first, first + self.size)),
-                *(self.options, seeds_of, new_match),
+                *(self.options, seed_of, new_match),
             )
             for first in range(0, num_envs, self.size)
         ]
@@ -1715,20 +1641,13 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             ValueError: if it cannot be the state of such an environment.
         """
         number = self.single_action_space.nvec
-
-        def fits(match):
-            log = match["actions"]
-            is_log = log.dtype == np.int8 and log.shape[1:] == number.shape and len(log) < GAME_LENGTH
-            is_count = np.size(match["seed"]) == np.size(match["played"]) == 1
-            return (
-                (is_log and is_count)
-                and ((0 <= log) & (log < number)).all()
-                and (match["seed"] >= 0 and match["played"] >= 1)
-            )
-
-        if len(state) != self.num_envs or not all(map(fits, state)):
-            raise ValueError("the state of the matches is that of another environment")
-        steps = max(len(match["actions"]) for match in state)
+        logs = [match["actions"] for match in state]
+        fits = len(logs) == self.num_envs
+        for log in logs:
+            fits = fits and log.shape[1:] == number.shape and ((0 <= log) & (log < number)).all()
+        if not fits:
+            raise ValueError("the state is of matches of another environment")
+        steps = max(map(len, logs))
         options = {"state": state}
         obs, _ = self._call("reset", options=options, steps=steps + 1)
         return self._observations(obs), {}
@@ -1775,7 +1694,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
                 episode[key][index] = value
         return {"episode": episode, "_episode": ended}
 
-    # -- Workers ---------------------------------------------------------------------------------
+    # ---------- Workers ----------
 
     def _call(self, method, *args, steps=1, **kwargs):
         """What a method of `games` returns; if a worker fails, one sentence, and all workers are ended."""
@@ -1802,7 +1721,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         patience = WORKER_TIMEOUT + self.size * steps
         for worker, pipe in enumerate(self.games.parent_pipes):
             waited = 0
-            while not pipe.poll(1):  # seconds; counted like this, those of a suspended process do not count
+            while not pipe.poll(1):  # seconds; a suspended process does not count them
                 waited += 1
                 if waited >= patience:
                     raise TimeoutError(f"{self._name(worker)} did nothing for {waited} s")

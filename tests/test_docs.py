@@ -1,9 +1,8 @@
-"""The README and the pages in docs/ say what is: hunks, line numbers, commands, links, tables and worked examples."""
+"""The README and the pages in docs/ say what is: hunks, names, commands, links, tables and worked examples."""
 
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import global_ppo
 import trajsep_ppo
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
+sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "docs")]
 
+import diff  # noqa: E402
 import figures  # noqa: E402
 import plot  # noqa: E402
 import study  # noqa: E402
@@ -32,31 +32,33 @@ def blocks(text, language):
 
 
 def test_hunks():
-    """docs/diff.md has every changed line of the siblings, in order, but for the docstrings; the README has some."""
-    command = ["git", "diff", "--no-index", "--unified=0", "global_ppo.py", "trajsep_ppo.py"]
-    diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    changed, docstring_end = [], (ROOT / "trajsep_ppo.py").read_text().splitlines().index('"""', 1)
-    for hunk in diff.split("\n@@ ")[1:]:
-        place, *lines = hunk.splitlines()
-        if int(re.search(r"\+(\d+)", place)[1]) > docstring_end:
-            changed += lines
-    assert len(changed) > 30
-    assert "".join(blocks(PAGES[ROOT / "docs" / "diff.md"], "diff")).splitlines() == changed
+    """docs/diff.md is what docs/diff.py makes of today's scripts; the README shows some of its lines, in order."""
+    assert PAGES[diff.PAGE] == diff.page(), "run python docs/diff.py"
+    changed = [line for lines in diff.hunks() for line in lines]
+    assert 20 < len(changed) <= 36
     in_order = iter(changed)
     shown = "".join(blocks(README, "diff")).splitlines()
     assert len(shown) > 5 and all(line in in_order for line in shown)
 
 
+def test_every_difference_is_marked():
+    """Each hunk in which the scripts differ has a (*), on both sides where both have lines."""
+    for lines in diff.hunks():
+        for sign in {line[0] for line in lines}:
+            assert any("(*)" in line for line in lines if line[0] == sign), lines
+
+
 def test_reading_map():
-    """Each line of the map is where the thing that it names first begins."""
-    lines = (ROOT / "trajsep_ppo.py").read_text().splitlines()
-    rows = re.findall(r"^\| (\d+) \| (.*?) \|", README, re.MULTILINE)
-    assert len(rows) == 11
-    for number, what in rows:
-        name, line = re.search(r"\w+", what)[0], lines[int(number) - 1]
-        names = {"torchrun": "# --------------- Nothing below is about the method"}
-        starts = (f"def {name}(", f"class {name}:", f"        # {name.upper()}", names.get(name, "\0"))
-        assert line.startswith(starts), (number, what, line)
+    """What the map names is in the script."""
+    source = (ROOT / "trajsep_ppo.py").read_text()
+    table = README.split("## Reading map")[1].split("\n\n")[1]
+    names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()[2:]))
+    phases = re.findall(r"\b(COLLECT|ADVANTAGES|UPDATE|LOG AND SAVE)\b", table)
+    assert len(names) == 9 and len(phases) == 4
+    for name in names:
+        assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), name
+    for phase in phases:
+        assert f"        # {phase}" in source
 
 
 def test_links():

@@ -1,286 +1,209 @@
-"""The faster parts of the engine (compat/luxai_s2_fast) against the original ones, each alone and in whole matches."""
+"""The faster engine (compat/luxai_s2_fast) against the original: whole matches, then its parts."""
 
 import copy
-import pickle
+import json
 import sys
-from collections import Counter, defaultdict
-from types import SimpleNamespace
+from collections import Counter
+from pathlib import Path
 
 import luxai_s2_fast as fast
 import numpy as np
 import pytest
-from helpers import after_every_step, entities, hash_of, in_process, scripted
+from helpers import entities, hash_of, in_process, masked_random, scripted
 from luxai_s2 import LuxAI_S2
-from luxai_s2.factory import Factory
 from luxai_s2.map.position import Position
-from test_masks import riches
-from test_wrapper import play, random_policy, to_json
 
 import lux_wrapper as lux
 
-# ------------------------------------------------------------------------------------------------------
-# Whole matches
-# ------------------------------------------------------------------------------------------------------
+
+def test_the_installed_package_is_the_one_in_compat():
+    """The other tests test what is installed, which may be an old copy."""
+    compat = Path(__file__).resolve().parent.parent / "compat"
+    ours = compat / "luxai_s2_fast" / "luxai_s2_fast" / "__init__.py"
+    assert Path(fast.__file__).read_bytes() == ours.read_bytes()
+
+
+def to_json(obs):
+    return json.dumps(obs, default=lambda x: x.tolist())
+
+
+def place_factories(*engines, seed):
+    """Start the same match in each engine and place its factories, some at the edge of the map."""
+    rng = np.random.default_rng(seed)
+    obs = [engine.reset(seed=seed)[0]["player_0"] for engine in engines][0]
+    while obs["real_env_steps"] < 0:
+        orders = {player: lux.early_phase_action(obs, player) for player in lux.PLAYERS}
+        cells = np.argwhere(obs["board"]["valid_spawns_mask"])
+        to_edge = np.minimum(cells, engines[0].state.board.width - 1 - cells).min(1)
+        for order in orders.values():
+            if "spawn" in order and rng.random() < 0.5:
+                order["spawn"] = cells[to_edge.argmin()]
+        obs = [engine.step(copy.deepcopy(orders))[0]["player_0"] for engine in engines][0]
+
+
+def random_orders(state, rng):
+    """Orders of all kinds that the rules know, for both players; many of them are impossible."""
+    orders = {player: {} for player in lux.PLAYERS}
+    for player, own_orders in orders.items():
+        for unit_id in state.factories[player]:
+            own_orders[unit_id] = int(rng.choice(3, p=[0.1, 0.1, 0.8]))
+        for unit_id in state.units[player]:
+            if rng.random() < 0.4:
+                kind = rng.choice(6, p=[0.6, 0.1, 0.1, 0.17, 0.01, 0.02])
+                direction, resource, repeat = rng.integers(5, size=3)
+                amount, times = rng.integers(1, [50, 4])
+                action = [kind, direction, resource, amount, repeat, times]
+                own_orders[unit_id] = np.array([action] * int(rng.integers(1, 3)))
+    return orders
+
+
+def make_rich(state, rng):
+    """Give everybody enough for most orders, watering with the last drop of water included."""
+    robots, factories = entities(state)
+    for unit in robots:
+        unit.power = int(rng.integers(unit.battery_capacity // 4, unit.battery_capacity))
+    for factory in factories:
+        factory.power = 1000
+        factory.cargo.metal = 200
+        factory.cargo.ice = 8  # becomes 2 water, so that the factory survives this step
+        watering = factory.water_cost(state.env_cfg)
+        factory.cargo.water = int(rng.choice([max(watering - 1, 0), watering, 500]))
+
+
+def change_ground(state, rng):
+    """Change a cell near each factory, and every eighth step the whole map.
+
+    Obstacles are scattered then, and lichen of all factories that touches the lichen of others.
+    """
+    board = state.board
+    free = board.factory_occupancy_map == -1
+    factories = entities(state)[1]
+    strains = [factory.num_id for factory in factories]
+    if state.real_env_steps % 8 == 0:
+        board.rubble[:] = free & (rng.random(free.shape) < rng.choice([0, 0.1, 0.4]))
+        board.ice[:] = free & (rng.random(free.shape) < 0.03)
+        board.ore[:] = free & (rng.random(free.shape) < 0.03)
+        board.lichen[:] = 0
+        board.lichen_strains[:] = -1
+        cells = np.argwhere(free)
+        for factory in factories:
+            distance = np.abs(cells - factory.pos.pos).sum(1)
+            near = (distance < rng.integers(2, 9)) & (rng.random(len(cells)) < 0.8)
+            x, y = cells[near].T
+            board.lichen[x, y] = rng.choice([1, 20, 21, 22, 60, 100], len(x))
+            board.lichen_strains[x, y] = factory.num_id
+    values = dict.fromkeys(["rubble", "ice", "ore"], [0, 1])
+    values |= {"lichen": [20, 21], "lichen_strains": [-1, *strains]}
+    for factory in factories:
+        name = rng.choice(list(values))
+        x, y = np.clip(factory.pos.pos + rng.integers(-4, 5, 2), 0, board.width - 1)
+        if free[x, y]:
+            getattr(board, name)[x, y] = rng.choice(values[name])
 
 
 @pytest.mark.parametrize("map_size, validate", [(48, False), (32, True)])
 def test_the_engine_plays_as_the_original(map_size, validate):
-    """The original engine gets the same orders, and is in the same state after every step, lichen included."""
-    options = {"validate_action_space": validate, "collect_stats": True}
-    env, (match,) = in_process(1, map_size=map_size, max_robots=30, safe_masks=False, engine_options=options)
-    assert isinstance(match.engine, fast.LuxAI_S2)
-    original = LuxAI_S2(map_size=map_size, MIN_FACTORIES=2, MAX_FACTORIES=5, verbose=0, **options)
-    assert not isinstance(original, fast.LuxAI_S2)
-    after_every_step(match, riches(np.random.default_rng(0)))
-    change, reset, step = riches(np.random.default_rng(0)), match.engine.reset, match.engine.step
+    """With the same orders, both engines are in the same state after every step."""
+    options = {"map_size": map_size, "validate_action_space": validate, "collect_stats": True}
+    options |= {"MIN_FACTORIES": 4, "verbose": 0}
+    engines = [fast.LuxAI_S2(**options), LuxAI_S2(**options)]
+    place_factories(*engines, seed=23)
+    factories = entities(engines[0].state)[1]
+    assert {min(factory.pos.pos) == 1 for factory in factories} == {True, False}  # some at the edge
     seen = Counter()
 
-    def look(engine):
-        robots, factories = entities(engine.state)
-        lichen = [[sorted(f.grow_lichen_positions), sorted(f.connected_lichen_positions)] for f in factories]
-        seen.update(robots=len(robots), connected=sum(len(c) for _, c in lichen))
-        assert to_json(lux.read_engine(engine.state)) == to_json(lux.read_observation(engine.state.get_obs()))
-        return to_json([engine.state.get_obs(), engine.state.stats, lichen])
+    def look(state):
+        lichen = [
+            [sorted(factory.grow_lichen_positions), sorted(factory.connected_lichen_positions)]
+            for factory in entities(state)[1]
+        ]
+        assert to_json(lux.read_engine(state)) == to_json(lux.read_observation(state.get_obs()))
+        return to_json([state.get_obs(), state.stats, lichen])
 
-    def reset_both(seed):
-        original.reset(seed=seed)
-        return reset(seed=seed)
-
-    def step_both(actions):
-        _, rewards, *ends, _ = original.step(copy.deepcopy(actions))
-        if original.state.real_env_steps >= 0:
-            change(original.state)
-        result = step(actions)
-        assert list(result[1:4]) == [rewards, *ends] and look(match.engine) == look(original)
-        assert all(type(entity.pos) is fast.Cell for entity in sum(entities(match.engine.state), []))
-        return result
-
-    match.engine.reset, match.engine.step = reset_both, step_both
-    obs, _ = env.reset(seed=23)
-    assert all(type(team.factory_strains) is fast.Strains for team in match.engine.state.teams.values())
-    weights = np.ones(lux.NUM_ACTIONS)
-    weights[lux.WATER] = 4
-    for _ in play(env, obs, random_policy(23, weights), 120):
-        pass
-    assert seen["robots"] > 2000 and seen["connected"] > 2000, seen
-    env.close()
+    for step in range(100):
+        orders = random_orders(engines[0].state, np.random.default_rng(step))
+        found_before = [factory.grow_lichen_positions for factory in factories]
+        for engine in engines:
+            make_rich(engine.state, np.random.default_rng(step))
+            change_ground(engine.state, np.random.default_rng(step))
+        (_, *result), (_, *expected) = [engine.step(copy.deepcopy(orders)) for engine in engines]
+        assert result == expected
+        assert look(engines[0].state) == look(engines[1].state), step
+        kept = sum(f.grow_lichen_positions is found for f, found in zip(factories, found_before))
+        if step % 40 == 20:
+            for engine in engines:
+                engine.destroy_factory(entities(engine.state)[1][0])
+        robots, factories = entities(engines[0].state)
+        assert all(type(entity.pos) is fast.Cell for entity in robots + factories)
+        connected = sum(len(factory.connected_lichen_positions) for factory in factories)
+        seen.update(robots=len(robots), connected=connected, kept=kept)
+    assert min(seen["robots"], seen["connected"]) > 2000 and seen["kept"] > 100, seen
 
 
-def whole_matches(policy, steps, **options):
-    """Hashes of all that each step of two matches returns."""
-    env, matches = in_process(2, **options)
-    obs, _ = env.reset(seed=25)
-    digest, ended = [], 0
-    for before, _, (_, rewards, terminated, truncated, infos) in play(env, obs, policy, steps):
-        metrics = [array for _, array in sorted(infos.get("episode", {}).items())]
-        digest.append(hash_of(*before.values(), rewards, terminated, truncated, *metrics))
-        ended += terminated.sum()
-    env.close()
-    return digest, ended, isinstance(matches[0].engine, fast.LuxAI_S2)
+def test_the_wrapper_without_the_package(monkeypatch):
+    """Without it the original engine plays: same observations, rewards and metrics."""
 
+    def play():
+        """Hashes of what every step of two matches returns, and an engine."""
+        rng = np.random.default_rng(25)
+        env, matches = in_process(2, safe_masks=False)
+        obs, _ = env.reset(seed=25)
+        digest, ended = [], 0
+        for step in range(250):
+            actions = masked_random(rng, obs["action_mask"])
+            if step % 50 < 10:
+                actions = scripted(obs)
+            obs, rewards, terminated, truncated, infos = env.step(actions)
+            metrics = [array for _, array in sorted(infos.get("episode", {}).items())]
+            digest.append(hash_of(*obs.values(), rewards, terminated, truncated, *metrics))
+            ended += terminated.sum()
+        env.close()
+        assert ended >= 2
+        return digest, matches[0].engine
 
-@pytest.mark.parametrize(
-    "policy, options",
-    [("random", {"safe_masks": False}), ("scripted", {"group_by": "cluster", "max_robots": 6, "map_size": 32})],
-)
-def test_the_wrapper_without_the_package(policy, options, monkeypatch):
-    """Where luxai_s2_fast is not installed the engine itself plays: same observations, rewards and metrics."""
-    make = {"random": lambda: random_policy(25), "scripted": lambda: scripted}[policy]
-    with_it, ended, is_fast = whole_matches(make(), 250, **options)
-    assert is_fast and (ended >= 2 or policy == "scripted")
+    with_it, engine = play()
+    assert isinstance(engine, fast.LuxAI_S2)
     monkeypatch.setitem(sys.modules, "luxai_s2_fast", None)  # importing it fails now
     lux._engine_class.cache_clear()
     try:
-        without, _, is_fast = whole_matches(make(), 250, **options)
+        without, engine = play()
     finally:
         lux._engine_class.cache_clear()
-    assert not is_fast and without == with_it
+    assert not isinstance(engine, fast.LuxAI_S2)
+    assert without == with_it
 
 
 def test_no_observations_are_made():
-    """None in their place after placement, real ones before; whoever asks gets one, also after an error."""
+    """After placement `step` returns None for them; `get_obs` makes one, even after an error."""
     engine = fast.LuxAI_S2(map_size=48, MIN_FACTORIES=2, MAX_FACTORIES=2, verbose=0)
-    obs = engine.reset(seed=3)[0]["player_0"]
-    while obs["real_env_steps"] < 0:
-        obs = engine.step({player: lux.early_phase_action(obs, player) for player in lux.PLAYERS})[0]["player_0"]
-    nothing = {player: {} for player in lux.PLAYERS}
-    observations, rewards, *_ = engine.step(nothing)
-    assert observations == {"player_0": None, "player_1": None} and rewards.keys() == observations.keys()
+    place_factories(engine, seed=3)  # reads observations
+    observations, rewards, *_ = engine.step({player: {} for player in lux.PLAYERS})
+    assert observations == {"player_0": None, "player_1": None}
+    assert rewards.keys() == observations.keys()
     assert engine.state.get_obs()["real_env_steps"] == 1
     with pytest.raises(ValueError):
         engine.step({})
     assert engine.state.get_obs()["real_env_steps"] == 1
 
 
-# ------------------------------------------------------------------------------------------------------
-# Positions
-# ------------------------------------------------------------------------------------------------------
+def test_factories_do_not_overlap():
+    engine = fast.LuxAI_S2(map_size=48, verbose=0)
+    place_factories(engine, seed=3)
+    factory = entities(engine.state)[1][0]
+    assert engine.add_factory(factory.team, factory.pos.pos) is None
 
 
 def test_cells_are_positions():
-    """What the engine, and its renderer, ask of a position: the same numbers, names and sums."""
-    rng = np.random.default_rng(1)
-    for x, y, dx, dy in rng.integers(-3, 64, (50, 4)):
-        here, there = np.array([x, y]), np.array([dx, dy])
-        cell, position = fast.Cell(here), Position(here.copy())
-        for one, other in (
-            (cell, position),
-            (cell + there, position + there),
-            (cell + (dx, dy), position + (dx, dy)),
-            (cell + fast.Cell(there), position + Position(there)),
-            (cell + Position(there), position + Position(there)),
-            (cell - there, position - there),
-            (cell - fast.Cell(there), position - Position(there)),
-        ):
-            assert (one.x, one.y) == (other.x, other.y) and str(one) == str(other)
-            assert one.pos.dtype == other.pos.dtype and one.pos.tolist() == other.pos.tolist()
-        assert type(cell + there) is fast.Cell and type(cell.x) is type((cell + there).y) is int
-        cell.pos = position.pos = there
-        assert cell.pos.tolist() == position.pos.tolist() == [dx, dy]
-        for again in (copy.deepcopy(cell), pickle.loads(pickle.dumps(cell))):
-            assert (again.x, again.y) == (dx, dy)
-
-
-# ------------------------------------------------------------------------------------------------------
-# Whose lichen it is
-# ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strains", [[], [0], [0, 2, 5], [7, 3, 3, 12]])
-def test_isin_of_strains(strains):
-    """np.isin gives what it gives with any list, whatever is asked for, in whatever way."""
-    ours, rng = fast.Strains(strains), np.random.default_rng(2)
-    boards = [
-        rng.integers(-1, 9, (48, 48)),
-        rng.integers(-1, 30, (48, 48)),
-        rng.integers(-50, 50, (3, 4, 5)),
-        np.array([np.iinfo(np.int64).max, np.iinfo(np.int64).min, -1, 0]),
-        np.full((2, 2), -1),
-        np.zeros((0, 3), np.int64),
-        np.array(3),
-        rng.integers(0, 9, 20).astype(np.int16),
-        rng.integers(0, 9, 20).astype(np.uint8),
-        rng.integers(0, 9, 20) / 2,
-        np.ma.masked_less(rng.integers(0, 9, 20), 3),
-        [1, 2, 3],
-        7,
-    ]
-    for board in boards:
-        for options in ({}, {"invert": True}, {"kind": "sort"}, {"assume_unique": True}, {"invert": False}):
-            expected, got = np.isin(board, strains, **options), np.isin(board, ours, **options)
-            assert type(got) is type(expected) and got.dtype == bool and np.array_equal(got, expected), (board, options)
-        assert np.array_equal(np.isin(element=board, test_elements=ours), np.isin(board, strains))
-        assert np.array_equal(np.isin(board, test_elements=ours), np.isin(board, strains))
-        assert np.array_equal(np.isin(board, ours, False, True), np.isin(board, strains, False, True))
-        assert np.array_equal(np.isin(ours, board), np.isin(strains, board))
-    assert np.array_equal(np.isin(ours, ours), np.isin(strains, strains))
-
-
-def test_strains_are_a_list():
-    """Every other function of NumPy, and JSON, take them for what they are."""
-    strains = fast.Strains([4, 1])
-    strains += [6]
-    assert type(strains) is fast.Strains and strains == [4, 1, 6] and to_json(strains) == "[4, 1, 6]"
-    assert np.concatenate([strains, [2]]).tolist() == [4, 1, 6, 2]
-    assert np.max(strains) == 6 and np.unique(strains).tolist() == [1, 4, 6] and np.array(strains).shape == (3,)
-    assert np.isin(np.array([1, 2, 6]), strains).tolist() == [True, False, True]  # with the one that has been added
-
-
-# ------------------------------------------------------------------------------------------------------
-# Lichen
-# ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [5, 24, 48, 64])
-def test_bitboards(size):
-    """There and back; and neighbours are those of the board's cells, none around the edge."""
-    maps = np.random.default_rng(size).random((4, size, size)) < [[[0.02]], [[0.5]], [[1]], [[0]]]
-    maps[3, [0, -1, 0, -1], [0, 0, -1, -1]] = True  # the corners
-    board, *_ = fast.bitboards(np.ones((1, size, size), bool))
-    for cells, bits in zip(maps, fast.bitboards(maps)):
-        assert fast.cells_of(bits, size) == set(map(tuple, np.argwhere(cells).tolist()))
-        around = np.pad(cells, 1)
-        beside = around[:-2, 1:-1] | around[2:, 1:-1] | around[1:-1, :-2] | around[1:-1, 2:]
-        found = fast.cells_of(fast.neighbours(bits, size) & board, size)
-        assert found == set(map(tuple, np.argwhere(beside).tolist()))
-
-
-def made_up_lichen(engine, rng):
-    """Change the board of an engine: obstacles, and lichen of all factories around them that touches others'."""
-    state, size = engine.state, engine.state.board.width
-    board, factories = state.board, entities(state)[1]
-    free = board.factory_occupancy_map == -1
-    board.rubble[:] = np.where(free & (rng.random((size, size)) < rng.choice([0, 0.1, 0.4])), 10, 0)
-    board.ice[:] = free & (rng.random((size, size)) < 0.03)
-    board.ore[:] = free & (rng.random((size, size)) < 0.03)
-    board.lichen[:], board.lichen_strains[:] = 0, -1
-    for factory in factories:
-        cells = np.argwhere(free)
-        distance = np.abs(cells - factory.pos.pos).sum(1)
-        cells = cells[(distance < rng.integers(2, 12)) & (rng.random(len(cells)) < 0.8)]
-        board.lichen[tuple(cells.T)] = rng.choice([1, 19, 20, 21, 100], len(cells))
-        board.lichen_strains[tuple(cells.T)] = factory.num_id
-
-
-def found_by(factory):
-    return factory.grow_lichen_positions, factory.connected_lichen_positions
-
-
-@pytest.mark.parametrize("map_size", [32, 48])
-def test_the_search_for_lichen(map_size):
-    """On boards made up the cells found are those of the original search, also at the edges and beside others'."""
-    engine = fast.LuxAI_S2(map_size=map_size, MIN_FACTORIES=4, MAX_FACTORIES=4, verbose=0)
-    obs, rng, sizes = engine.reset(seed=4)[0]["player_0"], np.random.default_rng(5), Counter()
-    while obs["real_env_steps"] < 0:
-        orders = {player: lux.early_phase_action(obs, player) for player in lux.PLAYERS}
-        for order in orders.values():
-            if "spawn" in order and rng.random() < 0.5:  # somewhere near the edge
-                cells = np.argwhere(obs["board"]["valid_spawns_mask"])
-                order["spawn"] = cells[np.minimum(cells, map_size - 1 - cells).min(1).argmin()]
-        obs = engine.step(orders)[0]["player_0"]
-    factories = entities(engine.state)[1]
-    assert len(factories) == 8 and all(type(factory) is fast.LichenFactory for factory in factories)
-    edges = [min(factory.pos.x, factory.pos.y) == 1 for factory in factories]
-    assert any(edges) and not all(edges)
-    orders = defaultdict(list)
-
-    def search():
-        engine._handle_recharge_actions(orders)
-        for factory in factories:
-            factory.cache_water_info(engine.state.board, engine.env_cfg)
-        engine._handle_factory_water_actions(orders)
-
-    def compare():
-        for factory in factories:
-            original = Factory(SimpleNamespace(team_id=0), factory.unit_id, factory.num_id)
-            original.pos = Position(factory.pos.pos)
-            original.cache_water_info(engine.state.board, engine.env_cfg)
-            assert found_by(factory) == found_by(original)
-            sizes.update(grow=len(found_by(original)[0]), connected=len(found_by(original)[1]))
-
-    board = engine.state.board
-    for number in range(40):
-        made_up_lichen(engine, rng)
-        search()
-        compare()
-        before = [found_by(factory) for factory in factories]
-        search()  # nothing has changed, so nothing is made anew
-        assert all(now[0] is then[0] for now, then in zip(map(found_by, factories), before))
-        x, y = rng.permutation(np.argwhere(board.factory_occupancy_map == -1))[0]
-        changes = {"lichen": 20, "lichen_strains": factories[number % 3].num_id, "rubble": 10, "ice": 1, "ore": 1}
-        what = list(changes)[number % 5]
-        old = getattr(board, what)[x, y]
-        getattr(board, what)[x, y] = changes[what]
-        if number % 2:  # asked in between, as nobody does, it searches as the original
-            for factory in factories:
-                factory.cache_water_info(board, engine.env_cfg)
-            compare()
-            getattr(board, what)[x, y] = old
-        search()
-        compare()
-        if number % 10 == 5:
-            engine.destroy_factory(factories.pop())
-            search()
-            compare()
-    assert sizes["grow"] > 5000 and sizes["connected"] > 3000, sizes
-    assert board.ground is None
+    """The same coordinates, text, array and sums as the engine's positions, but Python ints."""
+    for x, y, dx, dy in np.random.default_rng(1).integers(-3, 64, (20, 4)):
+        step = np.array([dx, dy])
+        position = Position(np.array([x, y]))
+        cell = fast.Cell(0, 0)
+        cell.pos = position.pos
+        sums = [(cell + step, position + step), (cell - step, position - step)]
+        for one, other in [(cell, position), *sums]:
+            assert (one.x, one.y, str(one)) == (other.x, other.y, str(other))
+            assert one.pos.dtype == other.pos.dtype
+            assert one.pos.tolist() == other.pos.tolist()
+        for one in (cell, cell + step):
+            assert (type(one), type(one.x), type(one.y)) == (fast.Cell, int, int)

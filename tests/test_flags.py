@@ -6,12 +6,10 @@ parameters. The second half is about what is played: training maps, held-out map
 
 import dataclasses
 import functools
-import importlib.machinery
 import json
 import random
 import runpy
 import sys
-import time
 import types
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -20,6 +18,7 @@ import luxai_s2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_learning import HardToy
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -33,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = (trajsep_ppo, global_ppo)
 # What the scripts are started with: 3 updates of 2 epochs of 2 minibatches
 BASE = (
-    "--no-cuda --num-workers 0 --map-size 24 --min-factories 1 --max-factories 2 --max-robots 2 --eval-episodes 1 "
+    "--no-cuda --num-workers 0 --env-kwargs map_size 24 min_factories 1 max_factories 2 max_robots 2 "
+    "--eval-episodes 1 "
     "--total-timesteps 48 --num-envs 2 --num-steps 8 --num-minibatches 2 --update-epochs 2 --learning-rate 0.01 "
     "--max-grad-norm 1000 --gamma 0.9 --gae-lambda 0.8 --clip-coef 0.2 --ent-coef 0.01 --vf-coef 0.1 "
     "--positive-reward-weight 1.1 "
@@ -41,7 +41,7 @@ BASE = (
 
 
 class Toy(HardToy):
-    """The toy game with the wrapper's arguments; counts."""
+    """The toy game with the wrapper's arguments; counts what is asked of it."""
 
     def __init__(self, num_envs, group_by="entity", **_):
         super().__init__(num_envs, slots=6, clusters=3 if group_by == "cluster" else None, penalty=0.5)
@@ -54,6 +54,9 @@ class Toy(HardToy):
     def step(self, actions):
         self.steps += 1
         return super().step(actions)
+
+    def render(self):
+        return [np.full((8, 8, 3), self.steps, np.uint8)] * self.num_envs
 
 
 SHORT = functools.partial(lux.LuxVecEnv, engine_options={"max_episode_length": 4})  # the real game, for four steps
@@ -72,8 +75,7 @@ class Run:
 
     def played(self, held_out):
         """The environment of the training, or that of the evaluation."""
-        (env,) = [x for x in self.envs if bool(x.options.get("held_out")) == held_out]
-        return env
+        return next(x for x in self.envs if bool(x.options.get("held_out")) == held_out)
 
     @property
     def checkpoints(self):
@@ -87,6 +89,12 @@ class Run:
     def matches(self):
         """What the evaluation wrote: name of a metric -> a number for each match."""
         return json.loads((self.folder / "evaluation.json").read_text())["matches"]
+
+
+def no_log(folder, **_):
+    """A writer that only makes the run's folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return MagicMock()
 
 
 def start(script, cwd, flags="", game=Toy):
@@ -121,7 +129,7 @@ def start(script, cwd, flags="", game=Toy):
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
         patch.setattr(lux, "LuxVecEnv", make)
         patch.setattr(luxai_s2.LuxAI_S2, "reset", before_reset)
-        patch.setattr(torch.utils.tensorboard, "SummaryWriter", MagicMock())
+        patch.setattr(torch.utils.tensorboard, "SummaryWriter", no_log)
         try:
             runpy.run_path(str(ROOT / f"{script.__name__}.py"), run_name="__main__")
         finally:
@@ -158,26 +166,14 @@ def sizes(run):
     return env.num_envs, env.steps, len(run.minibatches), teams
 
 
-def video(run):
-    """Which of the two environments draw a match, and whether it is into the run's folder."""
-    drawn = [run.played(held_out).options.get("video") for held_out in (False, True)]
-    return [path and Path(path).parent.name == run.folder.name for path in drawn]
-
-
 # Flag -> how it is given, what shows its effect, what that is without it, and with it
 SHOWN = {
     "exp_name": ("--exp-name mine", lambda run: run.folder.name.startswith("mine__1__"), False, True),
-    "capture_video": ("--capture-video", video, [None, None], [None, True]),
     "eval_episodes": ("--eval-episodes 3", lambda run: [*map(len, run.matches.values())], [1, 1], [3, 3]),
     "save_every": ("--save-every 2", lambda run: sorted(run.checkpoints), [48], [32, 48]),
     "num_workers": ("--num-workers 3", given("num_workers"), [0, 0], [3, 3]),
-    "map_size": ("--map-size 32", given("map_size"), [24, 24], [32, 32]),
-    "min_factories": ("--min-factories 2", given("min_factories"), [1, 1], [2, 2]),
-    "max_factories": ("--max-factories 3", given("max_factories"), [2, 2], [3, 3]),
-    "max_robots": ("--max-robots 4", given("max_robots"), [2, 2], [4, 4]),
-    "safe_masks": ("--no-safe-masks", given("safe_masks"), [True, True], [False, False]),
+    "env_kwargs": ("--env-kwargs max_robots 4", given("max_robots"), [2, 2], [4, 4]),
     "group_by": ("--group-by cluster", given("group_by"), ["entity"] * 2, ["cluster"] * 2),
-    "reward": ("--reward lichen", given("reward"), ["ice"] * 2, ["lichen"] * 2),
     "total_timesteps": ("--total-timesteps 47", sizes, (2, 24, 12, 16), (2, 16, 8, 16)),
     "num_envs": ("--num-envs 4", sizes, (2, 24, 12, 16), (4, 8, 4, 32)),
     "num_steps": ("--num-steps 4", sizes, (2, 24, 12, 16), (2, 24, 24, 8)),
@@ -200,9 +196,6 @@ LEARNING = {
     "vf_coef": "--vf-coef 1",
     "positive_reward_weight": "--positive-reward-weight 2",
     "agent_reward_weight": "--agent-reward-weight 0.5",
-    "shared": "--shared critic",
-    "top_samples": "--top-samples 1",
-    "top_by": "--top-by return --top-samples 1",
     "group_by": "--group-by cluster",
 }
 
@@ -239,8 +232,8 @@ def test_seed(script, base, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_global_generators_are_left_alone(script, monkeypatch, tmp_path):
-    """Nothing draws from `random` and `numpy.random`, not the engine either, so a checkpoint need not hold them."""
-    monkeypatch.setattr(script, "LuxVecEnv", SHORT)
+    """Nothing draws from `random` and `numpy.random`, so a checkpoint need not hold their states."""
+    monkeypatch.setattr(lux, "LuxVecEnv", SHORT)
     sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 48, "eval_episodes": 1}
     args, before = script.Args(**sizes, num_workers=0), (random.getstate(), np.random.get_state())
     script.evaluate(script.train(args, str(tmp_path), torch.device("cpu")), args, torch.device("cpu"))
@@ -289,16 +282,16 @@ def test_cuda(script, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_track(script, monkeypatch, tmp_path):
-    """Weights and Biases is told the run's name and flags, and follows TensorBoard; without the flag it rests."""
+    """Weights and Biases gets the run's name and flags, and follows TensorBoard; only with the flag."""
     wandb = types.ModuleType("wandb")
-    wandb.__spec__, wandb.init = importlib.machinery.ModuleSpec("wandb", None), MagicMock()
+    wandb.init = MagicMock()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     start(script, tmp_path / "without", BASE)
     wandb.init.assert_not_called()
     run = start(script, tmp_path / "with", f"{BASE} --track")
-    ((_, told),) = wandb.init.call_args_list
-    assert told["name"] == run.folder.name and told["sync_tensorboard"] is True
-    assert told["config"]["gamma"] == 0.9 and told["config"]["map_size"] == 24
+    ((_, options),) = wandb.init.call_args_list
+    assert options["name"] == options["id"] == run.folder.name and options["sync_tensorboard"] is True
+    assert options["config"]["gamma"] == 0.9 and options["config"]["env_kwargs"]["map_size"] == 24
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -318,13 +311,27 @@ def test_evaluate(script, base, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_capture_video(script, base, tmp_path):
+    """A match on the first held-out map is drawn in this process; the evaluation itself stays as it is."""
+    run = start(script, tmp_path, f"{BASE} --capture-video")
+    assert run.matches == base(script).matches
+    *others, drawn = run.envs
+    assert drawn.options | {"render_mode": None} == others[-1].options | {"render_mode": None}
+    assert drawn.options["render_mode"] == "rgb_array" and drawn.num_envs == 1 and drawn.seeds == [0]
+    assert not any("render_mode" in env.options for env in others)
+    with Image.open(run.folder / "video.gif") as video:
+        assert video.n_frames == -(-drawn.steps // 4) > 1
+    assert not (base(script).folder / "video.gif").exists()
+
+
+CONSTANT = f"{BASE} --no-anneal-lr --no-anneal-ent --positive-reward-weight 1"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_resume(script, tmp_path):
-    """A run goes on in its folder with its flags from its last checkpoint: as one that never stopped (on real maps)."""
-    whole = start(
-        script, tmp_path / "whole", f"{BASE} --no-anneal-lr --no-anneal-ent --positive-reward-weight 1", SHORT
-    )
-    flags = f"{BASE} --no-anneal-lr --no-anneal-ent --positive-reward-weight 1 --total-timesteps 32"
-    first = start(script, tmp_path / "parts", flags, SHORT)
+    """A run continues in its folder, with its flags, as one that never stopped (on real maps)."""
+    whole = start(script, tmp_path / "whole", CONSTANT, SHORT)
+    first = start(script, tmp_path / "parts", f"{CONSTANT} --total-timesteps 32", SHORT)
     saved = first.model
     run = start(script, tmp_path / "parts", f"--resume {first.folder} --total-timesteps 48", SHORT)
     assert run.folder == first.folder and sorted(run.checkpoints) == [32, 48]
@@ -333,8 +340,23 @@ def test_resume(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_override_those_of_the_run(script, tmp_path):
+    """The learning rate too, which the optimizer's state has as well; of the options only the ones given."""
+    first = start(script, tmp_path, f"{CONSTANT} --total-timesteps 32")
+    flags = f"--resume {first.folder} --total-timesteps 48 --learning-rate 0.5 --env-kwargs map_size 32 reward lichen"
+    run = start(script, tmp_path, flags)
+    assert {*first.rates} == {0.01} and {*run.rates} == {0.5} and run.folder == first.folder
+    options = {"map_size": 32, "min_factories": 1, "max_factories": 2, "max_robots": 2, "reward": "lichen"}
+    for held_out in (False, True):
+        assert options.items() <= run.played(held_out).options.items()
+    args = torch.load(run.checkpoints[48], weights_only=True)["args"]
+    assert args["env_kwargs"] == options and args["learning_rate"] == 0.5 and args["gamma"] == 0.9
+    assert args["resume"] is None
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_resume_from_an_older_checkpoint(script, tmp_path):
-    """It begins a run of its own, with the same matches and numbers; what came after the checkpoint is as it was."""
+    """A new run begins, with the same matches and numbers; the later checkpoints stay as they are."""
     first = start(script, tmp_path / "first", f"{BASE} --save-every 1", SHORT)
     files = {path: path.read_bytes() for path in first.folder.iterdir()}
     assert sorted(first.checkpoints) == [32, 48]
@@ -344,14 +366,13 @@ def test_resume_from_an_older_checkpoint(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_two_runs_that_begin_in_the_same_second(script, tmp_path):
-    """Each has a folder of its own."""
-    now = int(time.time())
-    for second in range(now, now + 3):
-        (tmp_path / "runs" / f"{script.__name__}__1__{second}").mkdir(parents=True)
-    run = start(script, tmp_path, BASE)
-    assert len(list((tmp_path / "runs").iterdir())) == 4 and run.checkpoints
-    assert sum(bool(list(folder.iterdir())) for folder in (tmp_path / "runs").iterdir()) == 1
+def test_env_id(script, tmp_path, monkeypatch):
+    """The class is looked for in the current folder first."""
+    (tmp_path / "mine.py").write_text("from test_flags import Toy\n\n\nclass Mine(Toy):\n    made = []\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    run = start(script, tmp_path, f"{BASE} --env-id mine:Mine")
+    monkeypatch.delitem(sys.modules, "mine")
+    assert run.checkpoints and run.matches and not run.envs, "another game was played"
 
 
 def test_every_flag_has_its_test():

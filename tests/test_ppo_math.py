@@ -1,7 +1,5 @@
 """The arithmetic of both scripts on numbers worked out by hand, and GAE against a slow and obvious loop."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -27,7 +25,7 @@ GLOBAL_REWARDS = torch.tensor([4.2, 3.1, 5.6, 14.3, 4.2, 2.8, 6.1, 15.2])
 
 
 def observation(active, group=None):
-    """The part of an observation that says who is there and which group everybody belongs to."""
+    """The part of an observation that says who is there and which group each entity belongs to."""
     slots = torch.arange(active.shape[-1]).expand(active.shape)
     return {"kind": active.long() * 2, "group": slots if group is None else torch.as_tensor(group).expand(active.shape)}
 
@@ -45,7 +43,7 @@ def test_global_reward_is_the_sum_over_the_team():
 
 
 def test_separate_rewards_stay_apart():
-    """With one group for each entity the separated script changes nothing, and leaves 0 where nobody is."""
+    """With one group for each entity the separated script changes nothing, and leaves 0 in empty slots."""
     summed = trajsep_ppo.group_sum(REWARDS, observation(~REWARDS.isnan()))
     torch.testing.assert_close(summed, REWARDS.nan_to_num(0))
 
@@ -60,10 +58,10 @@ def test_share_of_own_reward():
     torch.testing.assert_close(share_reward(REWARDS, active, 0.8)[0], torch.tensor([1.24, 0.0, 1.32, 1.64]))
 
 
-def test_share_of_a_team_without_anybody():
+def test_share_of_an_empty_team():
     """A team without an active group has no rewards, and no 0 / 0."""
-    nobody = torch.zeros(2, 4, dtype=torch.bool)
-    assert (share_reward(torch.full((2, 4), NAN), nobody, 0.5) == 0).all()
+    empty = torch.zeros(2, 4, dtype=torch.bool)
+    assert (share_reward(torch.full((2, 4), NAN), empty, 0.5) == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -118,22 +116,18 @@ def test_sum_over_clusters():
 
 
 def test_value_of_groups():
-    """The value of a cluster is the mean over its members; of a team, what its own critic says."""
-    value, team_value = torch.tensor([1.0, 10.0, 2.0, 20.0, NAN, 30.0]), torch.tensor(7.0)
-    own = SimpleNamespace(shared=())
-    assert group_value(value, team_value, CLUSTER, own).tolist() == [1.5, 20, 0, 0, 0, 0]
-    alone = group_value(value, team_value, observation(PRESENT), own)
-    assert alone.tolist() == [1, 10, 2, 20, 0, 30]
-    shared = group_value(value, team_value, CLUSTER, SimpleNamespace(shared=("ratio", "critic")))
-    assert shared.shape == (6,) and (shared == 7).all()
-    teams = global_ppo.group_value(value.expand(2, 6), torch.tensor([7.0, 8.0]), CLUSTER, None)
+    """The value of a cluster is the mean over its members, that of a team its own."""
+    value = torch.tensor([1.0, 10.0, 2.0, 20.0, NAN, 30.0])
+    assert group_value(value, None, CLUSTER).tolist() == [1.5, 20, 0, 0, 0, 0]
+    assert group_value(value, None, observation(PRESENT)).tolist() == [1, 10, 2, 20, 0, 30]
+    teams = global_ppo.group_value(value.expand(2, 6), torch.tensor([7.0, 8.0]), CLUSTER)
     assert teams.tolist() == [[7], [8]]
 
 
 def test_gradient_stays_within_the_group():
-    """What a cluster's value is blamed for reaches its members and nobody else, not even an empty slot."""
+    """The gradient of a cluster's value reaches its members and no other slot."""
     value = torch.tensor([1.0, 10.0, 2.0, 20.0, 0.0, 30.0], requires_grad=True)
-    group_value(value, torch.tensor(0.0), CLUSTER, SimpleNamespace(shared=()))[1].backward()
+    group_value(value, None, CLUSTER)[1].backward()
     torch.testing.assert_close(value.grad, torch.tensor([0, 1, 0, 1, 0, 1]) / 3)
 
 
@@ -169,8 +163,8 @@ def slow_gae(rewards, values, active, dones, gamma, gae_lambda):
                 while end + 1 < T and active[end + 1, b, g] and not dones[end, b]:
                     end += 1
                 life = range(t, end + 1)
-                goes_on = end == T - 1 and active[T, b, g] and not dones[T - 1, b]
-                after = values[T, b, g].item() if goes_on else 0.0
+                continues = end == T - 1 and active[T, b, g] and not dones[T - 1, b]
+                after = values[T, b, g].item() if continues else 0.0
                 value = [values[s, b, g].item() for s in life] + [after]
                 reward = [rewards[s, b, g].item() for s in life]
                 deltas = [r + gamma * v1 - v0 for r, v0, v1 in zip(reward, value, value[1:])]
@@ -197,7 +191,7 @@ def test_death_does_not_bootstrap():
     for empty in (8.0, 1e9, NAN):  # delta1 = 2 - 4 = -2; advantage0 = 0 + 0.25 * -2 = -0.5
         assert gae_of_one([1.0, 2.0], [3.0, 4.0, empty], [True, True, False], [False, False]) == [-0.5, -2.0]
         dead_between = gae_of_one([1.0, empty, 2.0], [3.0, empty, 4.0, 8.0], [True, False, True, True], [False] * 3)
-        assert dead_between == [-2.0, 0.0, 2.0]  # 1 - 3, nobody, and the next owner of the slot
+        assert dead_between == [-2.0, 0.0, 2.0]  # 1 - 3, empty, and the next owner of the slot
 
 
 def test_match_end_does_not_bootstrap():
@@ -208,7 +202,7 @@ def test_match_end_does_not_bootstrap():
 
 
 def test_last_step():
-    """The last step of a rollout is not skipped: it bootstraps where life goes on and is final where not."""
+    """The last step of a rollout bootstraps where the group lives on, and is final where it does not."""
     assert gae_of_one([1.0], [2.0, 6.0], [True, True], [False]) == [2.0]  # 1 + 0.5 * 6 - 2
     assert gae_of_one([1.0], [2.0, 6.0], [True, True], [True]) == [-1.0]
     assert gae_of_one([1.0], [2.0, 6.0], [True, False], [False]) == [-1.0]
@@ -218,7 +212,7 @@ def test_last_step():
 @pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
 @pytest.mark.parametrize("gamma, gae_lambda", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.9), (1.0, 0.0)])
 def test_gae_against_the_slow_loop(script, gamma, gae_lambda):
-    """Random births, deaths and match ends, with NaN and 1e9 wherever nobody is."""
+    """Random births, deaths and match ends, with NaN and 1e9 in empty slots."""
     generator = torch.Generator().manual_seed(0)
     T, B, G = 24, 3, 5
 
@@ -229,8 +223,8 @@ def test_gae_against_the_slow_loop(script, gamma, gae_lambda):
     dones = random(T, B) < 0.1
     active = random(T + 1, B, G) < 0.75
     dones[-1, 0], active[-2:, 0] = True, True  # a match that ends with the last step
-    dones[-1, 1], active[-2:, 1, :3] = False, True  # and one that goes on
-    active[:, 2, 4] = False  # a group that never is there
+    dones[-1, 1], active[-2:, 1, :3] = False, True  # and one that continues
+    active[:, 2, 4] = False  # a group that is never there
     assert dones[:-1].any() and (active[1:] & ~active[:-1]).any() and (active[:-1] & ~active[1:]).any()
 
     expected = slow_gae(rewards, values, active, dones, gamma, gae_lambda)

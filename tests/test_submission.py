@@ -1,4 +1,4 @@
-"""The bot sees and does what the training's wrapper does, never dies in mid-match, and plays from a packed archive."""
+"""The bot sees and does what the training's wrapper does, never dies in mid-match, and plays packed."""
 
 import csv
 import dataclasses
@@ -31,6 +31,7 @@ from luxai_runner.utils import to_json  # noqa: E402
 from luxai_s2.unit import UnitType  # noqa: E402
 
 MODEL = ROOT / "submission" / "model.pt"
+MATCH = ROOT / "benchmark" / "match.py"
 LIGHT, HEAVY = UnitType.LIGHT, UnitType.HEAVY
 
 
@@ -47,24 +48,28 @@ class Game:
     def line(self, player="player_0"):
         return json.dumps({"obs": self.message, "player": player, "step": self.engine.env_steps})
 
-    def step(self, orders, change=lambda state: None):
-        """Give the orders, as they come from JSON, of both players; `change(state)` alters the state after it."""
-        orders = [
-            {name: np.array(order) if isinstance(order, list) else order for name, order in json.loads(x).items()}
-            for x in map(json.dumps, orders)
-        ]
+    def step(self, orders):
+        """Give the orders of both players, as they come from JSON."""
+        given = {}
+        for player, order in zip(lux.PLAYERS, json.loads(json.dumps(orders))):
+            given[player] = {name: np.array(x) if isinstance(x, list) else x for name, x in order.items()}
         with matches.counted(self.seats):
-            _, _, terminations, _, _ = self.engine.step(dict(zip(lux.PLAYERS, orders)))
-        change(self.engine.state)
+            _, _, terminations, _, _ = self.engine.step(given)
         self.done = terminations["player_0"]
         self.message = to_json(self.engine.state.get_change_obs(self.seen))
         self.seen = self.engine.state.get_obs()
         assert self.engine.complaints == [] and [seat.refused for seat in self.seats] == [0, 0]
 
-    def place(self, players):
+    def turn(self, players):
+        """The players' answers; the engine plays them."""
+        orders = [player.answer(self.line(name)) for name, player in zip(lux.PLAYERS, players)]
+        self.step(orders)
+        return orders
+
+    def place(self, *players):
         """Play bidding and placement."""
         while self.engine.state.real_env_steps < 0:
-            self.step([player.answer(self.line(name)) for name, player in zip(lux.PLAYERS, players)])
+            self.turn(players)
 
     def add(self, player, kind, pos):
         """A full robot of a player on a cell."""
@@ -73,50 +78,46 @@ class Game:
         return unit
 
 
-class Idle:
+class Idle(bot.Player):
     """Places factories, and then does nothing."""
 
-    def answer(self, line):
-        obs = bot.Player.read(self, json.loads(line)["obs"])
-        if obs["real_env_steps"] >= 0:
-            return {}
-        orders = lux.early_phase_action(obs, json.loads(line)["player"])
-        return {name: order.tolist() if isinstance(order, np.ndarray) else order for name, order in orders.items()}
-
     def __init__(self):
-        self.maps = {}
+        super().__init__(MODEL)
+        self.network = None
 
 
-@pytest.fixture
-def sure(monkeypatch):
-    """The bot takes the likeliest action."""
+class Seeing(bot.Player):
+    """A bot that keeps its arrays as `own`."""
+
+    def choose(self, own):
+        self.own = {key: x[0].numpy() for key, x in own.items()}
+        return super().choose(own)
+
+
+def test_parity(monkeypatch):
+    """Over a whole match, from both sides: the arrays and likeliest actions of training and bot agree."""
     monkeypatch.setattr(bot, "SAMPLE", False)
-
-
-def test_parity(sure):
-    """Over a whole match, from both sides: the arrays and the likeliest actions of training and bot are the same."""
     network, options = bot.load_model(MODEL)
     stage = {"map_size": 48, "min_factories": 3, "max_factories": 3}
-    reward = "lichen" if options.pop("grow_lichen") else "ice"
-    env, (match,) = in_process(1, reward=reward, **stage, **options)
+    env, (match,) = in_process(1, **dataclasses.asdict(options) | stage)
     obs, _ = env.reset(seed=5)
     game = Game(match.seed, map_size=48, MIN_FACTORIES=3, MAX_FACTORIES=3)
-    players = [bot.Player(MODEL), bot.Player(MODEL)]
-    game.place(players)
+    players = Seeing(), Seeing()
+    game.place(*players)
     steps, robots = 0, 0
     while not game.done:
-        orders = [player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)]
-        own = {key: torch.from_numpy(array[0]) for key, array in obs.items()}
+        orders = game.turn(players)
         with torch.no_grad():
-            actions = network(own)[0].argmax(-1).numpy()
+            own = {key: torch.from_numpy(array[0]) for key, array in obs.items()}
+            actions = network(own)[0].argmax(-1).numpy()[None]
+        games = env.games.envs[0]
+        expected, _ = games.encoder.orders(games.view, actions)
         for row, player in enumerate(players):
-            for key, array in player.arrays.items():
-                np.testing.assert_array_equal(array[row], obs[key][0, row], f"{key} at step {steps}")
-            expected = match.encoder.orders(actions)[row]
-            assert orders[row] == {name: np.array(order).tolist() for name, order in expected.items()}
+            for key, array in player.own.items():
+                np.testing.assert_array_equal(array, obs[key][0, row], f"{key} at step {steps}")
+            assert orders[row] == {name: np.array(order).tolist() for name, order in expected[0][row].items()}
         robots = max(robots, (obs["kind"] > lux.FACTORY).sum())
-        obs, _, terminated, _, _ = env.step(actions[None])
-        game.step(orders)
+        obs, _, terminated, _, _ = env.step(actions)
         steps += 1
         assert terminated[0] == game.done
     assert steps > 150 and robots > 4
@@ -124,86 +125,79 @@ def test_parity(sure):
 
 
 def test_same_match_again(monkeypatch):
-    """Actions are drawn from the policy, with the same numbers in every match, until the seed is another one."""
+    """Actions are drawn from the policy, with the same numbers in every match, until the seed changes."""
     orders = []
     for seed in (0, 0, 1):
         monkeypatch.setattr(bot, "SEED", seed)
-        game, players, given = Game(), [bot.Player(MODEL), Idle()], []
-        game.place(players)
-        for _ in range(30):
-            given.append([player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)])
-            game.step(given[-1])
-        orders.append(given)
+        game, players = Game(), (bot.Player(), Idle())
+        game.place(*players)
+        orders.append([game.turn(players) for _ in range(30)])
     assert orders[0] == orders[1] != orders[2]
 
 
 # ------------------------------ Robots beyond the slots ------------------------------
 
 
-def encoded(game, encoder, out):
-    encoder.encode(game.engine.state.get_obs(), out)
-    return out
-
-
 def test_lost_and_built_at_the_limit():
-    """One robot more than slots: it is drawn, nobody steps onto it, and it gets the slot once that was seen empty."""
-    game, encoder = Game(), lux.LuxEncoder(24, 2, 2)
-    game.place([Idle(), Idle()])
-    encoder.reset(game.engine.state.get_obs())
-    out = encoder.arrays()
+    """A robot without a slot is drawn, no robot steps onto it, and it gets the slot once seen empty."""
+    game = Game()
+    encoder = lux.LuxEncoder(lux.LuxOptions(map_size=24, max_factories=2, max_robots=2))
+    game.place(Idle(), Idle())
     state = game.engine.state
-    (x, y) = next(iter(state.factories["player_0"].values())).pos.pos.tolist()
+    encoder.reset(state.get_obs())
+
+    def encode():
+        obs, view = encoder.encode([lux.read_observation(state.get_obs())])
+        _, builds = view
+        assert not (builds.slot_for_light | builds.slot_for_heavy)[0, 0].any()
+        return {key: x[0] for key, x in obs.items()}, view
+
+    x, y = next(iter(state.factories["player_0"].values())).pos.pos.tolist()
     first, second = (game.add("player_0", LIGHT, (x + dx, y)) for dx in (1, -1))
-    encoded(game, encoder, out)
-    assert (
-        out["kind"][0].tolist() == [1, 1, lux.LIGHT, lux.LIGHT]
-        and not (encoder.slot_for_light | encoder.slot_for_heavy)[0].any()
-    )
+    obs, _ = encode()
+    assert obs["kind"][0].tolist() == [1, 1, lux.LIGHT, lux.LIGHT]
 
     game.engine.destroy_unit(first)
     third = game.add("player_0", HEAVY, (x, y + 1))
     second.pos.pos = np.array([x + 1, y + 1])  # beside the third
-    encoded(game, encoder, out)
-    assert out["kind"][0].tolist() == [1, 1, lux.NOBODY, lux.LIGHT]
-    assert encoder.robot_slot[0] == {second.unit_id: 3}
-    assert out["board"][0, x, y + 1, lux.CHANNEL["own_heavy"]] == 100
-    assert out["board"][1, x, y + 1, lux.CHANNEL["opponent_heavy"]] == 100
-    assert not out["action_mask"][0, 3, lux.LEFT] and out["action_mask"][0, 3, lux.UP : lux.LEFT].any()
-    assert not (encoder.slot_for_light | encoder.slot_for_heavy)[0].any()  # two robots are alive, whoever has a slot
-    assert encoder.orders(np.full((2, 4), lux.RIGHT))[0].keys() == {second.unit_id}
+    obs, view = encode()
+    assert obs["kind"][0].tolist() == [1, 1, lux.NOBODY, lux.LIGHT]
+    assert encoder.robot_slots[0][0] == {second.unit_id: 3}
+    assert obs["board"][0, x, y + 1, lux.CHANNEL["own_heavy"]] == 100
+    assert obs["board"][1, x, y + 1, lux.CHANNEL["opponent_heavy"]] == 100
+    mask = obs["action_mask"][0, 3]
+    assert not mask[lux.LEFT] and mask[lux.UP : lux.LEFT].any()
+    orders, acts = encoder.orders(view, np.full((1, 2, 4), lux.RIGHT))
+    assert orders[0][0].keys() == acts[0].robots.keys() == {second.unit_id}
 
-    encoded(game, encoder, out)
-    assert out["kind"][0].tolist() == [1, 1, lux.HEAVY, lux.LIGHT]
-    assert encoder.robot_slot[0] == {second.unit_id: 3, third.unit_id: 2}
-    np.testing.assert_array_equal(out["position"][0, 2], [x, y + 1])
+    obs, _ = encode()
+    assert obs["kind"][0].tolist() == [1, 1, lux.HEAVY, lux.LIGHT]
+    assert encoder.robot_slots[0][0] == {second.unit_id: 3, third.unit_id: 2}
+    assert obs["position"][0, 2].tolist() == [x, y + 1]
 
 
 def test_many_robots():
-    """The bot plays on among hundreds of robots of the other team: all are on its board, its own have slots."""
-    rng, game, players = np.random.default_rng(0), Game(map_size=48), [bot.Player(MODEL), Idle()]
-    game.place(players)
+    """Among hundreds of robots of the other team: all are on the bot's board, its own have slots."""
+    rng, game, player = np.random.default_rng(0), Game(map_size=48), Seeing()
+    game.place(player, Idle())
     state, acted = game.engine.state, 0
-
-    def crowd(state):
+    theirs = state.units["player_1"]
+    for _ in range(20):
         free = np.argwhere(state.board.factory_occupancy_map == -1)
         taken = {tuple(unit.pos.pos) for units in state.units.values() for unit in units.values()}
         for cell in rng.permutation(free).tolist():
-            if len(state.units["player_1"]) < 300 and tuple(cell) not in taken:
+            if len(theirs) < 300 and tuple(cell) not in taken:
                 game.add("player_1", (LIGHT, HEAVY)[rng.integers(2)], cell)
-
-    crowd(state)
-    game.message = to_json(state.get_change_obs(game.seen))
-    for _ in range(40):
-        orders = players[0].answer(game.line())
-        board = players[0].arrays["board"][0]
+        game.message = to_json(state.get_obs())
+        orders = player.answer(game.line())
         for kind, name in ((LIGHT, "light"), (HEAVY, "heavy")):
-            drawn = {tuple(cell) for cell in np.argwhere(board[..., lux.CHANNEL[f"opponent_{name}"]]).tolist()}
-            there = [unit for unit in state.units["player_1"].values() if unit.unit_type == kind]
-            assert drawn == {tuple(unit.pos.pos.tolist()) for unit in there}
-        assert (players[0].arrays["kind"][0] > lux.FACTORY).sum() == len(state.units["player_0"])
+            drawn = np.argwhere(player.own["board"][..., lux.CHANNEL[f"opponent_{name}"]]).tolist()
+            there = [unit.pos.pos.tolist() for unit in theirs.values() if unit.unit_type == kind]
+            assert drawn == sorted(there)
+        assert (player.own["kind"] > lux.FACTORY).sum() == len(state.units["player_0"])
         acted += any("unit" in name for name in orders)
-        game.step([orders, {}], crowd)
-    assert len(state.units["player_1"]) == 300 and acted > 5 and len(state.units["player_0"]) > 0
+        game.step([orders, {}])
+    assert len(theirs) > 200 and acted > 5 and len(state.units["player_0"]) > 0
 
 
 # ------------------------------ What cannot be read ------------------------------
@@ -219,8 +213,8 @@ def broken(message, where, value):
     return json.dumps(message)
 
 
-OUTSIDE = {"unit_id": "unit_99", "team_id": 0, "power": 50, "unit_type": "LIGHT", "pos": [24, 3], "action_queue": []}
-OUTSIDE |= {"cargo": {"ice": 0, "ore": 0, "water": 0, "metal": 0}}
+OUTSIDE = {"unit_id": "unit_99", "team_id": 0, "power": 50, "unit_type": "LIGHT", "pos": [24, 3]}
+OUTSIDE |= {"action_queue": [], "cargo": {"ice": 0, "ore": 0, "water": 0, "metal": 0}}
 BROKEN = {
     "no JSON": lambda line: b"{'obs':",
     "no text": lambda line: b"\xff\xfe\n",
@@ -238,52 +232,45 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_malformed_turns(name, capfd):
     """A turn that cannot be read costs its orders and a line on stderr; the turns after it are played."""
-    game, players, acted = Game(), [bot.Player(MODEL), Idle()], 0
-    game.place(players)
+    game, players, acted = Game(), (bot.Player(), Idle()), 0
+    game.place(*players)
     for turn in range(30):
         if turn % 5 == 2:
             assert players[0].answer(BROKEN[name](game.line())) == {}
             assert capfd.readouterr().err.count("\n") == 1
-        orders = [player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)]
+        orders = game.turn(players)
         acted += turn > 20 and orders[0] != {}
-        game.step(orders)
     assert capfd.readouterr().err == "" and acted > 2
 
 
 def test_malformed_first_turn(capfd):
-    """Without the first turn there is no map; but a bid is made, as without one the match would be lost at once."""
-    player = bot.Player(MODEL)
+    """Without the first turn there is no map; but a bid is made, without which the match would be lost."""
+    player, game = bot.Player(), Game()
     assert player.answer("?") == {"faction": "AlphaStrike", "bid": 0}
-    game, others = Game(), [Idle(), Idle()]
-    game.place(others)
+    game.place(Idle(), Idle())
     assert player.answer(game.line()) == {}
     assert capfd.readouterr().err.count("\n") == 2
 
 
 def test_unknown_fields_and_an_empty_team():
     """What is unknown is ignored; and there are no orders for a team without factories and robots."""
-    game, player = Game(), bot.Player(MODEL)
-    game.place([player, Idle()])
+    game, player = Game(), bot.Player()
+    game.place(player, Idle())
     message = broken(game.line(), ["obs", "board", "weather"], {"1,1": "rain"})
-    assert set(player.answer(broken(message, ["obs", "news"], [1, [2]]))) <= set(game.message["factories"]["player_0"])
+    message = broken(message, ["obs", "news"], [1, [2]])
+    assert set(player.answer(message)) <= set(game.message["factories"]["player_0"])
     assert player.answer(broken(game.line(), ["obs", "factories", "player_0"], {})) == {}
     assert player.encoder is not None
 
 
 def test_arguments_of_a_model(tmp_path):
     """The encoder's options are those of the training."""
-    for script, reward, options in (
-        (trajsep_ppo, "lichen", {"group_by": "cluster", "safe_masks": False}),
-        (global_ppo, "ice", {}),
-    ):
-        run = make_run(tmp_path / script.__name__, script.Args(max_robots=9, reward=reward, **options))
-        expected = {
-            "max_robots": 9,
-            "safe_masks": True,
-            "group_by": "entity",
-            "grow_lichen": reward == "lichen",
-        } | options
-        assert bot.load_model(run / "checkpoint_512.pt")[1] == expected
+    env_kwargs = {"max_robots": 9, "reward": "lichen", "safe_masks": False}
+    with_groups = trajsep_ppo.Args(env_kwargs=env_kwargs, group_by="cluster")
+    for args, group_by in ((with_groups, "cluster"), (global_ppo.Args(env_kwargs=env_kwargs), "entity")):
+        run = make_run(tmp_path / group_by, args)
+        _, options = bot.load_model(run / "checkpoint_512.pt")
+        assert options == lux.LuxOptions(**env_kwargs, group_by=group_by)
 
 
 def other_model(change):
@@ -300,28 +287,26 @@ def other_model(change):
         lambda path: path.write_bytes(MODEL.read_bytes()[:100_000]),
         lambda path: torch.save(other_model(lambda c: c["model"].popitem()), path),
         lambda path: torch.save(other_model(lambda c: c["model"]["stem.bias"].fill_(np.nan)), path),
-        lambda path: torch.save(other_model(lambda c: c["args"].update(group_by="the weather")), path),
+        lambda path: torch.save(other_model(lambda c: c["args"]["env_kwargs"].update(weather=1)), path),
         lambda path: torch.save({"weights": torch.zeros(3)}, path),
     ],
-    ids=["missing", "no model", "truncated", "other network", "not finite", "other rule", "other content"],
+    ids=["missing", "no model", "truncated", "other network", "not finite", "other option", "other content"],
 )
 def test_useless_model(write, tmp_path, capfd):
     """A sentence on stderr; then factories are placed, and there are no orders."""
     write(tmp_path / "model.pt")
-    players = [bot.Player(tmp_path / "model.pt"), Idle()]
+    player, game = bot.Player(tmp_path / "model.pt"), Game()
     err = capfd.readouterr().err
     assert err.count("\n") == 1 and "model.pt cannot be used, so there will be no orders" in err
-    game = Game()
-    game.place(players)
+    game.place(player, Idle())
     assert len(game.engine.state.factories["player_0"]) == 2
-    assert players[0].answer(game.line()) == {} and capfd.readouterr().err == ""
+    assert player.answer(game.line()) == {} and capfd.readouterr().err == ""
 
 
 # ------------------------------ The archive ------------------------------
 
-BLOCKED = (
-    "luxai_s2 luxai_runner luxai_s2_fast gymnasium pettingzoo tyro tensorboard tqdm matplotlib scipy pygame".split()
-)
+BLOCKED = ["luxai_s2", "luxai_runner", "luxai_s2_fast", "gymnasium", "pettingzoo", "tyro"]
+BLOCKED += ["tensorboard", "tqdm", "matplotlib", "scipy", "pygame"]
 
 
 @pytest.fixture
@@ -338,19 +323,21 @@ def make_run(folder, script_args=None, **change):
     """A run's folder with a checkpoint of an untrained network."""
     folder.mkdir()
     args = dataclasses.asdict(script_args or trajsep_ppo.Args())
-    encoder = lux.LuxEncoder(max_robots=args["max_robots"], grow_lichen=args["reward"] == "lichen")
-    parameters = HybridNet(encoder.arrays(), lux.NUM_ACTIONS).state_dict()
+    encoder = lux.LuxEncoder(lux.LuxOptions(**args["env_kwargs"]))
+    parameters = HybridNet(encoder.empty_obs(), lux.NUM_ACTIONS).state_dict()
     torch.save({"args": args, "model": parameters, **change}, folder / "checkpoint_512.pt")
     return folder
+
+
+def run_pack(monkeypatch, run, out, *options):
+    monkeypatch.setattr(sys, "argv", ["pack.py", str(run), "--out", str(out), *options])
+    packing.main()
 
 
 def test_archive(tmp_path, only_numpy_and_torch, monkeypatch):
     """Made of a run, small, and plays from an empty folder on both sides with nothing but NumPy and PyTorch."""
     out = tmp_path / "submission.tar.gz"
-    monkeypatch.setattr(
-        sys, "argv", ["pack.py", str(make_run(tmp_path / "run", step=9)), "--out", str(out), "--steps", "15"]
-    )
-    packing.main()
+    run_pack(monkeypatch, make_run(tmp_path / "run", step=9), out, "--steps", "15")
     assert out.stat().st_size < 2**20
     shutil.unpack_archive(out, tmp_path / "bot", "gztar")
     assert sorted(os.listdir(tmp_path / "bot")) == ["hybrid_model.py", "lux_wrapper.py", "main.py", "model.pt"]
@@ -369,24 +356,27 @@ def test_needs_are_blocked(tmp_path, only_numpy_and_torch):
     assert rows[0]["error"] == "turn 0: ended with exit code 1" and "import of gymnasium" in rows[0]["stderr"]
 
 
-@pytest.mark.parametrize(
-    "make, sentence",
-    [
-        (lambda path: path.mkdir(), "there is no checkpoint in"),
-        (lambda path: make_run(path, model={"a": torch.zeros(3)}), "holds no network for this game"),
-        (
-            lambda path: make_run(path, waste=torch.zeros(9), model=dict(parameters_at_start(), a=torch.zeros(9))),
-            "no net",
-        ),
-    ],
-    ids=["no checkpoint", "another network", "a parameter more"],
-)
-def test_pack_refuses(make, sentence, tmp_path, monkeypatch, capsys):
+REFUSED = {  # name -> function that makes the run, sentence
+    "no checkpoint": (Path.mkdir, "there is no checkpoint in"),
+    "another network": (
+        lambda path: make_run(path, model={"a": torch.zeros(3)}),
+        "holds no network for this game",
+    ),
+    "a parameter more": (
+        lambda path: make_run(path, model=dict(parameters_at_start(), a=torch.zeros(9))),
+        "holds no network for this game",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_pack_refuses(name, tmp_path, monkeypatch, capsys):
+    make, sentence = REFUSED[name]
     make(tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["pack.py", str(tmp_path / "run"), "--out", str(tmp_path / "x.tar.gz")])
     with pytest.raises(SystemExit) as stop:
-        packing.main()
-    assert stop.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "x.tar.gz").exists()
+        run_pack(monkeypatch, tmp_path / "run", tmp_path / "x.tar.gz")
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "x.tar.gz").exists()
 
 
 def test_pack_refuses_what_is_too_large_or_does_not_play(tmp_path, monkeypatch):
@@ -407,12 +397,11 @@ def test_kaggle():
     path, names, game = ROOT / "submission" / "main.py", {}, Game()
     exec(compile(path.read_text(), path, "exec"), names)
     agent = [value for value in names.values() if callable(value)][-1]
-    players, orders = [bot.Player(MODEL), Idle()], []
+    players = bot.Player(), Idle()
     for step in range(20):
-        seen = Namespace(step=step, player="player_0", obs=json.dumps(game.message), remainingOverageTime=60)
-        orders = [player.answer(game.line(name)) for name, player in zip(lux.PLAYERS, players)]
-        assert agent(seen, {"env_cfg": {}}) == orders[0]
-        game.step(orders)
+        seen = {"step": step, "player": "player_0", "obs": json.dumps(game.message)}
+        answer = agent(Namespace(**seen, remainingOverageTime=60), {"env_cfg": {}})
+        assert answer == game.turn(players)[0]
 
 
 # ------------------------------ Matches ------------------------------
@@ -420,18 +409,9 @@ def test_kaggle():
 
 def test_matches(tmp_path):
     """The program: both sides of every map, rows, replays and the result."""
-    command = [
-        sys.executable,
-        ROOT / "benchmark" / "match.py",
-        "--a",
-        ROOT / "submission",
-        "--b",
-        "idle",
-        "--games",
-        "2",
-    ]
-    command += ["--map-size", "32", "--max-factories", "2", "--steps", "20", "--seed", "4", "--parallel", "2"]
-    command += ["--out", tmp_path / "games.csv", "--replays", tmp_path / "replays"]
+    command = [sys.executable, MATCH, "--a", ROOT / "submission", "--b", "idle", "--games", "2"]
+    command += ["--map-size", "32", "--max-factories", "2", "--steps", "20", "--seed", "4"]
+    command += ["--parallel", "2", "--out", "games.csv", "--replays", "replays"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     with open(tmp_path / "games.csv") as file:
         rows = list(csv.DictReader(file))
@@ -456,40 +436,37 @@ def test_matches(tmp_path):
         assert 3 < film.n_frames <= 7 and film.size == (400, 400)  # every fourth step; those alike are one
 
 
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("import time\nfor line in open(0): time.sleep(60)", "was late: 0"),
-        ("for line in open(0): print('?', flush=True)", "cannot parse action"),
-        ('for line in open(0): print(\'{"faction": "Nobody", "bid": 0}\', flush=True)', "invalid faction name Nobody"),
-        ("import sys\nsys.stderr.write('one\\ntwo\\n')\nsys.exit(3)", "ended with exit code 3"),
-    ],
-    ids=["late", "no JSON", "wrong orders", "crashed"],
-)
+BID = """'{"faction": "%s", "bid": 0}'"""
+FAILING = {  # program, reason of its loss
+    "late": ("import time\nfor line in open(0): time.sleep(60)", "was late: 0"),
+    "no JSON": ("for line in open(0): print('?', flush=True)", "cannot parse action"),
+    "wrong orders": (f"for line in open(0): print({BID % 'X'}, flush=True)", "invalid faction name X"),
+    "crashed": ("import sys\nsys.stderr.write('one\\ntwo\\n')\nsys.exit(3)", "ended with exit code 3"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
 @pytest.mark.parametrize("player", [0, 1])
-def test_bots_that_fail(text, reason, player, tmp_path):
+def test_bots_that_fail(name, player, tmp_path):
     """They lose, whichever side they play, with the reason."""
+    text, reason = FAILING[name]
     (tmp_path / "main.py").write_text(text)
     files = [matches.main_file(tmp_path), "idle"][:: -1 if player else 1]
     rows = matches.play(files, seed=1, limits=(0.2, 0.2))
     assert rows[player]["result"] == "loss" and rows[1 - player]["result"] == "win"
     assert reason in rows[player]["error"] and rows[1 - player]["error"] == ""
-    if "exit code 3" in reason:
+    if name == "crashed":
         assert rows[player]["stderr"].splitlines()[-2:] == ["one", "two"]
-        assert [*matches.summary([rows[player]], "it")][-3:] == [
-            f"   failed in the game on map 1 as player_{player}, turn 0: ended with exit code 3",
-            "      one",
-            "      two",
-        ]
+        first = f"   failed in the game on map 1 as player_{player}, turn 0: ended with exit code 3"
+        assert [*matches.summary([rows[player]], "it")][-3:] == [first, "      one", "      two"]
 
 
 def test_both_fail(tmp_path):
-    """Nobody wins, and each gets its own reason."""
-    for name in "XY":
-        (tmp_path / f"{name}.py").write_text(
-            f'for line in open(0): print(\'{{"faction": "{name}", "bid": 0}}\', flush=True)'
-        )
-    rows = matches.play([str(tmp_path / f"{name}.py") for name in "XY"], seed=1)
+    """No bot wins, and each gets its own reason."""
+    files = [str(tmp_path / f"{name}.py") for name in "XY"]
+    for file, name in zip(files, "XY"):
+        Path(file).write_text(f"for line in open(0): print({BID % name}, flush=True)")
+    rows = matches.play(files, seed=1)
     assert [row["result"] for row in rows] == ["draw", "draw"]
     assert [row["error"].split()[-1] for row in rows] == ["X", "Y"]
 
@@ -497,7 +474,7 @@ def test_both_fail(tmp_path):
 def test_refused_orders_are_counted():
     """Of whose robot or factory it was."""
     game = Game()
-    game.place([Idle(), Idle()])
+    game.place(Idle(), Idle())
     (name,) = [*game.engine.state.factories["player_1"]][:1]
     with matches.counted(game.seats):
         for metal in (0, 1000):
@@ -531,7 +508,7 @@ def test_wilson():
 def test_wrong_paths(name, tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.txt").touch()
-    command = [sys.executable, ROOT / "benchmark" / "match.py", "--a", tmp_path / name, "--b", "idle"]
+    command = [sys.executable, MATCH, "--a", tmp_path / name, "--b", "idle"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 2 and name in done.stderr
 

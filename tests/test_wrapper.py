@@ -165,7 +165,7 @@ def test_actions_out_of_range(num_workers):
     for slot, action in ((0, 4), (5, 8), (5, -1)):
         wrong[1]["actions"][:] = 0
         wrong[1]["actions"][0, 0, slot] = action
-        with pytest.raises(ValueError, match="of another environment"):
+        with pytest.raises(ValueError, match="of matches of another"):
             env.load_state(wrong)
     env.close()
 

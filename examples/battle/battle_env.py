@@ -1,31 +1,26 @@
 """MAgent2's battle, two armies of 81 soldiers, as a vector environment with one reward per entity.
 
-To train on it, copy this file, `trajsep_ppo.py` and `hybrid_model.py` into a folder, `pip install magent2`, and put
+To train on it, `pip install magent2`, and in a folder with this file, `trajsep_ppo.py` and `hybrid_model.py`:
 
-    from battle_env import BattleError as LuxError, BattleVecEnv as LuxVecEnv
+    python trajsep_ppo.py --env-id battle_env:BattleVecEnv --env-kwargs map_size 24
 
-in place of the line that imports `lux_wrapper`. The contract that this file keeps, and the axis letters, are at the
-top of `lux_wrapper.py`. Both armies are players: red is the first and starts on the left, blue is the second.
+The contract of environments and the axis letters are at the top of `lux_wrapper.py`.
+Both armies are players: red is the first and starts on the left, blue is the second.
 """
 
 import gymnasium as gym
 import numpy as np
 from magent2.environments import battle_v4
-from PIL import Image
 
 # What the game's actions do, in its order: go to one of 13 cells (the middle one is to stay), or hit one of 8.
 MOVES = [(dx, dy) for dy in range(-2, 3) for dx in range(-2, 3) if abs(dx) + abs(dy) <= 2]
 HITS = [(dx, dy) for dy in range(-1, 2) for dx in range(-1, 2) if (dx, dy) != (0, 0)]
 TARGETS, IS_HIT = np.array(MOVES + HITS), np.arange(21) >= 13
-WALL, RED, BLUE = 0, 1, 3  # channels of the game's state; the one after that of an army has its health
+WALL, RED, BLUE = 0, 1, 3  # channels of the game's state; the next one has the army's health
 FEATURES = ("health", "enemy_dx", "enemy_dy", "enemy_distance", "is_red", "own_army", "enemy_army", "time")
-SQUAD = 9  # soldiers of a group with group_by="cluster": at first those of one column
+SQUAD = 9  # soldiers of a group with group_by="cluster": at first the soldiers of one column
 # By default the game pays 5 for a kill and 0.1 for each of the four hits before it; here a hit is worth more.
 KILL, REWARDS = 5, {"attack_opponent_reward": 1.0}
-
-
-class BattleError(RuntimeError):
-    """The game cannot be played with these options."""
 
 
 class BattleVecEnv(gym.vector.VectorEnv):
@@ -36,30 +31,49 @@ class BattleVecEnv(gym.vector.VectorEnv):
         map_size: side of the board, at least 12; 45 has E = 81 soldiers in each army, 24 has 16.
         safe_masks: mask hits at cells without an enemy, which cost a little, and steps into walls.
         group_by: "entity" or "cluster".
-        held_out, first_match: as in LuxVecEnv. The board is always the same; what differs is who moves first.
-        video: path of a GIF of the first battle (every fourth step), written when it ends.
+        held_out, first_match: as in LuxVecEnv. The board is always the same; the seed decides who moves first.
+        num_workers: ignored, all battles are fought in this process.
+        render_mode: None or "rgb_array".
         max_steps: a battle is cut short (truncated) after these.
         opponent: a function of what one army of every match observes, a dict of arrays [N, E, ...], that gives its
             actions [N, E]. The caller then is red in the even matches and blue in the odd ones.
-        other: options of LuxVecEnv that mean nothing here.
 
     Raises:
-        BattleError: if the board is too small.
+        ValueError: if the board is too small.
     """
 
-    metadata = {"name": "battle", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
+    metadata = {
+        "name": "battle",
+        "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP,
+        "render_modes": ["rgb_array"],
+    }
 
     def __init__(
-        self, num_envs, map_size=45, safe_masks=True, group_by="entity", held_out=False, first_match=0,
-        video=None, max_steps=300, opponent=None, **other,
-    ):  # fmt: skip
+        self,
+        num_envs,
+        map_size=45,
+        safe_masks=True,
+        max_steps=300,
+        opponent=None,
+        group_by="entity",
+        held_out=False,
+        first_match=0,
+        num_workers=None,
+        render_mode=None,
+    ):
         if map_size < 12:
-            raise BattleError(f"a battle needs a board of 12 x 12 cells or more, got {map_size} x {map_size}")
-        self.num_envs, self.safe_masks, self.held_out, self.first_match = num_envs, safe_masks, held_out, first_match
-        self.video, self.frames, self.max_steps, self.opponent = video, [], max_steps, opponent
-        options = {"map_size": map_size, "max_cycles": max_steps, "render_mode": video and "rgb_array", **REWARDS}
+            raise ValueError(f"a battle needs a board of 12 x 12 cells or more, got {map_size} x {map_size}")
+        self.num_envs = num_envs
+        self.safe_masks = safe_masks
+        self.held_out = held_out
+        self.first_match = first_match
+        self.max_steps = max_steps
+        self.opponent = opponent
+        options = {"map_size": map_size, "max_cycles": max_steps, "render_mode": render_mode, **REWARDS}
         self.games = [battle_v4.parallel_env(**options) for _ in range(num_envs)]
-        self.matches, self.side, self.size = np.arange(num_envs), np.arange(num_envs) % 2, self.games[0].team_sizes[0]
+        self.matches = np.arange(num_envs)
+        self.side = self.matches % 2
+        self.size = self.games[0].team_sizes[0]
         shape = (num_envs, 2, self.size)
         squads = np.arange(self.size) // (SQUAD if group_by == "cluster" else 1)
         self.obs = {
@@ -95,8 +109,6 @@ class BattleVecEnv(gym.vector.VectorEnv):
         rewards = np.zeros(actions.shape, np.float32)
         left, length = np.zeros((self.num_envs, 2), np.int64), np.zeros(self.num_envs, np.int64)
         for i, game in enumerate(self.games):
-            if i == 0 and self.video and game.frames % 4 == 0:
-                self.frames.append(Image.fromarray(game.render()))
             live = self.obs["kind"][i] > 0  # in the order of `agents`, which names the living
             paid = game.step(dict(zip(game.agents, actions[i][live].tolist())))[1]
             rewards[i][live] = np.array([*paid.values()]) / KILL
@@ -110,15 +122,16 @@ class BattleVecEnv(gym.vector.VectorEnv):
             episode = {"r": self.returns.copy(), "kills": self.size - enemies, "survivors": left}
             episode["won"] = (1 + np.sign(left - enemies)) / 2  # 0.5 is a draw
             infos = {"_episode": over, "episode": {"l": length} | {key: self._own(x) for key, x in episode.items()}}
-        if over[0] and self.video:
-            self.frames[0].save(self.video, "GIF", save_all=True, append_images=self.frames[1:], duration=200, loop=0)
-            self.video = None  # the battles that come after it are not drawn
         for i in self.matches:
             self._begin(i) if over[i] else self._encode(i)
         return {key: self._own(x) for key, x in self.obs.items()}, self._own(rewards), terminated, truncated, infos
 
+    def render(self):
+        """Pictures of the battles, a tuple of N arrays [height, width, 3] uint8."""
+        return tuple(game.render() for game in self.games)
+
     def _own(self, x):
-        """What there is for the caller of an array [N, 2, ...]: all, or one army of each match against an opponent."""
+        """The caller's part of an array [N, 2, ...]: all, or against an opponent one army of each match."""
         return x if self.opponent is None else x[self.matches, self.side, None]
 
     def _begin(self, i):

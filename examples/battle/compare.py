@@ -3,12 +3,11 @@
     pip install -r requirements.txt -r examples/battle/requirements.txt
     python examples/battle/compare.py
 
-The scripts are copied into an empty folder and changed in the line that imports the game, as a user does. They learn
-by self-play. Their checkpoints then fight two opponents that never learn: one that does anything that is not masked
-(`random`), and one that trajsep_ppo.py trained beforehand with another seed and a part of the steps (`frozen`). A
-battle is won by whoever has more soldiers at its end, and a draw counts half.
+They learn by self-play. Their checkpoints then fight two opponents that never learn: one that takes random actions
+that are not masked (`random`), and one that trajsep_ppo.py trained before, with another seed and fewer steps
+(`frozen`). The army with more soldiers at the end has won; a draw counts half.
 
-Stopped, it goes on where it was, but for the trainings under way.
+Started again, it continues; only trainings that were not finished begin again.
 
     written to --out
     battle.csv      a row for every battle: script, seed, step, seconds trained, opponent, won, kills, survivors, length
@@ -71,32 +70,21 @@ class Args:
     """side of the board; 45 has 81 soldiers in each army, 24 has 16"""
 
 
-def copy_scripts(folder):
-    """What a user does: the files in a folder of their own, and the line that imports the game changed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (ROOT / "hybrid_model.py", HERE / "battle_env.py"):
-        shutil.copy(path, folder)
-    for name in SCRIPTS:
-        old = "from lux_wrapper import LuxError, LuxVecEnv"
-        new = "from battle_env import BattleError as LuxError, BattleVecEnv as LuxVecEnv"
-        text = (ROOT / f"{name}.py").read_text()
-        assert text.count(old) == 1
-        (folder / f"{name}.py").write_text(text.replace(old, new))
-
-
 def steps_of(path):
     """Environment steps after which a checkpoint was written."""
     return int(path.stem.split("_")[1])
 
 
 def train(args, script, seed, steps):
-    """Run a training unless it has been run; returns its folder with all checkpoints, of which scripts keep few."""
+    """Run a training unless it has been run; returns a folder with all its checkpoints."""
     folder = args.work / f"{script}_{seed}"
     if (folder / "done").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    copy_scripts(folder)
-    command = f"{script}.py --seed {seed} --total-timesteps {steps} --map-size {args.map_size} {FLAGS}"
+    folder.mkdir(parents=True)
+    shutil.copy(HERE / "battle_env.py", folder)  # --env-id is looked for in the current folder
+    command = f"{ROOT / script}.py --seed {seed} --total-timesteps {steps} {FLAGS}"
+    command += f" --env-id battle_env:BattleVecEnv --env-kwargs map_size {args.map_size}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -117,7 +105,7 @@ def train(args, script, seed, steps):
 
 
 def random_policy(seed=0):
-    """A player that takes any action that is not masked: observations [N, E, ...] to actions [N, E]."""
+    """A player that takes random unmasked actions: observations [N, E, ...] to actions [N, E]."""
     rng = np.random.default_rng(seed)
     return lambda obs: (rng.random(obs["action_mask"].shape) * obs["action_mask"]).argmax(-1)
 
@@ -125,7 +113,7 @@ def random_policy(seed=0):
 def trained_policy(path, seed=0):
     """A player that samples from the policy of a checkpoint."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    envs = BattleVecEnv(1, map_size=checkpoint["args"]["map_size"])
+    envs = BattleVecEnv(1, map_size=checkpoint["args"]["env_kwargs"]["map_size"])
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
     agent.load_state_dict(checkpoint["model"])
     generator = torch.Generator().manual_seed(seed)
@@ -165,7 +153,7 @@ def measure(args, script, seed):
         about["train_seconds"] = round(checkpoint["train_seconds"])
         for opponent in ("random", "frozen"):
             other = random_policy() if opponent == "random" else trained_policy(frozen, seed=1)
-            results = fight(trained_policy(path), other, args.battles, checkpoint["args"]["map_size"])
+            results = fight(trained_policy(path), other, args.battles, args.map_size)
             for values in zip(*(results[key].tolist() for key in ("won", "kills", "survivors", "l"))):
                 rows.append({**about, "opponent": opponent, **dict(zip(COLUMNS[5:], values))})
     return rows

@@ -1,10 +1,10 @@
 """The smallest environment that the scripts train on: workers press the button of the colour that they stand on.
 
-To train on it, copy this file, `trajsep_ppo.py` and `hybrid_model.py` into a folder and put
+To train on it, in a folder with this file, `trajsep_ppo.py` and `hybrid_model.py`:
 
-    from toy_env import ToyError as LuxError, ToyVecEnv as LuxVecEnv
+    python trajsep_ppo.py --env-id toy_env:ToyVecEnv --env-kwargs slots 8
 
-in place of the line that imports `lux_wrapper`.
+check_env.py tells whether an environment keeps the contract.
 """
 
 import gymnasium as gym
@@ -13,16 +13,23 @@ import numpy as np
 SIZE, COLOURS, LENGTH = 8, 4, 10
 
 
-class ToyError(RuntimeError):
-    """What the scripts expect of a game that fails; this one never does."""
-
-
 class ToyVecEnv(gym.vector.VectorEnv):
-    """N matches of P = 2 teams with E = slots places for workers, who come and go. The right button earns 1 / E."""
+    """N matches of P = 2 teams of up to E = slots workers, who come and go. The right button earns 1 / E.
+
+    The scripts pass num_workers, held_out, first_match and group_by to every environment; a toy has no use for them.
+    """
 
     metadata = {"name": "toy", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
 
-    def __init__(self, num_envs, slots=16, **other):  # other: options of LuxVecEnv, which mean nothing here
+    def __init__(
+        self,
+        num_envs,
+        slots=16,
+        num_workers=None,
+        held_out=False,
+        first_match=0,
+        group_by="entity",
+    ):
         self.num_envs, self.shape = num_envs, (num_envs, 2, slots)
         spaces = {
             "board": gym.spaces.Box(0, 100, (2, SIZE, SIZE, 1), np.uint8),
@@ -42,13 +49,13 @@ class ToyVecEnv(gym.vector.VectorEnv):
         return self._observe(), {}
 
     def step(self, actions):
-        rewards = np.float32(self.live & (actions == self.colour)) / self.shape[2]  # of those who were there to act
+        rewards = np.float32(self.live & (actions == self.colour)) / self.shape[2]  # of the workers that acted
         self.time, self.returns = self.time + 1, self.returns + rewards.sum(-1)
         over, infos = self.time == LENGTH, {}
         if over.any():
             infos = {"_episode": over, "episode": {"l": self.time.copy(), "r": self.returns.copy()}}
             self.time[over], self.returns[over] = 0, 0
-        # A slot whose worker leaves is seen empty at least once. What is seen after the last step is the next match.
+        # A slot is seen empty at least once after its worker leaves. After the last step comes the next match.
         chance = self.rng.random(self.shape)
         self.live = np.where(self.live, chance > 1 / 8, chance < 1 / 4)
         self.live[over] = chance[over] < 2 / 3
@@ -63,7 +70,7 @@ class ToyVecEnv(gym.vector.VectorEnv):
             "board": np.uint8(100 * colours / (COLOURS - 1))[..., None],  # percent
             "features": np.eye(COLOURS, dtype=np.float32)[self.colour],
             "position": np.stack([x, y], -1),
-            "kind": self.live.astype(np.int64),  # 0 where there is nobody
-            "group": slot,  # everybody has a trajectory
+            "kind": self.live.astype(np.int64),  # 0 in empty slots
+            "group": slot,  # a trajectory for each worker
             "action_mask": np.ones((*self.shape, COLOURS), bool),
         }
