@@ -1,4 +1,4 @@
-"""Tools that several tests share: observations made up, masked random play, a scripted team, engine taps."""
+"""Tools that several tests share: observations made up, play, and taps into the engine."""
 
 import hashlib
 
@@ -9,13 +9,13 @@ import torch
 import lux_wrapper as lux
 from hybrid_model import HybridNet
 
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Observations made up
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def made_up_observation(boards=3, size=20, factories=2, robots=4, seed=0):
-    """A random observation with the wrapper's keys and types, as tensors [boards, ...]; about half the slots live."""
+    """A random observation as tensors [boards, ...], with about half of the slots alive."""
     generator = np.random.default_rng(seed)
     options = lux.LuxOptions(map_size=size, max_factories=factories, max_robots=robots)
     blank = {key: array[0] for key, array in lux.LuxEncoder(options).empty_obs().items()}
@@ -37,8 +37,9 @@ def made_up_observation(boards=3, size=20, factories=2, robots=4, seed=0):
 
 def space_of(obs):
     """The space of one of the boards of an observation of tensors."""
-    arrays = {key: x[0].numpy() for key, x in obs.items()}
-    return gym.spaces.Dict({key: gym.spaces.Box(-np.inf, np.inf, x.shape, np.float32) for key, x in arrays.items()})
+    shapes = {key: x.shape[1:] for key, x in obs.items()}
+    spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in shapes.items()}
+    return gym.spaces.Dict(spaces)
 
 
 def parameters_at_start(seed=1):
@@ -48,26 +49,27 @@ def parameters_at_start(seed=1):
     return HybridNet(space, lux.NUM_ACTIONS).state_dict()
 
 
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Play
-# ------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 
 def masked_random(rng, mask, weights=1.0):
-    """A random allowed action for everybody [...] from masks [..., A]; `weights` [A] makes some likelier."""
+    """Random allowed actions [...] for masks [..., A]; `weights` [A] make some likelier."""
     return np.where(mask, rng.random(mask.shape) ** (1 / np.asarray(weights)), -1).argmax(-1)
 
 
 def scripted(obs, resources=("ice", "ice")):
     """Actions [N, P, E] of simple and sound play, from features and masks alone.
 
-    Factories build heavy robots and water when they may. Robots fetch power when low, dig their player's
-    resource until they carry a few loads, bring it home, and walk towards the one or the other.
+    Factories build heavy robots and water when they may. Robots fetch power when low, dig their
+    player's resource until they carry a few loads, and bring it home.
     """
     kind, mask, column = obs["kind"], obs["action_mask"], lux.COLUMN
     actions = np.zeros(kind.shape, np.int64)
     for index in map(tuple, np.argwhere(kind > 0)):
-        row, heavy = obs["features"][index].astype(float), kind[index] == lux.HEAVY
+        row = obs["features"][index].astype(float)
+        heavy = kind[index] == lux.HEAVY
         if kind[index] == lux.FACTORY:
             wishes = [lux.BUILD_HEAVY, lux.WATER]
         else:
@@ -75,10 +77,14 @@ def scripted(obs, resources=("ice", "ice")):
             weak = row[column["power"]] < (0.1 if heavy else 0.3)
             resource = resources[index[1]]
             place = "home" if loaded or weak else resource
-            dx, dy = row[column[f"{place}_dx"]], row[column[f"{place}_dy"]]
+            dx = row[column[f"{place}_dx"]]
+            dy = row[column[f"{place}_dy"]]
             dig = [lux.DIG] if row[column[f"on_{resource}"]] else []
             wishes = [lux.DELIVER] if loaded else [lux.PICK_UP] if weak else dig
-            ways = [(abs(dx), 2 if dx > 0 else 4), (abs(dy), 3 if dy > 0 else 1)]  # right, left, down, up
+            ways = [
+                (abs(dx), lux.RIGHT if dx > 0 else lux.LEFT),
+                (abs(dy), lux.DOWN if dy > 0 else lux.UP),
+            ]
             wishes += [way for length, way in sorted(ways, reverse=True) if length > 0]
         wishes += np.flatnonzero(mask[index]).tolist()[:1]
         actions[index] = next(action for action in wishes if mask[index][action])
@@ -86,14 +92,14 @@ def scripted(obs, resources=("ice", "ice")):
 
 
 def in_process(num_envs, max_robots=20, **options):
-    """A vector environment in this process and its LuxMatch objects, whose engines tests may look into."""
+    """A vector environment in this process, and its LuxMatch objects."""
     env = lux.LuxVecEnv(num_envs, num_workers=0, max_robots=max_robots, **options)
     env.reset(seed=0)  # makes the matches
     return env, env.matches
 
 
 def after_every_step(match, change):
-    """Let `change(state)` alter the engine's state after placement and after every step, unseen by the wrapper."""
+    """Let `change(state)` alter the engine's state after placement and after every step."""
     step = match.engine.step
 
     def changed_step(actions):
@@ -108,18 +114,23 @@ def after_every_step(match, change):
 
 
 def entities(state):
-    """All robots and all factories of both players, two lists of engine objects."""
-    robots = [unit for player in lux.PLAYERS for unit in state.units[player].values()]
-    return robots, [factory for player in lux.PLAYERS for factory in state.factories[player].values()]
+    """All robots and all factories, two lists of engine objects."""
+    robots, factories = [], []
+    for player in lux.PLAYERS:
+        robots += state.units[player].values()
+        factories += state.factories[player].values()
+    return robots, factories
 
 
 def weak_robots(state):
-    """Ids of the robots that cannot pay for an order, and so cannot stop what they can no longer pay for either."""
-    return {unit.unit_id for unit in entities(state)[0] if unit.power < lux.ORDER_COST[int(unit.is_heavy())]}
+    """Ids of the robots that cannot pay for an order, not even to stop."""
+    robots, _ = entities(state)
+    cost = {robot.unit_id: lux.ORDER_COST[int(robot.is_heavy())] for robot in robots}
+    return {robot.unit_id for robot in robots if robot.power < cost[robot.unit_id]}
 
 
 def judged(accepted, actions_by_type):
-    """(entity, order, whether it was accepted) for what went into the engine's validate_actions and came out of it."""
+    """(entity, order, accepted or not), from what the engine's validate_actions took and gave."""
     for kind, orders in actions_by_type.items():
         passed = {entity.unit_id for entity, _ in accepted[kind]}
         for entity, order in orders:
