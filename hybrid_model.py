@@ -17,7 +17,7 @@ channels, F entity features, A actions, H x W cells, h x w = H/8 x W/8 (rounded 
     hidden            [M, 128]            two layers on patch, place, whole, features and action mask
     logits            [B, E, A]           linear on hidden, one head for robots and one for factories
     value             [B, E]              two layers on hidden: the expected return of the entity
-    team_value        [B]                 two layers on whole and the mean of hidden: that of the team
+    team_value        [B]                 two layers on whole and the mean of hidden: the team's return
 
 It knows nothing of any game: sizes come from the spaces, and any board size works.
 """
@@ -85,7 +85,7 @@ class HybridNet(nn.Module):
 
         Args:
             obs: dict of tensors as in the table above: board [B, H, W, C], features [B, E, F],
-                position [B, E, 2], kind [B, E] (0 where there is nobody) and action_mask [B, E, A].
+                position [B, E, 2], kind [B, E] (0 in an empty slot) and action_mask [B, E, A].
 
         Returns:
             logits [B, E, A], about -1e9 where an action is masked and 0 in empty slots; value [B, E], 0 in

@@ -56,7 +56,7 @@ any order, except that moves come first in ROBOT_ACTIONS.
     a feature               its name in FEATURES, and a line in LuxEncoder._observe_factories or
                             _observe_robots; or in `reset`, if it belongs to a cell of the map
     an action of robots     its name in ROBOT_ACTIONS, a line each in power_left and legal_actions,
-                            and its order in robot_order
+                            and its order in robot_queue
 
 **Without the vector environment** this file needs only NumPy: a bot for the official runner can use
 `LuxEncoder` (official observations to arrays and masks, actions to official orders) and
@@ -508,7 +508,8 @@ class LuxEncoder:
             for player, rows in enumerate(players):
                 slots = self.factory_slots[match][player]
                 table += [(match, player, slots[unit_id], True, *row) for unit_id, row in rows.items()]
-        match, player, slot, *fields = np.array(table, np.int64).T
+        table = np.array(table, np.int64).reshape(-1, 4 + len(Factory._fields))
+        match, player, slot, *fields = table.T
         by_slot = np.zeros((len(fields), len(matches), 2, self.options.max_factories), np.int64)
         by_slot[:, match, player, slot] = fields
         return Factories(by_slot[0] > 0, *by_slot[1:])
@@ -740,9 +741,7 @@ class LuxEncoder:
     def _harmless_actions(self, scene, left, gain):
         """Rules 1, 2 and 4 to 6 of the safe masks for the robots, bool [A, R].
 
-        Args:
-            left: power [A, R] that each action leaves.
-            gain: power [R] that picking up gives.
+        `left` [A, R] is the power that each action leaves, `gain` [R] what picking up gives.
         """
         robots, around = scene.robots, scene.around
         harmless = np.ones(left.shape, bool)
@@ -833,14 +832,9 @@ class LuxEncoder:
 
 
 def ways_to_nearest(cells):
-    """Way from every cell to the nearest marked one, by walking distance.
+    """Way [H, W, 3] from every cell to the nearest marked one of `cells` [H, W], by walking distance.
 
-    Args:
-        cells: bool [H, W].
-
-    Returns:
-        [H, W, 3] float32: dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) on a board
-        without marked cells.
+    A way is dx, dy and distance in cells / 8, clipped to -1 and 1; (0, 0, 1) if no cell is marked.
     """
     ways = np.zeros((*cells.shape, 3), np.float32)
     marked = np.argwhere(cells)
@@ -920,12 +914,7 @@ def power_left(robots, around):
 
 
 def legal_actions(robots, around, left, gain):
-    """What the game lets robots do, bool [A, R].
-
-    Args:
-        left: power [A, R] that each action leaves.
-        gain: power [R] that picking up gives.
-    """
+    """What the game lets robots do, bool [A, R]; `left` [A, R] and `gain` [R] as in _harmless_actions."""
     legal = left >= 0
     in_factory = around.factory[STAY] >= 0
     legal[MOVES] &= ~around.impassable[MOVES]
@@ -941,11 +930,7 @@ def water_costs(strains, strains_before, lichen, num_strains):
     A unit of water is good for 10 cells: the 12 at the factory's edge, cells of its strain, and neighbours
     of cells from which it spreads. All are counted here, although some may be under rubble or another
     strain. And as the engine asks for what it counted one step before, a cell counts if it was of the
-    strain then, and spreads with up to 2 units less.
-
-    Args:
-        strains, strains_before: int [N, H, W], -1 where no lichen grows; now and one step before.
-        lichen: units [N, H, W] now.
+    strain then (`strains_before` [N, H, W]), and spreads with up to 2 units less.
     """
     N, H, W = strains.shape
     counted = np.zeros((N, num_strains, H + 2, W + 2), bool)
@@ -968,10 +953,7 @@ def water_costs(strains, strains_before, lichen, num_strains):
 def yield_moves(robots, actions, yielded):
     """Actions [R] in which only the first of several robots moves onto a cell, and the others stay.
 
-    Args:
-        robots: Robots; the first is the one born first.
-        actions: [R].
-        yielded: counts [N, P] of robots that wait, written.
+    The first is the one born first. The others are counted in `yielded` [N, P].
     """
     actions = actions.copy()
     goals = set()
@@ -1024,11 +1006,8 @@ Soil = namedtuple("Soil", "lichen room to_clear")
 def lichen_soil(own_lichen, resources, rubble, bordered_factory):
     """The Soil of both players, LICHEN_REACH steps over bare ground from own factories and lichen.
 
-    Args:
-        own_lichen: as in Scene.
-        resources: bool [N, H, W], ice and ore.
-        rubble: units [N, H, W].
-        bordered_factory: as in BorderedMaps.
+    `own_lichen` as in Scene, `resources` bool [N, H, W] (ice and ore), `rubble` units [N, H, W],
+    `bordered_factory` as in BorderedMaps.
     """
     covered = bordered_factory[..., 1:-1, 1:-1] >= 0
     own = np.zeros_like(covered)
@@ -1183,7 +1162,7 @@ class LuxMatch:
 
     Args:
         options: LuxOptions.
-        weights: weight of each reward term, from `reward_weights`.
+        weights: weight of each reward term, from `weights_of`.
         engine_options: more settings for the engine.
     """
 
@@ -1260,9 +1239,7 @@ class LuxMatch:
     def _achievements(self, acts, robots, factories):
         """Amount of each reward term for each entity in the step just played, [P, E, len(REWARDS)].
 
-        Args:
-            acts: what the entities did.
-            robots, factories: dicts unit_id -> engine object, as it is after the step.
+        `robots` and `factories` are dicts unit_id -> engine object, as it is after the step.
         """
         state = self.engine.state
         amounts = np.zeros((2, self.options.num_entities, len(REWARDS)))
@@ -1310,8 +1287,7 @@ class LuxMatch:
     def _count_robots(self, robots):
         """Count births, losses, and losses on a cell where another own robot ended the step too.
 
-        Args:
-            robots: engine objects of the robots that were alive before the step.
+        `robots` are the engine's, alive before the step.
         """
         alive = self.engine.state.units
         births = self.engine.births
@@ -1411,14 +1387,7 @@ def single_spaces(options):
 
 
 def map_seed(seed, match, played, num_envs, held_out):
-    """Seed of the map on which a match begins.
-
-    Args:
-        seed: of `reset`.
-        match: number of the match, counted over all processes.
-        played: how many matches have begun in its place since, this one included.
-        num_envs, held_out: as in LuxVecEnv.
-    """
+    """Seed of the map of a match, when `played` matches have begun in its place since `reset(seed)`."""
     if held_out:
         return (seed + match + (played - 1) * num_envs) % HELD_OUT_SEEDS
     rng = np.random.default_rng([seed, match])
@@ -1431,11 +1400,8 @@ class LuxMatches(gym.Env if gym else object):
     It observes what LuxVecEnv observes of these matches. Its infos hold "rewards" [n, P, E] and
     "finished", a list of (index, metrics) of the matches that ended.
 
-    Args:
-        indices: range of the numbers that the matches have in LuxVecEnv.
-        options: LuxOptions.
-        seed_of: function (seed of `reset`, index of a match, matches begun there) -> map seed.
-        new_match: function without arguments that makes a LuxMatch.
+    `indices` is the range of the numbers that the matches have in LuxVecEnv, `seed_of` a function
+    (seed of `reset`, index, matches begun there) -> map seed, `new_match` one that makes a LuxMatch.
     """
 
     def __init__(self, indices, options, seed_of, new_match):
@@ -1680,7 +1646,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         for log in logs:
             fits = fits and log.shape[1:] == number.shape and ((0 <= log) & (log < number)).all()
         if not fits:
-            raise ValueError("the state of the matches is that of another environment")
+            raise ValueError("the state is of matches of another environment")
         steps = max(map(len, logs))
         options = {"state": state}
         obs, _ = self._call("reset", options=options, steps=steps + 1)
@@ -1739,9 +1705,9 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             self._wait(steps)
             return getattr(self.games, f"{method}_wait")()
         except (EOFError, ConnectionError):
-            connection.wait([process.sentinel for process in self.games.processes], 5)
-            codes = [process.exitcode for process in self.games.processes]
-            dead = [self._name(worker) for worker, code in enumerate(codes) if code is not None]
+            sentinels = [process.sentinel for process in self.games.processes]
+            ended = connection.wait(sentinels, 5)
+            dead = [self._name(worker) for worker, sentinel in enumerate(sentinels) if sentinel in ended]
             failure = ChildProcessError(f"{' and '.join(dead)} died")
         except TimeoutError as error:
             failure = error
@@ -1755,7 +1721,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         patience = WORKER_TIMEOUT + self.size * steps
         for worker, pipe in enumerate(self.games.parent_pipes):
             waited = 0
-            while not pipe.poll(1):  # seconds; counted like this, those of a suspended process do not count
+            while not pipe.poll(1):  # seconds; a suspended process does not count them
                 waited += 1
                 if waited >= patience:
                     raise TimeoutError(f"{self._name(worker)} did nothing for {waited} s")

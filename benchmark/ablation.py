@@ -1,41 +1,39 @@
 """Train every arm of the ablation on several seeds and evaluate the checkpoints of every training.
 
     python benchmark/ablation.py
-    python benchmark/ablation.py --minutes 120 --arms default global --seeds 1 2
-    python benchmark/plot.py
+    python benchmark/ablation.py --arms default global --seeds 1 2
+    python benchmark/plot.py --results runs/study
 
-The queue starts with the two main arms, `default` and `global`, seed by seed, and goes on with the other arms, seed
-by seed, so that what is there when it is stopped is a result already. Started again, it goes on: a finished training
-is not run again, nor is a finished evaluation. A training that was cut off begins anew.
+An arm is a command, and patches from benchmark/arms/ for a copy of the programs (see PATCHES).
 
-Trainings run side by side, each with one thread, and are evaluated after they have ended, so that no evaluation is in
-their wall time; what runs beside them still slows them. Every evaluation plays the same held-out maps, --matches of
-them from --first-map on, once each, with actions sampled from the policy, and of the two main arms at the end of the
-training with the likeliest actions too.
+The two main arms, `default` and `global`, come first, then the others, each seed by seed, so the
+tables are useful whenever it is stopped. The same command continues it: finished trainings and
+evaluations are kept, a training that was cut off starts again.
+
+Trainings run side by side, each with one thread, and are evaluated after they have ended. Every
+evaluation plays the same held-out maps once each, with actions sampled from the policy. The last
+checkpoints of the main arms also play with their most likely actions.
 
     written to --out
-    ablation.csv    a row for every player of every evaluated match; lengths are in steps, the rest as in the README
-    runs.csv        a row for every training: its command, commit, seconds, steps and parameters, and of two metrics
-                    that it logged the mean over all updates: share of clipped ratios, explained variance of the values
-
-Checkpoints and logs lie in --work; of an evaluated training only the last checkpoint is kept there.
+    ablation.csv    a row for every player of every evaluated match; lengths are in steps
+    runs.csv        a row for every training: how it was made, its seconds, steps and parameters,
+                    and the means of LOSSES over all of its updates
+    <arm>__<seed>/  a training's log, its run, its last checkpoint and its evaluations
 """
 
 import contextlib
 import csv
-import fcntl
 import importlib
+import io
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Optional
 
@@ -45,14 +43,11 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+PATCH_FOLDER = ROOT / "benchmark" / "arms"
 
-import trajsep_ppo  # noqa: E402
-from lux_wrapper import TEAM_METRICS  # noqa: E402
-
-# Arms of the authors have all of their own reward (weight 1) and differ in one thing from `separate`; the others differ
-# in one thing from `default` or, to see whether the default flags are unfair to it, from `global`. The order is that of
-# the work: what says most comes first.
+# The authors' arms pay each member its own reward (weight 1) and differ in one thing from
+# `separate`. The others differ in one thing from `default`, or from `global`, to see whether the
+# default flags are unfair to it. In order of work: what tells most comes first.
 SEPARATE = "trajsep_ppo.py --agent-reward-weight 1"
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
@@ -60,17 +55,17 @@ ARMS = {
     # Components
     "separate": SEPARATE,
     "global-reward": "trajsep_ppo.py --agent-reward-weight 0",
-    "global-critic": f"{SEPARATE} --shared critic",
-    "global-critic-reward": "trajsep_ppo.py --agent-reward-weight 0 --shared critic",  # their "global advantage"
-    "shared-ratio": f"{SEPARATE} --shared ratio",
-    "shared-entropy": f"{SEPARATE} --shared entropy",
-    "shared-dones": f"{SEPARATE} --shared dones",
+    "global-critic": SEPARATE,
+    "global-critic-reward": "trajsep_ppo.py --agent-reward-weight 0",  # their "global advantage"
+    "shared-ratio": SEPARATE,
+    "shared-entropy": SEPARATE,
+    "shared-dones": SEPARATE,
     # Trajectories
-    "robots": f"{SEPARATE} --group-by robots",
-    "factories": f"{SEPARATE} --group-by factories",
-    "kinds": f"{SEPARATE} --group-by kinds",
+    "robots": SEPARATE,
+    "factories": SEPARATE,
+    "kinds": SEPARATE,
     "cluster": "trajsep_ppo.py --group-by cluster",
-    # Clipping, and other flags of the baseline's own
+    # Clipping, and other flags for the baseline
     "clip-50": "trajsep_ppo.py --clip-coef 0.5",
     "clip-100": "trajsep_ppo.py --clip-coef 1",
     "global-clip-50": "global_ppo.py --clip-coef 0.5",
@@ -81,211 +76,183 @@ ARMS = {
     "share-75": "trajsep_ppo.py --agent-reward-weight 0.75",
     "share-50": "trajsep_ppo.py --agent-reward-weight 0.5",
     # Groups of robots, by number and by rule
-    "mod-2": f"{SEPARATE} --group-by mod-2",
-    "mod-4": f"{SEPARATE} --group-by mod-4",
-    "quadrants": f"{SEPARATE} --group-by quadrants",
-    "nearest-factory": f"{SEPARATE} --group-by nearest-factory",
-    "nearest-heavy": f"{SEPARATE} --group-by nearest-heavy",
+    "mod-2": SEPARATE,
+    "mod-4": SEPARATE,
+    "quadrants": SEPARATE,
+    "nearest-factory": SEPARATE,
+    "nearest-heavy": SEPARATE,
     # Fewer samples of robots
-    "top-1": f"{SEPARATE} --top-samples 1",
+    "top-1": SEPARATE,
     "top-2": f"{SEPARATE} --top-samples 2",
     "top-4": f"{SEPARATE} --top-samples 4",
-    "top-1-abs": f"{SEPARATE} --top-samples 1 --top-by abs-advantage",
-    "top-1-return": f"{SEPARATE} --top-samples 1 --top-by return",
-    "random-1": f"{SEPARATE} --top-samples 1 --top-by random",
-    "random-2": f"{SEPARATE} --top-samples 2 --top-by random",
-    "random-4": f"{SEPARATE} --top-samples 4 --top-by random",
+    "top-1-abs": SEPARATE,
+    "top-1-return": SEPARATE,
+    "random-1": SEPARATE,
+    "random-2": f"{SEPARATE} --top-samples 2",
+    "random-4": f"{SEPARATE} --top-samples 4",
     # The rest
-    "lichen": "trajsep_ppo.py --reward lichen",
-    "no-safe-masks": "trajsep_ppo.py --no-safe-masks",
+    "lichen": "trajsep_ppo.py --env-kwargs reward lichen",
+    "no-safe-masks": "trajsep_ppo.py --env-kwargs safe_masks False",
     "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
     "random-placement": "trajsep_ppo.py",
     "large-heads": "trajsep_ppo.py",
 }
-# Arms for which there is no flag: (file, text, what stands there instead) of a copy of the programs.
-EDITS = {
-    "random-placement": (
-        "lux_wrapper.py",
-        "    score = placement_score(obs, grow_lichen)\n",
-        '    score = np.random.default_rng(int(obs["board"]["rubble"].sum())).random(obs["board"]["ice"].shape)\n'
-        '    score[~obs["board"]["valid_spawns_mask"]] = -np.inf\n',
-    ),
-    "large-heads": ("hybrid_model.py", "std=0.01", "std=1"),
+# An arm has the patch of its name; patches of several arms, one after the other:
+PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
+    "global-critic-reward": ("global-critic",),
+    "top-2": ("top-1",),  # it adds the flag --top-samples
+    "top-4": ("top-1",),
+    "top-1-abs": ("top-1", "top-1-abs"),
+    "top-1-return": ("top-1", "top-1-return"),
+    "random-1": ("top-1", "random-1"),
+    "random-2": ("top-1", "random-1"),
+    "random-4": ("top-1", "random-1"),
 }
 MAIN = ("default", "global")
-# Flags were chosen with seeds 1 to 10 on the maps 0 to 19, so the study has others. (1000 to 1019: `confirmation/`.)
+# Flags were chosen with seeds 1 to 10 on the maps 0 to 19, so the study has others.
 FIRST_SEED, FIRST_MAP = 11, 2000
 SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
-# Environment steps after which a training is evaluated, in the main arms and in the others; and always the last, where
-# the main arms play with the likeliest actions too.
+# Environment steps after which the main arms and the others are evaluated; and always the last.
 FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
 COARSE = (4096, 8192, 16384, 24576, 49152)
 SAVE_EVERY = 4  # updates between two checkpoints of a training
 
-EVALUATION = ("arm", "seed", "global_step", "train_seconds", "policy")  # what one evaluation is
-ICE, ALIVE, PLACED = "ice_transferred", "factories_alive", "factories_placed"
-OTHERS = [key for key in TEAM_METRICS if key not in ("r", ICE, ALIVE, PLACED)]
-MATCH = ("match_seed", "player", "starting_factories", "episode_length", ICE, ALIVE)
-COLUMNS = (*EVALUATION, *MATCH, "episodic_return", *OTHERS)
+MATCH = ("match_seed", "player", "starting_factories", "episode_length")
+TEAM = (
+    *("ice_transferred", "factories_alive", "episodic_return"),
+    *("ice_per_factory", "factories_alive_share"),
+    *("water", "ore", "metal", "lichen", "lights_built", "heavies_built", "robots_lost"),
+    *("own_collisions", "right_of_way", "blocked_builds"),
+)
+METRIC = {"starting_factories": "factories_placed", "episodic_return": "r"}  # the wrapper's names
+COLUMNS = ("arm", "seed", "global_step", "train_seconds", "policy", *MATCH, *TEAM)
 LOSSES = ("clipfrac", "explained_variance")
-RUN_COLUMNS = ("arm", "seed", "steps", "train_seconds", "parameters", *LOSSES, "commit", "command")
+MEASURED = ("steps", "train_seconds", "parameters", *LOSSES, "commit")
+RUN_COLUMNS = ("arm", "seed", *MEASURED, "maps", "patches", "command")
 
 
 class Failed(Exception):
-    """A training or an evaluation ended with an error; the message says which and shows the end of its log."""
+    """A training or an evaluation ended with an error."""
 
 
 def queue(arms, seeds=None):
-    """All (arm, seed) in the order of work: the main arms first, seed by seed, then the others, seed by seed."""
-    jobs = {(arm, seed) for arm in arms for seed in (seeds or range(FIRST_SEED, FIRST_SEED + SEEDS[arm]))}
+    """All (arm, seed): the main arms first, seed by seed, then the others, seed by seed."""
+
+    def seeds_of(arm):
+        return seeds or range(FIRST_SEED, FIRST_SEED + SEEDS[arm])
+
+    jobs = [(arm, seed) for arm in arms for seed in seeds_of(arm)]
     return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], list(ARMS).index(job[0])))
 
 
-# ------------------------------------------------------------------------------------------------------
-# Evaluation, in a process of its own
-# ------------------------------------------------------------------------------------------------------
+def programs(patches, folder):
+    """Folder of the programs: this project's, or with patches a copy in `folder`.
 
-
-@torch.no_grad()
-def play(agent, envs, greedy, first_map=0):
-    """Play every match once, on as many held-out maps from `first_map` on.
-
-    Returns:
-        the map seeds [N] and for each match its metrics, "l" and the TEAM_METRICS arrays [P].
+    Raises:
+        Failed: if a patch does not fit the programs.
     """
-    generator = torch.Generator().manual_seed(0)
-    matches, metrics = envs.matches.matches, [None] * envs.num_envs
-    for match in matches:
-        vars(match).pop("step", None)
-    obs, _ = envs.reset(seed=first_map)
-    map_seeds = envs.arrays["map_seed"].tolist()
-    actions = torch.zeros(obs["kind"].shape, dtype=torch.long).flatten(0, 1)
-    while None in metrics:
-        teams = torch.tensor([metric is None for metric in metrics]).repeat_interleave(2).nonzero().squeeze(1)
-        logits, _, _ = agent({key: x.index_select(0, teams) for key, x in trajsep_ppo.to_tensors(obs, "cpu").items()})
-        if not greedy:  # as torch.multinomial does; noise for all matches, so that none depends on another's end
-            noise = torch.empty((*actions.shape, logits.shape[-1])).exponential_(generator=generator)
-            logits = logits.softmax(-1) / noise[teams]
-        actions[:] = 0  # of matches that stand still too
-        actions[teams] = logits.argmax(-1)
-        obs, _, _, _, infos = envs.step(actions.view(obs["kind"].shape).numpy())
-        for index in np.flatnonzero(infos.get("_episode", ())):
-            metrics[index] = {key: x[index] for key, x in infos["episode"].items()}
-            matches[index].step = lambda orders, rewards: None  # it counts once: from here on it stands still
-    return map_seeds, metrics
-
-
-def programs(arm, folder):
-    """Folder of the programs that an arm runs: this project's, or in `folder` a copy of them with the arm's edit."""
-    if arm not in EDITS:
+    if not patches:
         return ROOT
-    name, old, new = EDITS[arm]
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for path in ROOT.glob("*.py"):
-        text = path.read_text()
-        if path.name == name:
-            assert old in text, f"{name} has no longer what the arm {arm} replaces"
-            text = text.replace(old, new)
-        (folder / path.name).write_text(text)
+        shutil.copy(path, folder)
+    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # of any repository
+    for name in patches:
+        command = ["git", "apply", PATCH_FOLDER / f"{name}.patch"]
+        done = subprocess.run(command, cwd=folder, env=outside, capture_output=True, text=True)
+        if done.returncode:
+            raise Failed(f"{name}.patch does not fit the programs: {done.stderr.strip()}")
     return folder
 
 
-def evaluate(folder, paths, wanted, num_matches, first_map, pipe):
-    """Evaluate checkpoints of one training, each `wanted` (global step, policy), and send the rows of each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+# -- Evaluation, in a process of its own ---------------------------------------------------
+
+
+@torch.no_grad()
+def play(script, agent, envs, greedy, first_map=0):
+    """Play every match once, on held-out maps from `first_map` on, as the script's evaluation does.
+
+    Returns:
+        for each match its metrics: "l", and arrays [P].
+    """
+    generator = torch.Generator().manual_seed(0)
+    metrics = [None] * envs.num_envs
+    obs, _ = envs.reset(seed=first_map)
+    while None in metrics:
+        logits, _, _ = agent(script.to_tensors(obs, "cpu"))
+        if greedy:
+            action = logits.argmax(-1)
+        else:
+            action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
+        obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).numpy())
+        for match in np.flatnonzero(infos.get("_episode", ())):
+            episode = {key: x[match] for key, x in infos["episode"].items()}
+            metrics[match] = metrics[match] or episode  # a second match begins where one has ended
+    return metrics
+
+
+def evaluate(folder, script, wanted, num_matches, first_map):
+    """Evaluate checkpoints in the current folder, each `wanted` (step, policy), into a file each.
+
+    Args:
+        folder: of the programs.
+        script: the one that made the checkpoints, without its ".py".
+    """
     torch.set_num_threads(1)
-    for name in ("trajsep_ppo", "global_ppo", "hybrid_model", "lux_wrapper"):  # those of the folder take their places
-        sys.modules.pop(name, None)
-    sys.path.insert(0, str(folder))
-    envs, scripts = None, {name: importlib.import_module(name) for name in ("trajsep_ppo", "global_ppo")}
+    sys.path.insert(0, folder)
+    script, envs = importlib.import_module(script), None
     for step, policy in wanted:
-        checkpoint = torch.load(paths[step], map_location="cpu", weights_only=True)
+        checkpoint = torch.load(f"checkpoint_{step}.pt", map_location="cpu", weights_only=True)
         if envs is None:
-            script = scripts["trajsep_ppo" if "group_by" in checkpoint["args"] else "global_ppo"]
-            envs = script.make_envs(script.Args(**checkpoint["args"]), num_matches, num_workers=0, held_out=True)
-            agent = script.HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+            args = script.Args(**checkpoint["args"])
+            envs = script.make_envs(args, num_matches, num_workers=0, held_out=True)
+            num_actions = int(envs.single_action_space.nvec.max())
+            agent = script.HybridNet(envs.single_observation_space, num_actions)
         agent.load_state_dict(checkpoint["model"])
+        what = {"global_step": step, "train_seconds": round(checkpoint["train_seconds"], 1)}
+        what["policy"] = policy
         rows = []
-        for map_seed, metrics in zip(*play(agent, envs, policy == "greedy", first_map)):
+        for match, metrics in enumerate(play(script, agent, envs, policy == "greedy", first_map)):
             for player in range(2):
-                team = {key: f"{metrics[key][player]:.7g}" for key in TEAM_METRICS}
-                row = {"match_seed": map_seed, "player": player, "episode_length": metrics["l"]}
-                row |= {"starting_factories": team[PLACED], "episodic_return": team["r"]}
-                rows.append(row | {key: team[key] for key in (ICE, ALIVE, *OTHERS)})
-        pipe.send((step, round(checkpoint["train_seconds"], 1), policy, rows))
-    if envs is not None:
-        envs.close()
+                row = what | {"match_seed": first_map + match, "player": player}
+                row["episode_length"] = int(metrics["l"])
+                for key in ("starting_factories", *TEAM):
+                    row[key] = f"{metrics[METRIC.get(key, key)][player]:.7g}"
+                rows.append(row)
+        write(evaluation(".", step, policy), json.dumps(rows))
 
 
-# ------------------------------------------------------------------------------------------------------
-# The two tables
-# ------------------------------------------------------------------------------------------------------
+def evaluation(folder, step, policy):
+    """Path of the rows of an evaluation."""
+    return Path(folder, f"evaluation_{step}_{policy}.json")
 
 
-class Results:
-    """The tables in `out`, read at the start and written anew at every change: complete and sorted at any time."""
-
-    def __init__(self, out):
-        self.out, self.lock = out, threading.Lock()
-        self.runs = {(row["arm"], int(row["seed"])): row for row in self._read("runs.csv")}
-        self.evaluations = {}  # (arm, seed, global step, policy) -> rows
-        for row in self._read("ablation.csv"):
-            key = row["arm"], int(row["seed"]), int(row["global_step"]), row["policy"]
-            self.evaluations.setdefault(key, []).append(row)
-
-    def _read(self, name):
-        path = self.out / name
-        return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-    def _write(self, name, columns, rows):
-        temporary = self.out / f"{name}.tmp"
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self.out / name)
-
-    def add_run(self, run):
-        """A training has ended: its row, and away with evaluations of an earlier training of this arm and seed."""
-        with self.lock:
-            self.runs[run["arm"], run["seed"]] = run
-            mine = [key for key in self.evaluations if key[:2] == (run["arm"], run["seed"])]
-            for key in mine:
-                del self.evaluations[key]
-            self._write("runs.csv", RUN_COLUMNS, [self.runs[key] for key in sorted(self.runs)])
-            if mine:
-                self._write_evaluations()
-
-    def add_evaluation(self, arm, seed, step, seconds, policy, rows):
-        start = dict(zip(EVALUATION, (arm, seed, step, seconds, policy)))
-        with self.lock:
-            self.evaluations[arm, seed, step, policy] = [start | row for row in rows]
-            self._write_evaluations()
-
-    def _write_evaluations(self):
-        self._write("ablation.csv", COLUMNS, [row for key in sorted(self.evaluations) for row in self.evaluations[key]])
-
-    def complete(self, arm, seed):
-        """Whether nothing is left to do: the last evaluation of the last checkpoint is made."""
-        run = self.runs.get((arm, seed))
-        return run is not None and (arm, seed, int(run["steps"]), in_the_end(arm)[-1]) in self.evaluations
+# -- Files ---------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------------
-# Work
-# ------------------------------------------------------------------------------------------------------
+def write(path, text):
+    """Write a file so that it is whole at any time."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
-def commit():
-    """The commit that is checked out, marked where its programs were changed since."""
-    commands = ("git rev-parse --short HEAD", "git status --porcelain --untracked-files=no -- *.py")
-    said = [subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True).stdout for command in commands]
-    return (said[0].strip() or "unknown") + ("-dirty" if said[1] else "")
-
-
-def in_the_end(arm):
-    """The policies with which the last checkpoint of an arm is evaluated, in this order."""
-    return ("sampled", "greedy") if arm in MAIN else ("sampled",)
+def write_tables(out):
+    """Write ablation.csv and runs.csv of all that is trained and evaluated."""
+    runs, rows = [], []
+    for path in out.glob("*__*/run.json"):
+        run = json.loads(path.read_text())
+        runs.append(run)
+        for one in path.parent.glob("evaluation_*.json"):
+            rows += [{"arm": run["arm"], "seed": run["seed"]} | row for row in json.loads(one.read_text())]
+    for name, columns, table in (("runs.csv", RUN_COLUMNS, runs), ("ablation.csv", COLUMNS, rows)):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        keys = ("arm", "seed", "global_step", "policy", "match_seed", "player")
+        writer.writerows(sorted(table, key=lambda row: [row.get(key, 0) for key in keys]))
+        write(out / name, text.getvalue())
 
 
 def saved(folder):
@@ -294,128 +261,130 @@ def saved(folder):
 
 
 def keep(folder):
-    """Give the checkpoints that the training in this folder has a second name, as it removes all but its last two."""
+    """Give the checkpoints of a training a second name, as it removes all but its last two."""
     for path in folder.glob("runs/*/checkpoint_*.pt"):
-        with contextlib.suppress(FileExistsError, FileNotFoundError):  # kept already, or removed at this moment
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # kept, or removed just now
             os.link(path, folder / path.name)
 
 
 def logged(folder):
-    """Mean over all updates of some metrics that the training in this folder logged."""
-    events = EventAccumulator(str(next(folder.glob("runs/*"))), size_guidance={"scalars": 0}).Reload()
-    return {key: f"{np.mean([x.value for x in events.Scalars(f'losses/{key}')]):.4g}" for key in LOSSES}
+    """Means over all updates of LOSSES, as the training in this folder logged them."""
+    (run_dir,) = folder.glob("runs/*")
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    values = {key: [x.value for x in events.Scalars(f"losses/{key}")] for key in LOSSES}
+    return {key: f"{np.mean(all_updates):.4g}" for key, all_updates in values.items()}
+
+
+def commit():
+    """The commit that is checked out, marked where its programs were changed since."""
+
+    def git(words):
+        done = subprocess.run(["git", *words.split()], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status --porcelain --untracked-files=no -- *.py")
+    return (git("rev-parse --short HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+# -- Work ----------------------------------------------------------------------------------
 
 
 class Work:
-    """Trains and evaluates; `stop` ends it, and the processes that it has started with it."""
+    """Trains and evaluates. `stop` ends it, with the processes that it has started."""
 
-    def __init__(self, results, work, schedule, matches, first_map, flags, deadline):
-        self.results, self.work, self.deadline = results, work.resolve(), deadline
-        self.schedule, self.matches, self.first_map, self.flags = schedule, matches, first_map, flags
-        self.stopped, self.children, self.failed = False, set(), []
-
-    def over(self):
-        return self.stopped or time.time() > self.deadline
+    def __init__(self, out, schedule, matches, first_map, flags):
+        self.out, self.flags, self.schedule = out.resolve(), flags, schedule
+        self.matches, self.first_map = matches, first_map
+        self.stopped, self.children = False, set()
 
     def stop(self):
         self.stopped = True
         for child in list(self.children):
             child.terminate()
 
-    def command(self, arm, seed):
-        speed = f"--num-workers 0 --eval-episodes 0 --save-every {SAVE_EVERY}"
-        return f"{ARMS[arm]} --seed {seed} {speed} {self.flags}".strip()
+    def task(self, arm, seed):
+        """What a training and its evaluations are, the first columns of its row in runs.csv."""
+        saving = f"--num-workers 0 --eval-episodes 0 --save-every {SAVE_EVERY}"
+        return {
+            "arm": arm,
+            "seed": seed,
+            "patches": " ".join(PATCHES.get(arm, ())),
+            "command": f"{ARMS[arm]} --seed {seed} {saving} {self.flags}".strip(),
+            "maps": f"{self.first_map} to {self.first_map + self.matches - 1}",
+        }
 
-    def do(self, job):
-        """Train and evaluate one seed of one arm, as far as that is not done yet."""
-        if self.over() or self.results.complete(*job):
-            return
+    def do(self, arm, seed):
+        """Train and evaluate one seed of one arm, as far as that is not done yet: whether it is now."""
+        folder, task = self.out / f"{arm}__{seed}", self.task(arm, seed)
         try:
-            folder = self.work / "{}__{}".format(*job)
-            if not (folder / "run.json").exists():
-                self.train(*job, folder)
-            self.evaluate(*job, folder)
+            if not self.stopped and not (folder / "run.json").exists():
+                self.train(task, folder)
+            if not self.stopped:
+                self.evaluate(task, folder)
         except Failed as failure:
             if not self.stopped:
-                self.failed.append(job)
-                say(*job, str(failure))
+                say(arm, seed, str(failure))
+            return False
+        return not self.stopped
 
-    def train(self, arm, seed, folder):
-        shutil.rmtree(folder, ignore_errors=True)  # what was cut off; a script that can resume would go on with it
-        folder.mkdir(parents=True)
-        say(arm, seed, f"training, see {folder / 'log'}")
-        run = {"arm": arm, "seed": seed, "commit": commit(), "command": self.command(arm, seed)}
-        script, *flags = shlex.split(run["command"])
-        command = [sys.executable, str(programs(arm, folder / "programs") / script), *flags]
+    def run(self, command, folder, name):
+        """Run a command in a folder, its output in the file `name` there."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with open(folder / "log", "w") as log:
+        with open(folder / name, "w") as log:
             child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-            with self.running(child):
-                while (code := child.poll()) is None:
-                    keep(folder)
-                    time.sleep(0.05)
+            self.children.add(child)
+            while child.poll() is None:
+                keep(folder)
+                if self.stopped:
+                    child.terminate()
+                time.sleep(0.05)
+        self.children.discard(child)
         keep(folder)
-        if code:
-            end = (folder / "log").read_text().replace("\r", "\n").strip().splitlines()[-5:]
-            raise Failed(f"the training failed with exit code {code}:\n  " + "\n  ".join(end))
+        if child.returncode:
+            end = (folder / name).read_text().replace("\r", "\n").strip().splitlines()[-5:]
+            raise Failed("\n  ".join([f"{name} ended with exit code {child.returncode}:", *end]))
+
+    def train(self, task, folder):
+        shutil.rmtree(folder, ignore_errors=True)  # a training that was cut off
+        folder.mkdir(parents=True)
+        script, *flags = shlex.split(task["command"])
+        run = task | {"commit": commit()}
+        say(task["arm"], task["seed"], f"training, see {folder}")
+        command = [sys.executable, programs(task["patches"].split(), folder / "programs") / script]
+        self.run([*command, *flags], folder, "training.log")
         paths = saved(folder)
         last = torch.load(paths[max(paths)], weights_only=True)
         every = SAVE_EVERY * last["args"]["num_envs"] * last["args"]["num_steps"]
         if lost := set(range(every, last["global_step"], every)) - paths.keys():
-            raise Failed(f"{len(lost)} checkpoints were removed before they were kept; was this program suspended?")
+            why = "was this program suspended?"
+            raise Failed(f"{len(lost)} checkpoints were removed before they were kept; {why}")
         run |= {"steps": last["global_step"], "train_seconds": round(last["train_seconds"], 1)}
-        run |= {"parameters": sum(x.numel() for x in last["model"].values())} | logged(folder)
-        self.results.add_run(run)
-        (folder / "run.json").write_text(json.dumps(run, indent=1))  # marks the training as finished
-        say(arm, seed, f"trained {run['steps']:,} steps in {run['train_seconds']:.0f} s")
+        run["parameters"] = sum(x.numel() for x in last["model"].values())
+        run |= logged(folder)
+        write(folder / "run.json", json.dumps(run, indent=1))  # the training is finished
 
-    def evaluate(self, arm, seed, folder):
-        run = json.loads((folder / "run.json").read_text())
-        if run["command"] != self.command(arm, seed):
-            raise Failed(f"{folder} holds a training by another command, `{run['command']}`")
-        if (arm, seed) not in self.results.runs:  # trained for another folder of results
-            self.results.add_run(run)
+    def evaluate(self, task, folder):
+        arm, run = task["arm"], json.loads((folder / "run.json").read_text())
+        if changed := [key for key in task if run[key] != task[key]]:
+            what = f"`{run[changed[0]]}` and not `{task[changed[0]]}`"
+            raise Failed(f"{folder} holds a training with other {changed[0]}: {what}")
         paths = saved(folder)
-        last, schedule = max(paths), self.schedule or (FINE if arm in MAIN else COARSE)
-        steps = {min(step for step in paths if step >= wanted) for wanted in schedule if wanted <= last} | {last}
-        wanted = [(step, "sampled") for step in sorted(steps - {last})] + [(last, policy) for policy in in_the_end(arm)]
-        wanted = [key for key in wanted if (arm, seed, *key) not in self.results.evaluations]
-        if self.over():
-            return
-        spawn = multiprocessing.get_context("spawn")
-        here, there = spawn.Pipe(duplex=False)
-        how = (programs(arm, folder / "programs"), paths, wanted, self.matches, self.first_map, there)
-        child = spawn.Process(target=evaluate, args=how, daemon=True)
-        child.start()
-        there.close()
-        with self.running(child):
-            for done in range(1, len(wanted) + 1):
-                try:
-                    step, seconds, policy, rows = here.recv()
-                except EOFError:
-                    child.join()
-                    raise Failed(f"the evaluation died with exit code {child.exitcode}") from None
-                self.results.add_evaluation(arm, seed, step, seconds, policy, rows)
-                length, ice = (np.mean([float(row[key]) for row in rows]) for key in ("episode_length", ICE))
-                progress = f"{done} of {len(wanted)} evaluations"
-                say(arm, seed, f"{policy} at {step:,} steps: length {length:,.0f}, ice {ice:,.0f} ({progress})")
-                if self.over() and done < len(wanted):
-                    return child.terminate()
-            child.join()
-        (folder / "run.json").unlink()  # without its checkpoints this training cannot be evaluated once more
+        last = max(paths)
+        schedule = self.schedule or (FINE if arm in MAIN else COARSE)
+        steps = {min(saved for saved in paths if saved >= step) for step in schedule if step < last}
+        wanted = [(step, "sampled") for step in sorted(steps - {last})]
+        wanted += [(last, "sampled")] + [(last, "greedy")] * (arm in MAIN)
+        wanted = [key for key in wanted if not evaluation(folder, *key).exists()]
+        if wanted:
+            say(arm, task["seed"], f"{len(wanted)} evaluations")
+            script = task["command"].split(".py")[0]
+            patched = str(programs(task["patches"].split(), folder / "programs"))
+            how = json.dumps([patched, script, wanted, self.matches, self.first_map])
+            code = f"import sys; sys.path.append({str(ROOT / 'benchmark')!r}); import ablation; "
+            code += f"ablation.evaluate(*{how})"
+            self.run([sys.executable, "-c", code], folder, "evaluation.log")
         for step in paths.keys() - {last}:
             paths[step].unlink()
-
-    @contextlib.contextmanager
-    def running(self, child):
-        """Inside, `stop` ends this process too."""
-        self.children.add(child)
-        if self.stopped:
-            child.terminate()
-        try:
-            yield
-        finally:
-            self.children.discard(child)
 
 
 def say(arm, seed, what):
@@ -425,10 +394,8 @@ def say(arm, seed, what):
 def main(
     arms: tuple[str, ...] = tuple(ARMS),
     seeds: Optional[tuple[int, ...]] = None,
-    out: Path = ROOT / "benchmark" / "study",
-    work: Path = ROOT / "runs" / "ablation",
+    out: Path = ROOT / "runs" / "study",
     parallel: int = os.cpu_count() or 1,
-    minutes: float = float("inf"),
     matches: int = 20,
     first_map: int = FIRST_MAP,
     schedule: Optional[tuple[int, ...]] = None,
@@ -438,55 +405,40 @@ def main(
 
     Args:
         arms: which of the arms.
-        seeds: seeds of all these arms; by default 11 to 15 for the main arms and 11 to 13 for the others.
-        out: folder of the two tables.
-        work: folder of checkpoints and logs.
+        seeds: of all these arms; by default 11 to 15 for the main ones, 11 to 13 for the others.
+        out: folder of the tables and the trainings.
         parallel: trainings or evaluations at a time, each with one thread.
-        minutes: after this time nothing new is started, and a training under way is finished.
         matches: held-out matches of an evaluation.
         first_map: the first of as many held-out maps.
-        schedule: environment steps after which trainings are evaluated (at the next checkpoint), instead of the
-            arms' own; the last checkpoint always is.
+        schedule: environment steps after which trainings are evaluated, at the next checkpoint,
+            instead of the arms' own; the last checkpoint always is.
         flags: more flags for every training, in quotes.
     """
-    unknown = [arm for arm in arms if arm not in ARMS]
-    if unknown:
+    if unknown := [arm for arm in arms if arm not in ARMS]:
         sys.exit(f"ablation.py: error: no arm {unknown[0]}; there are {', '.join(ARMS)}")
     if min(parallel, matches) < 1:
         sys.exit("ablation.py: error: --parallel and --matches must be at least 1")
+    for arm in arms if "--env-kwargs" in flags else ():
+        if "--env-kwargs" in ARMS[arm]:  # the second one would replace it
+            sys.exit(f"ablation.py: error: {arm} has --env-kwargs of its own")
     out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
+    work, complete = Work(out, schedule, matches, first_map, flags), 0
+    jobs = queue(arms, seeds)
+    pool = ThreadPoolExecutor(parallel)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        sys.exit(f"ablation.py: error: another one is writing to {out}")
-    try:
-        results = Results(out)
-        for rows in results.evaluations.values():
-            if (held := (len(rows) // 2, int(rows[0]["match_seed"]))) != (matches, first_map):
-                sys.exit("ablation.py: error: {} holds evaluations on {} maps from map {} on".format(out, *held))
-        jobs = Work(results, work, schedule, matches, first_map, flags, time.time() + 60 * minutes)
-        todo = queue(arms, seeds)
-        for job in todo:
-            was = results.runs[job]["command"] if job in results.runs else jobs.command(*job)
-            if was != jobs.command(*job):
-                sys.exit(f"ablation.py: error: {out} holds {job[0]} seed {job[1]} by another command, `{was}`")
-        pool = ThreadPoolExecutor(parallel)
-        try:
-            for done in [pool.submit(jobs.do, job) for job in todo]:
-                done.result()
-        except BaseException as reason:
-            jobs.stop()
-            pool.shutdown()
-            if isinstance(reason, KeyboardInterrupt):
-                print("ablation.py: interrupted; the same command goes on from here", file=sys.stderr)
-                sys.exit(130)
-            raise
+        for done in as_completed([pool.submit(work.do, *job) for job in jobs]):
+            complete += done.result()
+            write_tables(out)
+    except KeyboardInterrupt:
+        print("ablation.py: interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
     finally:
-        os.close(folder)
-    print(f"{sum(results.complete(*job) for job in todo)} of {len(todo)} runs are complete in {out}")
-    if jobs.failed:
-        sys.exit(f"ablation.py: error: {len(jobs.failed)} of {len(todo)} runs failed, see above")
+        work.stop()
+        pool.shutdown()
+        write_tables(out)
+    print(f"{complete} of {len(jobs)} runs are complete in {out}")
+    if complete < len(jobs):
+        sys.exit(f"ablation.py: error: {len(jobs) - complete} of {len(jobs)} runs failed, see above")
 
 
 if __name__ == "__main__":

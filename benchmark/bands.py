@@ -1,22 +1,29 @@
-"""The bands of the README's table of metrics: quantiles of what healthy trainings logged, and one that does not learn.
+"""The bands of the README's table of metrics: quantiles of what healthy trainings and a sick one logged.
 
     python benchmark/bands.py                               # of healthy_run/scalars.csv
     python benchmark/bands.py runs/<a> runs/<b> runs/<c>    # read these runs into it first
 
-The runs are those of `trajsep_ppo.py` with `--seed 11`, with `--seed 12`, and with `--learning-rate 0.03
---total-timesteps 16384`, in this order. Bands are from the 5% to the 95% quantile over the healthy ones; of the last
-from step 8,192 on.
+The runs are `trajsep_ppo.py` with `--seed 11`, with `--seed 12`, and with `--learning-rate 0.03
+--total-timesteps 16384`, in this order. Bands are 5% to 95% quantiles over the first two, and over the
+last one from step 8,192 on.
 """
 
 import csv
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from plot import table
 
 CSV = Path(__file__).resolve().parent / "healthy_run" / "scalars.csv"
 RUNS = ("seed 11", "seed 12", "learning rate 0.03")
-STEPS = {"up to 4,096 steps": (0, 4096), "8,192 to 20,000": (8192, 20000), "last third": (68267, 102400)}
+BANDS = {  # column -> its runs, and its first and last step
+    "up to 4,096 steps": (RUNS[:2], 0, 4096),
+    "8,192 to 20,000": (RUNS[:2], 8192, 20000),
+    "last third": (RUNS[:2], 68267, 102400),
+    "not learning": (RUNS[2:], 8192, np.inf),
+}
 
 
 def read(folders):
@@ -29,22 +36,28 @@ def read(folders):
         for name, folder in zip(RUNS, folders, strict=True):
             events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
             for tag in sorted(events.Tags()["scalars"]):
-                writer.writerows((name, tag, x.step, f"{x.value:.5g}") for x in events.Scalars(tag))
+                scalars = events.Scalars(tag)
+                writer.writerows((name, tag, x.step, f"{x.value:.5g}") for x in scalars)
 
 
 def main(folders):
     if folders:
         read(folders)
+    values = defaultdict(list)  # (run, tag) -> (step, value)
     with open(CSV, newline="") as file:
-        rows = [(row["run"], row["tag"], int(row["global_step"]), float(row["value"])) for row in csv.DictReader(file)]
-    windows = [(name, RUNS[:2], *steps) for name, steps in STEPS.items()] + [("not learning", RUNS[2:], 8192, np.inf)]
-    print("| metric | " + " | ".join(name for name, *_ in windows) + " |\n|" + "---|" * (len(windows) + 1))
-    for tag in sorted({tag for _, tag, *_ in rows}):
-        cells = []
-        for _, runs, first, last in windows:
-            values = [value for run, name, step, value in rows if run in runs and name == tag and first <= step <= last]
-            cells.append("{:.3g} to {:.3g}".format(*np.quantile(values, [0.05, 0.95])) if values else "-")
-        print(f"| `{tag}` | {' | '.join(cells)} |")
+        for row in csv.DictReader(file):
+            pair = int(row["global_step"]), float(row["value"])
+            values[row["run"], row["tag"]].append(pair)
+    rows = []
+    for tag in sorted({tag for _, tag in values}):
+        cells = [f"`{tag}`"]
+        for runs, first, last in BANDS.values():
+            all_runs = [pair for run in runs for pair in values[run, tag]]
+            inside = [value for step, value in all_runs if first <= step <= last]
+            band = np.quantile(inside, [0.05, 0.95]) if inside else ()
+            cells.append(" to ".join(f"{bound:.3g}" for bound in band) or "-")
+        rows.append(cells)
+    print(table(["metric", *BANDS], rows))
 
 
 if __name__ == "__main__":

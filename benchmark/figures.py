@@ -1,10 +1,10 @@
-"""Draw the pictures of the README, print its tables of results and of matches and the first of docs/results.md.
+"""Draw the README's pictures, print its tables of results and matches and the first of docs/results.md.
 
     python benchmark/figures.py                            # docs/result.png, docs/network.png
     python benchmark/figures.py --checkpoint runs/<run>    # and docs/trajectories.png, from a match of this run
 
-The result is that of benchmark/study: the seeds of both scripts that are there, on maps that were never looked at while
-flags were chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
+The result is from benchmark/study: both scripts, on maps that were never looked at while flags were
+chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
 """
 
 import csv
@@ -17,13 +17,15 @@ import matplotlib
 import numpy as np
 import tyro
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import plot  # noqa: E402
+import torch  # noqa: E402
+from plot import plt  # noqa: E402
+
+import lux_wrapper as lux  # noqa: E402
+import trajsep_ppo  # noqa: E402
 
 DOCS = ROOT / "docs"
 SAMPLES = 2000
@@ -32,13 +34,15 @@ AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate
 
 
 def resampled(runs, metric, steps, seed=0):
-    """Means [SAMPLES, T] of a metric at these steps: seeds drawn with replacement, and matches of each seed."""
-    values = np.array([[run[step][metric] for step in steps] for run in runs.values()], float)  # [seed, T, match]
+    """Means [SAMPLES, T] of a metric: seeds drawn with replacement, and matches of each seed."""
+    values = [[run[step][metric] for step in steps] for run in runs.values()]
+    values = np.array(values, float)  # [seed, T, match]
     rng = np.random.default_rng(seed)
     seeds = rng.integers(len(values), size=(SAMPLES, len(values)))
     matches = rng.integers(values.shape[2], size=(SAMPLES, len(values), values.shape[2]))
-    drawn = np.ravel_multi_index((np.arange(SAMPLES)[:, None, None], seeds[..., None], matches), matches.shape)
-    times = np.bincount(drawn.ravel(), minlength=matches.size).reshape(SAMPLES, -1)  # how often each match is drawn
+    places = np.arange(SAMPLES)[:, None, None], seeds[..., None], matches
+    drawn = np.ravel_multi_index(places, matches.shape).ravel()
+    times = np.bincount(drawn, minlength=matches.size).reshape(SAMPLES, -1)  # each match is drawn
     return times @ values.swapaxes(1, 2).reshape(times.shape[1], -1) / times.shape[1]
 
 
@@ -48,7 +52,7 @@ def interval(samples):
 
 
 def row(runs, last, steps):
-    """Final length, ice per team and per starting factory, and steps to 95% full-length, each with its interval."""
+    """Final length and ice, per team and per factory, and steps to 95% full-length, with intervals."""
     cells = []
     for metric in ("episode_length", "ice_transferred", "ice_per_factory"):
         mean = np.mean([run[last][metric].mean() for run in runs.values()])
@@ -64,14 +68,15 @@ def results(data, last):
     """The rows of the README's table."""
     arms = {arm: data[arm, "sampled"] for arm in SCRIPTS}
     steps = plot.common(*arms.values())
-    head = ["", "episode length", "ice per team", "ice per starting factory", "95% of matches full-length by step"]
+    head = ["", "episode length", "ice per team", "ice per starting factory"]
+    head.append("95% of matches full-length by step")
     rows = [[f"`{SCRIPTS[arm][0]}`", *row(runs, last, steps)] for arm, runs in arms.items()]
     rows.append(["the authors, all separate", AUTHORS["length"], AUTHORS["ice"], "-", AUTHORS["full"]])
     return plot.table(head, rows)
 
 
 def comparison(data, last):
-    """The first table of docs/results.md: both scripts, means over seeds (lowest to highest), and their ratio."""
+    """The first table of docs/results.md: means over seeds (lowest to highest), and their ratio."""
 
     def reached(metric, level):
         """Function: runs -> the step at which each seed has a level."""
@@ -90,36 +95,43 @@ def comparison(data, last):
 
         return lambda runs: mean(runs, metric) / (mean(runs, over) if over else 1)
 
-    number, share = "{:,.0f}".format, "{:.0%}".format
+    number, share, step_text = "{:,.0f}".format, "{:.0%}".format, plot.step_text
+    ratio = ("ice_transferred", "starting_factories")
     measures = {
-        "steps to a mean length of 500": (plot.step_text, reached("episode_length", 500)),
-        "steps to 95% full-length matches": (plot.step_text, reached("full_length", 0.95)),
-        "steps to 10,000 ice per starting factory": (plot.step_text, reached("ice_per_factory", 10000)),
+        "steps to a mean length of 500": (step_text, reached("episode_length", 500)),
+        "steps to 95% full-length matches": (step_text, reached("full_length", 0.95)),
+        "steps to 10,000 ice per starting factory": (step_text, reached("ice_per_factory", 10000)),
         "final ice per starting factory, mean of each team's": (number, final("ice_per_factory")),
-        "the same, mean ice over mean factories": (number, final("ice_transferred", "starting_factories")),
+        "the same, mean ice over mean factories": (number, final(*ratio)),
         "teams that lose a factory": (share, final("loses_factory")),
     }
     rows = []
     for what, (text, measure) in measures.items():
         seeds = [measure(data[arm, "sampled"]) for arm in SCRIPTS]
-        said = [f"{text(np.mean(each))} ({text(min(each))} to {text(max(each))})" for each in seeds]
-        rows.append([what, *said, f"{np.mean(seeds[1]) / np.mean(seeds[0]):#.2g}"])
-    return plot.table(["", *(f"`{script}`" for script, _ in SCRIPTS.values()), "baseline over method"], rows)
+        said = [f"{text(np.mean(x))} ({text(min(x))} to {text(max(x))})" for x in seeds]
+        method, baseline = map(np.mean, seeds)
+        rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
+    scripts = [f"`{script}`" for script, _ in SCRIPTS.values()]
+    return plot.table(["", *scripts, "baseline over method"], rows)
 
 
 def draw_result(data, last, path):
     """Episode length and ice against environment steps."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.7), layout="constrained")
-    panels = {"episode_length": "episode length (steps)", "ice_transferred": "ice transferred (per team)"}
-    for axis, (metric, title) in zip(axes, panels.items()):
+    panels = {  # metric -> title, and the authors' final value
+        "episode_length": ("episode length (steps)", 1000),
+        "ice_transferred": ("ice transferred (per team)", 44472),
+    }
+    mark = {"marker": "D", "ms": 7, "mfc": "white", "mew": 1.8, "color": "0.3", "ls": "none"}
+    for axis, (metric, (title, final)) in zip(axes, panels.items()):
         for arm, (script, colour) in SCRIPTS.items():
             steps, values = plot.curves(data[arm, "sampled"], metric)
             low, high = interval(resampled(data[arm, "sampled"], metric, steps))
-            axis.plot(steps / 1000, values.mean(0), color=colour, lw=2, label=f"{script}, {len(values)} seeds")
+            label = f"{script}, {len(values)} seeds"
+            axis.plot(steps / 1000, values.mean(0), color=colour, lw=2, label=label)
             axis.fill_between(steps / 1000, low, high, color=colour, alpha=0.15, lw=0)
-        final = {"episode_length": 1000, "ice_transferred": 44472}[metric]
-        mark = {"marker": "D", "ms": 7, "mfc": "white", "mew": 1.8, "color": "0.3", "ls": "none", "clip_on": False}
-        axis.plot(last / 1000, final, **mark, zorder=4, label="the authors' final value")
+        label = "the authors' final value"
+        axis.plot(last / 1000, final, **mark, clip_on=False, zorder=4, label=label)
         axis.set_title(title, fontsize=11)
         axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
         axis.grid(alpha=0.25)
@@ -139,10 +151,12 @@ def draw_network(path):
     def box(x, y, width, height, text, colour):
         style = {"boxstyle": "round,pad=0.2,rounding_size=0.8", "fc": colour, "ec": "0.35", "lw": 1}
         axis.add_patch(matplotlib.patches.FancyBboxPatch((x, y), width, height, **style))
-        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8.6, linespacing=1.5)
+        centre = {"ha": "center", "va": "center", "fontsize": 8.6, "linespacing": 1.5}
+        axis.text(x + width / 2, y + height / 2, text, **centre)
 
     def arrow(start, end):
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.35", "shrinkA": 0, "shrinkB": 0})
+        style = {"arrowstyle": "-|>", "color": "0.35", "shrinkA": 0, "shrinkB": 0}
+        axis.annotate("", end, start, arrowprops=style)
 
     shared, own = "#DCE9F5", "#FBE7D3"
     box(1, 20, 13, 8, "board\n[B, H, W, C]", "white")
@@ -154,35 +168,29 @@ def draw_network(path):
     box(75, 15, 23, 6, "team_value  [B]", shared)
     box(75, 8, 23, 5.2, "value  [M]  to  [B, E]", own)
     box(75, 1, 23, 5.2, "logits  [M, A]  to  [B, E, A]", own)
-    arrow((14.5, 24), (21.5, 24))
-    arrow((39.5, 24), (46.5, 24))
-    arrow((30.5, 19.5), (30.5, 13.5))
+    for y in (24, 9):
+        arrow((14.5, y), (21.5, y))
+        arrow((39.5, y), (46.5, y))
+    for x in (7.5, 30.5, 55.5):
+        arrow((x, 19.5), (x, 13.5))
+    for start, end in ((23, 19), (11, 17), (9.5, 10.5), (7.5, 4)):
+        arrow((64.5, start), (74.5, end))
     axis.text(31.5, 16.2, "gather at the M live entities", fontsize=7.8, color="0.3")
-    arrow((7.5, 19.5), (7.5, 13.5))
-    arrow((14.5, 9), (21.5, 9))
-    arrow((39.5, 9), (46.5, 9))
-    arrow((55.5, 19.5), (55.5, 13.5))
-    arrow((64.5, 23), (74.5, 19))
-    arrow((64.5, 11), (74.5, 17))
-    arrow((64.5, 9.5), (74.5, 10.5))
-    arrow((64.5, 7.5), (74.5, 4))
-    axis.text(1, 31, "once for each board (monolithic)", fontsize=9.5, color="#2b5d8c", weight="bold")
-    axis.text(1, 1, "once for each live entity (distributed)", fontsize=9.5, color="#a8601a", weight="bold")
+    bold = {"fontsize": 9.5, "weight": "bold"}
+    axis.text(1, 31, "once for each board (monolithic)", color="#2b5d8c", **bold)
+    axis.text(1, 1, "once for each live entity (distributed)", color="#a8601a", **bold)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
-    """A match as the engine draws it, and beside it the trajectories of both teams: lives and rewards by slot."""
-    import torch
-
-    import lux_wrapper as lux
-    import trajsep_ppo
-
-    _, content, args = trajsep_ppo.load_checkpoint(checkpoint)
-    env = trajsep_ppo.make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
-    agent = trajsep_ppo.HybridNet(env.single_observation_space, int(env.single_action_space.nvec.max()))
-    agent.load_state_dict(content["model"])
+def recorded(checkpoint, match, steps, moment):
+    """Play a held-out match of a run: kinds and rewards [step, player, slot], and a picture."""
+    args = trajsep_ppo.Args(**checkpoint["args"])
+    drawn = {"held_out": True, "render_mode": "rgb_array"}
+    env = trajsep_ppo.make_envs(args, 1, num_workers=0, **drawn)
+    num_actions = int(env.single_action_space.nvec.max())
+    agent = trajsep_ppo.HybridNet(env.single_observation_space, num_actions)
+    agent.load_state_dict(checkpoint["model"])
     generator, kinds, paid = torch.Generator().manual_seed(0), [], []
     obs, _ = env.reset(seed=match)
     for step in range(steps):
@@ -194,9 +202,16 @@ def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
         action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
         obs, rewards, *_ = env.step(action.view(obs["kind"].shape).numpy())
         paid.append(rewards[0].copy())
-    kinds, paid = np.array(kinds), np.array(paid)  # [step, player, slot]
+    return np.array(kinds), np.array(paid), picture
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), width_ratios=(1, 1.75), layout="constrained")
+
+def draw_trajectories(run, path, match=3, steps=300, moment=150):
+    """A match as the engine draws it, and the trajectories of a team: lives and rewards by slot."""
+    newest = (trajsep_ppo.checkpoints(run) or [run])[-1]
+    checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
+    kinds, paid, picture = recorded(checkpoint, match, steps, moment)
+    layout = {"width_ratios": (1, 1.75), "layout": "constrained"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), **layout)
     left.imshow(picture)
     left.set(xticks=[], yticks=[], title=f"the board at step {moment}")
     names = {lux.FACTORY: "factory", lux.LIGHT: "light robot", lux.HEAVY: "heavy robot"}
@@ -207,22 +222,20 @@ def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
         for start in np.flatnonzero((kind > 0) & (np.append(0, kind[:-1]) != kind)):
             gone = np.flatnonzero(kind[start:] != kind[start])
             end = start + (gone[0] if len(gone) else steps - start)
-            right.plot([start, end], [line, line], color=colours[kind[start]], lw=2, solid_capstyle="butt")
-            right.plot(start, line, "o", color=colours[kind[start]], ms=4)
+            colour = colours[kind[start]]
+            right.plot([start, end], [line, line], color=colour, lw=2, solid_capstyle="butt")
+            right.plot(start, line, "o", color=colour, ms=4)
             if len(gone):
-                right.plot(end, line, "x", color=colours[kind[start]], ms=6, mew=2)
-        height = 0.8 * np.sqrt(np.maximum(reward, 0) / paid.max())  # the root, so that small rewards are seen too
+                right.plot(end, line, "x", color=colour, ms=6, mew=2)
+        height = 0.8 * np.sqrt(np.maximum(reward, 0) / paid.max())  # the root shows small ones too
         right.bar(np.arange(steps), height, bottom=line, width=1, color="0.25", zorder=3)
-    right.set(
-        xlabel="step",
-        yticks=[],
-        xlim=(-3, steps),
-        ylim=(-0.5, len(slots)),
-        title="one trajectory for each: birth, rewards, death",
-    )
+    right.set(xlabel="step", yticks=[], xlim=(-3, steps), ylim=(-0.5, len(slots)))
+    right.set(title="one trajectory for each: birth, rewards, death")
     right.spines[["top", "right", "left"]].set_visible(False)
-    handles = [matplotlib.lines.Line2D([], [], color=colours[kind], lw=2, label=name) for kind, name in names.items()]
-    handles.append(matplotlib.lines.Line2D([], [], color="0.25", marker="|", ms=9, mew=2, ls="none", label="reward"))
+    line = matplotlib.lines.Line2D
+    handles = [line([], [], color=colours[kind], lw=2, label=name) for kind, name in names.items()]
+    mark = {"marker": "|", "ms": 9, "mew": 2, "ls": "none"}
+    handles.append(line([], [], color="0.25", label="reward", **mark))
     figure.legend(handles=handles, loc="outside lower right", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -232,22 +245,24 @@ OPPONENTS = {  # file of benchmark/matches/ -> what it is called
     "idle": "`idle`, which places its factories and then does nothing",
     "python": "official Python kit",
     "rl": "official RL kit, its trained model",
-    "andrii": "[andrii0yerko/lux-ai-s2-2023](https://github.com/andrii0yerko/lux-ai-s2-2023), 76th of 646",
-    "bart": "[BartvonMeijenfeldt/LuxAISeason2Bot](https://github.com/BartvonMeijenfeldt/LuxAISeason2Bot), 15th",
+    "andrii": "[{0}](https://github.com/{0}), 76th of 646".format("andrii0yerko/lux-ai-s2-2023"),
+    "bart": "[{0}](https://github.com/{0}), 15th".format("BartvonMeijenfeldt/LuxAISeason2Bot"),
 }
 
 
 def matches(folder):
     """The rows of the README's table of matches: the bot of submission/ against each opponent."""
-    head = ["opponent", "games", "won, drawn, lost", "lichen", "its lichen", "ice", "its ice", "orders refused"]
+    head = ["opponent", "games", "won, drawn, lost", "lichen", "its lichen"]
+    head += ["ice", "its ice", "orders refused"]
     rows = []
     for name, opponent in OPPONENTS.items():
         with open(folder / f"{name}.csv", newline="") as file:
             both = list(csv.DictReader(file))
-        ours, theirs = ([row for row in both if (row["bot"] == "submission") == mine] for mine in (True, False))
-        means = [
-            f"{np.mean([float(row[key]) for row in side]):,.0f}" for key in ("lichen", "ice") for side in (ours, theirs)
-        ]
+        ours = [row for row in both if row["bot"] == "submission"]
+        theirs = [row for row in both if row["bot"] != "submission"]
+        means = []
+        for key in ("lichen", "ice"):
+            means += [f"{np.mean([float(row[key]) for row in side]):,.0f}" for side in (ours, theirs)]
         count = [sum(row["result"] == result for row in ours) for result in ("win", "draw", "loss")]
         refused = sum(int(row["refused"]) for row in ours)
         rows.append([opponent, str(len(ours)), ", ".join(map(str, count)), *means, str(refused)])

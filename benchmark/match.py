@@ -1,11 +1,12 @@
 """Matches between two bots of Lux AI Season 2, by the official engine and the official runner's own pieces.
 
     python benchmark/match.py --a submission --b idle --games 20
-    python benchmark/match.py --a submission --b <folder> --games 20 --parallel 2 --out games.csv --replays replays
+    python benchmark/match.py --a submission --b <folder> --games 20 --out games.csv --replays replays
 
-A bot is a folder with a main file, such a file (main.py, main.js, Main.java, or a program called main.out or main.exe),
-or `idle`, which places its factories and then does nothing. Every map is played twice, with the sides exchanged. Orders
-are validated by the engine, bots are asked one after the other, and have the time that the official runner gives.
+A bot is a folder with a main file, such a file (main.py, main.js, Main.java, or a program called
+main.out or main.exe), or `idle`, which places its factories and then does nothing. Every map is
+played twice, with the sides exchanged. The engine validates all orders. Bots are asked one after the
+other, and have the time that the official runner gives.
 
 The command line `luxai-s2` does the same for one match; it starts on Python 3.10 only.
 """
@@ -21,11 +22,12 @@ import json
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
@@ -37,7 +39,7 @@ from luxai_runner.bot import Bot  # noqa: E402
 from luxai_runner.ext_to_command import ext_to_command  # noqa: E402
 from luxai_runner.utils import to_json  # noqa: E402
 
-from lux_wrapper import PLAYERS, early_phase_action, write_gif  # noqa: E402
+from lux_wrapper import PLAYERS, early_phase_action  # noqa: E402
 
 VIEWER = """<!DOCTYPE html>
 <meta charset="utf-8">
@@ -60,17 +62,19 @@ def main_file(bot):
         Refused: if there is none.
     """
     path = Path(bot).absolute()
-    names = ["main.py", *(f"main{extension}" for extension in ext_to_command if extension != ".py")]
+    # main.py first: in the official kits for other languages it starts the rest
+    names = ["main.py", *(f"main{ending}" for ending in ext_to_command if ending != ".py")]
     if bot == "idle":
         return bot
     if not path.exists():
         raise Refused(f"there is no bot at {bot}")
     if path.is_file():
         if path.suffix not in ext_to_command:
-            raise Refused(f"{bot} is no program that the official runner starts ({', '.join(ext_to_command)})")
+            endings = ", ".join(ext_to_command)
+            raise Refused(f"{bot} is no program that the official runner starts ({endings})")
         return str(path)
     files = {file.name.lower(): str(file) for file in path.iterdir()}
-    for name in names:  # main.py first: that of the official kits in other languages starts the rest
+    for name in names:
         if name in files:
             return files[name]
     raise Refused(f"there is no main file in {bot} ({', '.join(names)})")
@@ -124,24 +128,28 @@ class Seat:
         """Orders as the engine takes them, or None with the reason in `error`."""
         if self.bot is None:
             state = engine.state
-            return early_phase_action(state.get_obs(), self.player) if state.real_env_steps < 0 else {}
+            placing = state.real_env_steps < 0
+            return early_phase_action(state.get_obs(), self.player) if placing else {}
         start = time.perf_counter()
         orders = await self.bot.step(obs, engine.env_steps, reward, info)
         self.seconds.append(time.perf_counter() - start)
         if orders is None:
-            process = self.bot.proc._agent_process
-            with contextlib.suppress(asyncio.TimeoutError):  # one that has crashed ends, and its last lines come
-                await asyncio.wait_for(process.wait(), 1)
-                await asyncio.sleep(0.1)
-            if process.returncode is not None:
-                self.error = f"ended with exit code {process.returncode}"
-            elif self.bot.remainingOverageTime <= 0:
-                self.error = f"was late: {self.seconds[-1]:.1f} s"
-            else:
-                self.error = " ".join(self.bot.log)[:200]
-            self.error = f"turn {engine.env_steps}: {self.error}"
+            self.error = f"turn {engine.env_steps}: {await self._failure()}"
             return None
-        return {name: np.array(order) if isinstance(order, list) else order for name, order in orders.items()}
+        queues = {name: np.array(order) for name, order in orders.items() if isinstance(order, list)}
+        return orders | queues
+
+    async def _failure(self):
+        """Why the bot gave no orders."""
+        process = self.bot.proc._agent_process
+        with contextlib.suppress(asyncio.TimeoutError):  # after a crash its last lines still come
+            await asyncio.wait_for(process.wait(), 1)
+            await asyncio.sleep(0.1)
+        if process.returncode is not None:
+            return f"ended with exit code {process.returncode}"
+        if self.bot.remainingOverageTime <= 0:
+            return f"was late: {self.seconds[-1]:.1f} s"
+        return " ".join(self.bot.log)[:200]
 
 
 @contextlib.contextmanager
@@ -163,23 +171,31 @@ def counted(seats):
         luxai_s2.env.validate_actions = validate
 
 
-def play(files, seed, map_size=48, min_factories=2, max_factories=5, steps=1000, limits=(9, 600), replay=None):
+def play(
+    files,
+    seed,
+    map_size=48,
+    min_factories=2,
+    max_factories=5,
+    steps=1000,
+    limits=(9, 600),
+    replay=None,
+):
     """Play a match.
 
     Args:
         files: main files of player_0 and player_1.
         seed: of the map.
         steps: when it ends at the latest, placement not counted.
-        limits: seconds for a turn, and for all that is longer together; the official runner's.
-        replay: path without suffix, for a .json and .html of the official viewer and a .gif of the engine's pictures.
+        limits: seconds for a turn, and for all longer turns together; the official runner's.
+        replay: path without suffix, for a .json and .html of the official viewer and a .gif.
 
     Returns:
-        A dict for each player: player, bot, seed, result, lichen, length, ice, factories, robots, refused, error,
-        stderr, and turn_mean, turn_p99 and turn_max in seconds.
+        A dict for each player: player, bot, seed, result, lichen, length, ice, factories, robots,
+        refused, error, stderr, and turn_mean, turn_p99 and turn_max in seconds.
     """
-    engine = Engine(
-        map_size=map_size, MIN_FACTORIES=min_factories, MAX_FACTORIES=max_factories, max_episode_length=steps
-    )
+    factories = {"MIN_FACTORIES": min_factories, "MAX_FACTORIES": max_factories}
+    engine = Engine(map_size=map_size, max_episode_length=steps, **factories)
     seats = [Seat(file, player, *limits) for file, player in zip(files, PLAYERS)]
     with counted(seats):
         rewards = asyncio.run(_play(engine, seats, seed, replay))
@@ -187,7 +203,7 @@ def play(files, seed, map_size=48, min_factories=2, max_factories=5, steps=1000,
 
 
 async def _play(engine, seats, seed, replay):
-    """Play it; the rewards at the end: lichen, or -1000 for who has failed or lost all factories."""
+    """Play it; the rewards at the end: lichen, or -1000 for a bot that failed or lost all factories."""
     bots = [seat.bot for seat in seats if seat.bot]
     try:
         for bot in bots:
@@ -196,29 +212,32 @@ async def _play(engine, seats, seed, replay):
         seen = engine.state.get_compressed_obs()
         rewards, done = dict.fromkeys(PLAYERS, 0), False
         infos = dict.fromkeys(PLAYERS, {"env_cfg": dataclasses.asdict(engine.env_cfg)})
-        obs, record, frames = to_json(seen), {"observations": [to_json(seen)], "actions": []}, []
+        obs = to_json(seen)
+        record, frames = {"observations": [obs], "actions": []}, []
         while not done:
-            orders = {
-                seat.player: await seat.act(engine, obs, rewards[seat.player], infos[seat.player]) for seat in seats
-            }
+            orders = {}
+            for seat in seats:
+                told = rewards[seat.player], infos[seat.player]
+                orders[seat.player] = await seat.act(engine, obs, *told)
             placing = engine.state.real_env_steps < 0
-            with contextlib.redirect_stdout(io.StringIO()) as printed:  # tracebacks of orders that are none
+            with contextlib.redirect_stdout(io.StringIO()) as printed:  # tracebacks of wrong orders
                 step_obs, rewards, terminations, _, infos = engine.step(orders)
             for number, seat in enumerate(seats):
                 names = seat.player, f"Player {number}"
                 reasons = [text for text in engine.complaints if any(name in text for name in names)]
                 reasons += [printed.getvalue()] if printed.getvalue() else []
-                # Otherwise it has lost its factories, of which it has none yet while they are placed.
+                # Otherwise it has lost its factories; it has none yet while they are placed.
                 if rewards[seat.player] == -1000 and not seat.error and (reasons or placing):
-                    why = " ".join([*reasons, str(orders[seat.player])][0].split())
-                    seat.error = f"turn {engine.env_steps - 1}: the engine did not take its orders: {why[-200:]}"
+                    why = " ".join([*reasons, str(orders[seat.player])][0].split())[-200:]
+                    what = f"turn {engine.env_steps - 1}: the engine did not take its orders"
+                    seat.error = f"{what}: {why}"
             obs = to_json(engine.state.get_change_obs(seen))
             seen, done = step_obs["player_0"], any(terminations.values())
             if replay:
                 record["observations"].append(obs)
                 record["actions"].append(to_json(orders))
                 if engine.state.real_env_steps % 4 == 0:
-                    frames.append(engine.render())
+                    frames.append(Image.fromarray(engine.render()).quantize(64))
     finally:
         for bot in bots:
             await bot.proc.cleanup()
@@ -227,7 +246,8 @@ async def _play(engine, seats, seed, replay):
         text = json.dumps(record)
         Path(f"{replay}.json").write_text(text)
         Path(f"{replay}.html").write_text(VIEWER.replace("EPISODE", text))
-        write_gif(f"{replay}.gif", frames)
+        film = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+        frames[0].save(f"{replay}.gif", **film)
     return rewards
 
 
@@ -259,33 +279,38 @@ def _row(engine, seat, seed, rewards):
 def line(row):
     """A row in words."""
     return (
-        f"{row['player']}: {row['result']}, {row['lichen']} lichen, {row['length']} steps, {row['ice']} ice, "
-        f"{row['factories']} factories, {row['robots']} robots, {row['refused']} orders refused, "
-        f"{row['turn_mean']:.3f} s a turn (99%: {row['turn_p99']:.3f}, most: {row['turn_max']:.3f})"
+        f"{row['player']}: {row['result']}, {row['lichen']} lichen, {row['length']} steps, "
+        f"{row['ice']} ice, {row['factories']} factories, {row['robots']} robots, "
+        f"{row['refused']} orders refused, {row['turn_mean']:.3f} s a turn "
+        f"(99%: {row['turn_p99']:.3f}, most: {row['turn_max']:.3f})"
     )
 
 
 def wilson(share, games, z=1.96):
     """The 95% interval of a share of games, (low, high)."""
-    centre, half = share + z**2 / (2 * games), z * np.sqrt(share * (1 - share) / games + z**2 / (4 * games**2))
-    return tuple(float(np.clip(bound / (1 + z**2 / games), 0, 1)) for bound in (centre - half, centre + half))
+    centre = share + z**2 / (2 * games)
+    half = z * np.sqrt(share * (1 - share) / games + z**2 / (4 * games**2))
+    bounds = np.array([centre - half, centre + half]) / (1 + z**2 / games)
+    return tuple(np.clip(bounds, 0, 1).tolist())
 
 
 def summary(rows, name):
     """Lines on all games of a bot."""
-    mean = {key: np.mean([row[key] for row in rows]) for key in ("lichen", "length", "ice", "robots", "turn_mean")}
-    wins, draws, losses = (sum(row["result"] == result for row in rows) for result in ("win", "draw", "loss"))
-    share = (wins + draws / 2) / len(rows)
+    keys = ("lichen", "length", "ice", "robots", "turn_mean")
+    mean = {key: np.mean([row[key] for row in rows]) for key in keys}
+    count = Counter(row["result"] for row in rows)
+    share = (count["win"] + count["draw"] / 2) / len(rows)
     low, high = wilson(share, len(rows))
-    yield f"{name}: {wins} wins, {draws} draws, {losses} losses; {share:.0%} ({low:.0%} to {high:.0%}), draws as halves"
+    score = f"{count['win']} wins, {count['draw']} draws, {count['loss']} losses"
+    yield f"{name}: {score}; {share:.0%} ({low:.0%} to {high:.0%}), draws as halves"
     yield (
         f"   means: {mean['lichen']:.0f} lichen, {mean['length']:.0f} steps, {mean['ice']:.0f} ice, "
-        f"{mean['robots']:.1f} robots at the end; {sum(row['refused'] for row in rows)} orders refused"
+        f"{mean['robots']:.1f} robots; {sum(row['refused'] for row in rows)} orders refused"
     )
-    longest = {key: max(row[key] for row in rows) for key in ("turn_p99", "turn_max")}
+    slowest, longest = (max(row[key] for row in rows) for key in ("turn_p99", "turn_max"))
     yield (
         f"   a turn: {mean['turn_mean']:.3f} s on average, 99th percentile of the slowest game "
-        f"{longest['turn_p99']:.3f} s, longest {longest['turn_max']:.3f} s"
+        f"{slowest:.3f} s, longest {longest:.3f} s"
     )
     for row in rows:
         if row["error"]:
@@ -304,12 +329,12 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="length of a match")
     parser.add_argument("--seed", type=int, default=0, help="of the first map; the others count on")
     parser.add_argument("--parallel", type=int, default=1, help="games at a time")
-    parser.add_argument("--turn-seconds", type=float, default=9, help="for each turn (on Kaggle 3)")
-    parser.add_argument("--overage", type=float, default=600, help="for all longer turns together (on Kaggle 60)")
+    parser.add_argument("--turn-seconds", type=float, default=9, help="per turn (on Kaggle 3)")
+    overage = "for all longer turns together (on Kaggle 60)"
+    parser.add_argument("--overage", type=float, default=600, help=overage)
     parser.add_argument("--out", help="a CSV file: a row for each game and player")
-    parser.add_argument(
-        "--replays", help="a folder for each game's replay: JSON, HTML (with the viewer of s2vis.lux-ai.org), and GIF"
-    )
+    replays = "a folder for replays: JSON, HTML (with the viewer of s2vis.lux-ai.org), and GIF"
+    parser.add_argument("--replays", help=replays)
     args = parser.parse_args()
     try:
         bots = main_file(args.a), main_file(args.b)
@@ -317,22 +342,24 @@ def main():
             raise Refused("--games, --parallel and --steps must be at least 1")
         if args.replays:
             Path(args.replays).mkdir(parents=True, exist_ok=True)
-        with open(args.out or os.devnull, "w", newline="") as file:  # if it cannot be written, no game is played
+        with open(args.out or os.devnull, "w", newline="") as file:  # first: it may be refused
             games = run(bots, args)
             writer = csv.DictWriter(file, ["game", *games[0][0]], lineterminator="\n")
             writer.writeheader()
-            writer.writerows({"game": game, **row} for game, rows in enumerate(games) for row in rows)
+            for game, rows in enumerate(games):
+                writer.writerows({"game": game, **row} for row in rows)
     except (Refused, OSError) as error:
         print(f"\nmatch.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     for index, name in enumerate((args.a, args.b)):
-        print("\n".join(summary([rows[(game + index) % 2] for game, rows in enumerate(games)], name)))
+        own = [rows[(game + index) % 2] for game, rows in enumerate(games)]
+        print("\n".join(summary(own, name)))
 
 
 def run(bots, args):
-    """Play all games; a list with the rows of `play` for each. In every second game the second bot is player_0."""
-    options = {"map_size": args.map_size, "min_factories": args.min_factories, "max_factories": args.max_factories}
-    one = functools.partial(play, **options, steps=args.steps, limits=(args.turn_seconds, args.overage))
+    """The rows of `play` for each game. In every second one the second bot is player_0."""
+    options = {key: getattr(args, key) for key in ("map_size", "min_factories", "max_factories", "steps")}
+    one = functools.partial(play, **options, limits=(args.turn_seconds, args.overage))
     with ProcessPoolExecutor(args.parallel) as pool:
         games = {}
         for game in range(args.games):
@@ -344,7 +371,7 @@ def run(bots, args):
             for future in tqdm(as_completed(games), total=args.games, unit="game"):
                 finished[games[future]] = future.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # after an error the others are not played
+            pool.shutdown(cancel_futures=True)  # after an error no other one begins
     return [finished[game] for game in range(args.games)]
 
 

@@ -6,20 +6,18 @@ python benchmark/placement.py --seed 7        # writes benchmark/placement.png
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
+from luxai_s2 import LuxAI_S2
+from plot import plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from luxai_s2 import LuxAI_S2  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 from lux_wrapper import PLAYERS, early_phase_action, placement_score  # noqa: E402
 
 
-def main(seed: int = 7, path: Path = Path(__file__).parent / "placement.png"):
+def main(seed: int = 7, path: Path = ROOT / "benchmark" / "placement.png"):
     """Play the placement phase of one season-2 map (48 x 48) and draw it.
 
     Args:
@@ -31,26 +29,28 @@ def main(seed: int = 7, path: Path = Path(__file__).parent / "placement.png"):
     board = {key: obs["board"][key].copy() for key in ("rubble", "ice", "ore")}
     score = placement_score(obs)
     while obs["real_env_steps"] < 0:
-        obs = engine.step({player: early_phase_action(obs, player) for player in PLAYERS})[0]["player_0"]
+        actions = {player: early_phase_action(obs, player) for player in PLAYERS}
+        obs = engine.step(actions)[0]["player_0"]
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
     left.imshow(board["rubble"].T, cmap="Greys", vmin=0, vmax=160)
     for name, colour in (("ice", "deepskyblue"), ("ore", "peru")):
-        x, y = np.nonzero(board[name])
-        left.scatter(x, y, c=colour, marker="s", s=22, label=name)
+        left.scatter(*np.nonzero(board[name]), c=colour, marker="s", s=22, label=name)
     left.set_title("the map: rubble (grey), ice, ore")
     picture = right.imshow(np.where(np.isfinite(score), score, np.nan).T, cmap="viridis")
     figure.colorbar(picture, ax=right, shrink=0.8, label="score of the first factory")
     right.set_title("the score (white: not allowed)")
     for axes in (left, right):
-        for player, colour in zip(PLAYERS, ("crimson", "darkorange"), strict=True):
-            for order, factory in enumerate(obs["factories"][player].values()):
-                x, y = factory["pos"]
-                label = f"factories of {player}" if order == 0 and axes is left else None
-                axes.add_patch(plt.Rectangle((x - 1.5, y - 1.5), 3, 3, fill=False, ec=colour, lw=2, label=label))
-        axes.set_xticks([])
-        axes.set_yticks([])
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        axes.set(xticks=[], yticks=[])
+        for player, colour in zip(PLAYERS, ("crimson", "darkorange")):
+            label = f"factories of {player}"
+            for factory in obs["factories"][player].values():
+                corner = factory["pos"] - 1.5
+                square = plt.Rectangle(corner, 3, 3, fill=False, ec=colour, lw=2, label=label)
+                axes.add_patch(square)
+                label = None  # once in the legend
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=90)
     print(f"written to {path}")
 

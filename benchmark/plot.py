@@ -1,10 +1,9 @@
-"""Draw and tabulate the matches that benchmark/ablation.py evaluated.
+"""Tabulate the matches that benchmark/ablation.py evaluated; what the other programs share to read and draw them.
 
-    python benchmark/plot.py
+    python benchmark/plot.py --results runs/study
 
-It reads ablation.csv in --results and writes ablation.png (both scripts, and the components) and ablation.md beside it.
-Any part of the data will do: arms that are missing are left out, and so are trainings whose last checkpoint is not
-evaluated yet. benchmark/study.py sets the arms of the study beside those of the authors.
+It reads ablation.csv in --results and writes ablation.md beside it. Any part of the data will do:
+missing arms are left out, and trainings whose last checkpoint is not evaluated yet.
 """
 
 import csv
@@ -16,16 +15,12 @@ import numpy as np
 import tyro
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402, F401
 
 RESULTS = Path(__file__).resolve().parent / "study"
-PANELS = {
-    "episode_length": "episode length (steps)",
-    "ice_transferred": "ice transferred (per team)",
-    "factories_alive": "factories alive (per team)",
-}
-METRICS = (*PANELS, "ice_per_factory", "factories_alive_share", "starting_factories")
-# arm -> (label, colour of Okabe and Ito's colour-blind safe palette, line style)
+METRICS = ("episode_length", "ice_transferred", "factories_alive")
+METRICS += ("ice_per_factory", "factories_alive_share", "starting_factories")
+# arm -> (label, colour of Okabe and Ito's palette, which the colour-blind can read, line style)
 ARMS = {
     "default": ("separate, own share 0.8 (default)", "#0072B2", "-"),
     "separate": ("all separate, own share 1", "#009E73", "-"),
@@ -67,11 +62,15 @@ ARMS = {
     "random-placement": ("separate, factories placed at random", "#CC79A7", (0, (5, 5))),
     "large-heads": ("separate, heads that begin with gain 1", "#D55E00", (0, (5, 5))),
 }
-DRAWN = ("default", "separate", "global-critic", "global-reward", "global-critic-reward", "global")
 
 
 def load(path):
-    """(arm, policy) -> seed -> global step -> metric -> an array over matches, each the mean of its two players."""
+    """Read ablation.csv.
+
+    Returns:
+        (arm, policy) -> seed -> global step -> metric -> an array over matches, each the mean of its
+        two players; and the last step.
+    """
     rows_of = {}
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
@@ -81,14 +80,19 @@ def load(path):
     data = {}
     for (arm, policy, seed, step), rows in sorted(rows_of.items()):
         if (arm, "sampled", seed, last) in rows_of:
-            rows.sort(key=lambda row: (int(row["match_seed"]), row["player"]))
-            metrics = {key: np.array([float(row[key]) for row in rows]).reshape(-1, 2).mean(1) for key in METRICS}
-            metrics["full_length"] = metrics["episode_length"] >= 1000
-            kept = np.array([float(row["factories_alive_share"]) for row in rows])
-            metrics["loses_factory"] = (kept < 1).reshape(-1, 2).mean(1)  # share of its two teams
-            metrics["train_seconds"] = np.array([float(rows[0]["train_seconds"])])
-            data.setdefault((arm, policy), {}).setdefault(seed, {})[step] = metrics
+            data.setdefault((arm, policy), {}).setdefault(seed, {})[step] = metrics_of(rows)
     return data, last
+
+
+def metrics_of(rows):
+    """Metric -> an array over the matches of an evaluation."""
+    rows = sorted(rows, key=lambda row: (int(row["match_seed"]), row["player"]))
+    players = {key: np.array([float(row[key]) for row in rows]).reshape(-1, 2) for key in METRICS}
+    metrics = {key: x.mean(1) for key, x in players.items()}
+    metrics["full_length"] = metrics["episode_length"] >= 1000
+    metrics["loses_factory"] = (players["factories_alive_share"] < 1).mean(1)  # share of its two teams
+    metrics["train_seconds"] = np.array([float(rows[0]["train_seconds"])])
+    return metrics
 
 
 def common(*arms):
@@ -97,58 +101,30 @@ def common(*arms):
 
 
 def curves(runs, metric, steps=None):
-    """Steps [T], by default those at which all seeds were evaluated, and the means over matches [seeds, T]."""
+    """Steps [T], by default those at which all seeds were evaluated, and means over matches [seeds, T]."""
     steps = common(runs) if steps is None else steps
-    return np.array(steps), np.array([[run[step][metric].mean() for step in steps] for run in runs.values()])
+    means = [[run[step][metric].mean() for step in steps] for run in runs.values()]
+    return np.array(steps), np.array(means)
 
 
 def first(steps, values, level):
     """The first evaluated step at which the level is reached; infinity where it never is."""
-    return next((int(step) for step, value in zip(steps, values) if value >= level - 1e-9), np.inf)
+    reached = (int(step) for step, value in zip(steps, values) if value >= level - 1e-9)
+    return next(reached, np.inf)
 
 
 def crossing(steps, values, level):
     """The step at which the level is reached first, linear between evaluated steps."""
     index = next((index for index, value in enumerate(values) if value >= level), None)
-    if not index:  # never, or already at the first evaluation
-        return np.inf if index is None else float(steps[0])
+    if index is None:
+        return np.inf
+    if index == 0:
+        return float(steps[0])
     part = (level - values[index - 1]) / (values[index] - values[index - 1])
     return float(steps[index - 1] + part * (steps[index] - steps[index - 1]))
 
 
-# ------------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------------
-
-
-def draw(data, arms, last, path):
-    """Three panels against environment steps."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-    for axis, (metric, title) in zip(axes, PANELS.items()):
-        for arm in arms:
-            runs, (label, colour, style) = data[arm, "sampled"], ARMS[arm]
-            width, order = (2.4, 3) if arm in ("default", "global") else (1.6, 2)
-            steps, values = curves(runs, metric)
-            seeds = f"{label}, {len(runs)} seed{'s' if len(runs) > 1 else ''}"
-            axis.plot(steps / 1000, values.mean(0), ls=style, color=colour, lw=width, zorder=order, label=seeds)
-            axis.fill_between(steps / 1000, values.min(0), values.max(0), color=colour, alpha=0.13, lw=0)
-        axis.set_title(title, fontsize=13)
-        axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000))
-        axis.set_ylim(0, 1030 if metric == "episode_length" else None)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
-    handles = axes[0].get_legend_handles_labels()
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10.5)
-    figure.suptitle("Held-out matches, sampled actions: mean over seeds and their range", fontsize=12, color="0.3")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------------
-# Tables
-# ------------------------------------------------------------------------------------------------------
+# -- Tables --------------------------------------------------------------------------------
 
 
 def table(head, rows):
@@ -160,105 +136,88 @@ def step_text(value):
     return f"{round(value):,}" if np.isfinite(value) else "never"
 
 
-def over_seeds(means, digits=0):
-    """Standard deviation of the seeds' means (that of a sample), "-" for one seed."""
-    return f"{np.std(means, ddof=1):,.{digits}f}" if len(means) > 1 else "-"
-
-
 def spread(runs, last, metric, digits=0):
-    """`mean (std over all matches; std over the seeds' means)` at the last step."""
+    """`mean (standard deviation over all matches; over the seeds' means)` at the last step."""
     matches = [run[last][metric] for run in runs.values()]
+    means = np.mean(matches, 1)
     mean, std = (f"{number:,.{digits}f}" for number in (np.mean(matches), np.std(matches)))
-    return f"{mean} ({std}; {over_seeds(np.mean(matches, 1), digits)})"
+    over_seeds = f"{np.std(means, ddof=1):,.{digits}f}" if len(means) > 1 else "-"
+    return f"{mean} ({std}; {over_seeds})"
 
 
 def reached(runs, metric, level, find, steps=None):
-    """`step at which the mean over seeds reaches the level (the range of that step over seeds)`."""
+    """`step at which the mean over seeds reaches the level (its range over seeds)`."""
     steps, values = curves(runs, metric, steps)
     each = [find(steps, value, level) for value in values]
     seeds = f" ({step_text(min(each))} to {step_text(max(each))})" if min(each) < max(each) else ""
     return step_text(find(steps, values.mean(0), level)) + seeds
 
 
-def summary(data, last):
-    """An arm in a row, standard deviations over seeds."""
-    arms, rows = [arm for arm in ARMS if (arm, "sampled") in data], []
-    steps = common(*(data[arm, "sampled"] for arm in arms))
-    for arm in arms:
-        runs = data[arm, "sampled"]
-        row = [ARMS[arm][0], str(len(runs))]
-        for metric in ("episode_length", "ice_transferred", "ice_per_factory"):
-            means = [run[last][metric].mean() for run in runs.values()]
-            row.append(f"{np.mean(means):,.0f}" + (len(means) > 1) * f" ± {over_seeds(means)}")
-        _, values = curves(runs, "full_length", steps)
-        row.append(" / ".join(step_text(first(steps, values.mean(0), share)) for share in (0.1, 0.95)))
-        rows.append(row)
-    head = ["arm", "seeds", "episode length", "ice per team", "per starting factory"]
-    return table([*head, "10% / 95% of matches full-length by step"], rows)
+def final_row(runs, last, label):
+    whole = ("episode_length", "ice_transferred", "ice_per_factory")
+    cells = [spread(runs, last, metric) for metric in whole]
+    cells += [spread(runs, last, f"factories_alive{end}", 2) for end in ("", "_share")]
+    return [label, str(len(runs)), *cells]
+
+
+def speed_row(runs, last, label, steps):
+    cells = [reached(runs, "full_length", share, first, steps) for share in (0.1, 0.95)]
+    cells.append(reached(runs, "episode_length", 500, crossing))
+    cells.append(reached(runs, "ice_per_factory", 10000, crossing))
+    seconds = [run[last]["train_seconds"][0] for run in runs.values()]
+    cells.append(f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})")
+    return [label, str(len(runs)), *cells]
 
 
 def markdown(data, last):
     """All tables."""
-    arms = [arm for arm in ARMS if (arm, "sampled") in data]
-    steps = common(*(data[arm, "sampled"] for arm in arms))
-    final, speed, greedy = [], [], []
-    for arm in arms:
-        runs, label = data[arm, "sampled"], ARMS[arm][0]
-        cells = [spread(runs, last, metric) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
-        cells += [spread(runs, last, metric, 2) for metric in ("factories_alive", "factories_alive_share")]
-        final.append([label, str(len(runs)), *cells])
-        seconds = [run[last]["train_seconds"][0] for run in runs.values()]
-        cells = [reached(runs, "full_length", share, first, steps) for share in (0.1, 0.95)]
-        cells += [reached(runs, "episode_length", 500, crossing), reached(runs, "ice_per_factory", 10000, crossing)]
-        cells.append(f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})")
-        speed.append([label, str(len(runs)), *cells])
-        likeliest = {seed: run for seed, run in data.get((arm, "greedy"), {}).items() if last in run}
-        if likeliest:
-            cells = [spread(likeliest, last, metric) for metric in ("episode_length", "ice_transferred")]
-            cells += [spread(likeliest, last, "ice_per_factory"), spread(likeliest, last, "factories_alive_share", 2)]
-            greedy.append([label, str(len(likeliest)), *cells])
+    sampled = {arm: data[arm, "sampled"] for arm in ARMS if (arm, "sampled") in data}
+    steps = common(*sampled.values())
+    final = [final_row(runs, last, ARMS[arm][0]) for arm, runs in sampled.items()]
+    speed = [speed_row(runs, last, ARMS[arm][0], steps) for arm, runs in sampled.items()]
+    likeliest = []
+    for arm in sampled:
+        runs = {seed: run for seed, run in data.get((arm, "greedy"), {}).items() if last in run}
+        likeliest += [final_row(runs, last, ARMS[arm][0])] if runs else []
     head = ["arm", "seeds", "episode length", "ice transferred", "ice per starting factory"]
-    lines = [
-        f"# Ablation: held-out matches after {last:,} environment steps of training\n",
-        "## All arms\n",
-        "Mean over seeds ± standard deviation of the seeds' means; sampled actions.\n",
-        summary(data, last) + "\n",
-        "## Final policy, sampled actions\n",
-        "Mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means). "
-        "Ice and factories are per team, the mean of the two teams of a match.\n",
-        table([*head, "factories alive", "share of factories alive"], final),
-        "\n## Speed of learning\n",
-        "Environment steps: where the mean over seeds got there first (least to most of the seeds, where they differ). "
-        "For full-length matches it is the first checkpoint with that share of those evaluated in every arm, "
-        f"{', '.join(f'{step:,}' for step in steps)}. For the mean length and the ice it is linear between the "
-        "checkpoints evaluated in that arm, which are more in the two main arms; a level that the first of them has "
-        "may have been reached earlier. Training seconds are the mean (least "
-        "to most) over seeds, one thread each, with other trainings and evaluations beside them.\n",
-        table(
-            ["arm", "seeds", "10% full-length by", "95% full-length by", "mean length 500"]
-            + ["10,000 ice per starting factory", "training seconds"],
-            speed,
-        ),
-    ]
-    if greedy:
-        lines += ["\n## Final policy, likeliest actions\n", "Brackets as in the second table.\n"]
-        lines.append(table([*head, "share of factories alive"], greedy))
-    return "\n".join(lines) + "\n"
+    head += ["factories alive", "share of factories alive"]
+    speed_head = ["arm", "seeds", "10% full-length by", "95% full-length by", "mean length 500"]
+    speed_head += ["10,000 ice per starting factory", "training seconds"]
+    text = f"""# Ablation: held-out matches after {last:,} environment steps of training
+
+## Final policy, sampled actions
+
+Mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means).
+Ice and factories are per team, the mean of the two teams of a match.
+
+{table(head, final)}
+
+## Speed of learning
+
+Environment steps at which the mean over seeds got there first (least to most of the seeds, where they
+differ). For full-length matches it is the first checkpoint with that share, of those evaluated in
+every arm: {", ".join(f"{step:,}" for step in steps)}. The mean length and the ice are linear between the
+checkpoints evaluated in that arm. Seconds are means (least to most), one thread each, beside other
+trainings and evaluations.
+
+{table(speed_head, speed)}
+"""
+    if likeliest:
+        text += f"\n## Final policy, most likely actions\n\n{table(head, likeliest)}\n"
+    return text
 
 
 def main(results: Path = RESULTS):
-    """Draw and tabulate.
+    """Tabulate.
 
     Args:
-        results: folder of ablation.csv, where the figure and the tables go too.
+        results: folder of ablation.csv, where the tables go too.
     """
     if not (results / "ablation.csv").exists():
-        sys.exit(f"plot.py: error: there is no {results / 'ablation.csv'}; benchmark/ablation.py makes it")
+        sys.exit(f"plot.py: error: there is no {results / 'ablation.csv'}; ablation.py makes it")
     data, last = load(results / "ablation.csv")
     if not data:
         sys.exit(f"plot.py: error: there are no matches in {results / 'ablation.csv'}")
-    if arms := [arm for arm in DRAWN if (arm, "sampled") in data]:
-        draw(data, arms, last, results / "ablation.png")
     text = markdown(data, last)
     (results / "ablation.md").write_text(text)
     print(text)

@@ -189,7 +189,7 @@ class Checker:
             self.lengths[over], self.returns[over] = 0, 0
 
     def replay(self, env, obs, start, played, clause, change_empty=False):
-        """Expect the same to follow from the same actions, but for what stands in empty slots."""
+        """Expect the same to follow from the same actions, except in empty slots."""
         self.time = 0
         self.expect_alike(obs, start, clause)
         for actions, expected, rewards, over in played:

@@ -44,7 +44,6 @@ def space_of(obs):
 
 def parameters_at_start(seed=1):
     """What a training with this seed and the default flags starts with."""
-    args = trajsep_ppo.Args()
     torch.manual_seed(seed)
     space = space_of(made_up_observation(1, 48, 5, 6))
     return HybridNet(space, lux.NUM_ACTIONS).state_dict()

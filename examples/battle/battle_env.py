@@ -16,9 +16,9 @@ from magent2.environments import battle_v4
 MOVES = [(dx, dy) for dy in range(-2, 3) for dx in range(-2, 3) if abs(dx) + abs(dy) <= 2]
 HITS = [(dx, dy) for dy in range(-1, 2) for dx in range(-1, 2) if (dx, dy) != (0, 0)]
 TARGETS, IS_HIT = np.array(MOVES + HITS), np.arange(21) >= 13
-WALL, RED, BLUE = 0, 1, 3  # channels of the game's state; the one after that of an army has its health
+WALL, RED, BLUE = 0, 1, 3  # channels of the game's state; the next one has the army's health
 FEATURES = ("health", "enemy_dx", "enemy_dy", "enemy_distance", "is_red", "own_army", "enemy_army", "time")
-SQUAD = 9  # soldiers of a group with group_by="cluster": at first those of one column
+SQUAD = 9  # soldiers of a group with group_by="cluster": at first the soldiers of one column
 # By default the game pays 5 for a kill and 0.1 for each of the four hits before it; here a hit is worth more.
 KILL, REWARDS = 5, {"attack_opponent_reward": 1.0}
 

@@ -1,0 +1,197 @@
+"""The patches in benchmark/arms/: each fits the programs and trains; the groups that they make, by hand."""
+
+import importlib.util
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tyro
+from helpers import masked_random
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "examples" / "toy")]
+
+import ablation  # noqa: E402
+from toy_env import ToyVecEnv  # noqa: E402
+
+import global_ppo  # noqa: E402
+import lux_wrapper as lux  # noqa: E402
+import trajsep_ppo  # noqa: E402
+
+MOVING = ("quadrants", "nearest-factory", "nearest-heavy")
+GROUPS = ("robots", "factories", "kinds", "mod-2", "mod-4", *MOVING)
+OF_WRAPPER = (*GROUPS, "random-placement")
+SHARED = ("global-critic", "shared-ratio", "shared-entropy", "shared-dones")
+FACTORIES, ROBOTS = 3, 9
+
+
+class Workers(ToyVecEnv):
+    """The toy game with robots, who stay if `all_live`; rewards are multiplied by `scale`."""
+
+    def __init__(self, num_envs, all_live=False, scale=1.0, **options):
+        super().__init__(num_envs, slots=6, **options)
+        self.all_live, self.scale = all_live, scale
+
+    def _observe(self):
+        self.live |= self.all_live
+        obs = super()._observe()
+        return obs | {"kind": obs["kind"] * 2}
+
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, rewards * np.float64(self.scale), *rest
+
+
+@pytest.fixture
+def patched(tmp_path, monkeypatch):
+    """Function (module, patches): the module of a copy of the programs with these patches."""
+
+    def load(name, patches):
+        folder = ablation.programs(patches, tmp_path / "programs")
+        if name == "trajsep_ppo":  # it imports the network of its folder
+            monkeypatch.delitem(sys.modules, "hybrid_model")
+            monkeypatch.syspath_prepend(folder)
+        spec = importlib.util.spec_from_file_location(f"patched_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def trained(script, folder, command="", **options):
+    """The parameters after three updates."""
+    args = tyro.cli(script.Args, args=shlex.split(command)[1:])
+    tiny = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 48}
+    tiny |= {"num_workers": 0, "env_id": "test_arms:Workers"} | options
+    if not command and "agent_reward_weight" in vars(args):
+        tiny = {"agent_reward_weight": 1.0} | tiny
+    agent = script.train(replace(args, **tiny), folder, torch.device("cpu"))
+    return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
+
+
+def expected(rule, kind, position, side):
+    """The group of each live slot of a team under a rule, {slot: group}, by hand."""
+    live = np.flatnonzero(kind).tolist()
+    group = {slot: slot for slot in live}
+    factories = [slot for slot in live if kind[slot] == lux.FACTORY]
+    heavies = [slot for slot in live if kind[slot] == lux.HEAVY]
+
+    def nearest(slot, others):
+        return min(others, key=lambda other: abs(position[slot] - position[other]).sum())
+
+    for slot in live:
+        if slot in factories:
+            group[slot] = 0 if rule in ("factories", "kinds") else slot
+        elif rule in ("robots", "kinds"):
+            group[slot] = FACTORIES
+        elif rule.startswith("mod"):
+            group[slot] = FACTORIES + (slot - FACTORIES) % int(rule[-1])
+        elif rule == "quadrants":
+            x, y = position[slot] > side // 2 - 1
+            group[slot] = FACTORIES + (3 if x and y else 2 if x else 1 if y else 0)
+        elif rule == "nearest-factory":
+            group[slot] = FACTORIES + nearest(slot, factories)
+        elif rule == "nearest-heavy" and heavies:
+            group[slot] = nearest(slot, heavies)
+    return group
+
+
+@pytest.mark.parametrize("rule", GROUPS)
+def test_groups(rule, patched):
+    """Robots walk about: at every step each entity is in the group that the rule says."""
+    stage = {"map_size": 24, "min_factories": FACTORIES, "max_factories": FACTORIES}
+    stage |= {"max_robots": ROBOTS, "safe_masks": False}
+    env = patched("lux_wrapper", [rule]).LuxVecEnv(2, num_workers=0, **stage)
+    obs, _ = env.reset(seed=5)
+    teams = env.matches[0].engine.state.factories
+    for factory in teams["player_1"].values():
+        factory.cargo.metal = 30  # for light robots only
+    rng, changes, groups, before = np.random.default_rng(5), 0, set(), {}
+    for step in range(40):
+        if step == 20:
+            next(iter(teams["player_0"].values())).cargo.water = 0  # it is lost
+        for team in np.ndindex(2, 2):
+            seen = {key: obs[key][team].copy() for key in ("kind", "position", "group")}
+            wanted = expected(rule, seen["kind"], seen["position"], 24)
+            assert {slot: seen["group"][slot] for slot in wanted} == wanted
+            assert ((0 <= seen["group"]) & (seen["group"] < FACTORIES + ROBOTS)).all()
+            old = before.get(team, {})
+            changes += sum(old.get(slot, group) != group for slot, group in wanted.items())
+            groups |= {wanted[slot] for slot in wanted if seen["kind"][slot] > lux.FACTORY}
+            before[team] = wanted
+        obs, *_ = env.step(masked_random(rng, obs["action_mask"]))
+    assert (changes > 0) == (rule in MOVING), "robots change their group where the rule goes by place"
+    least = {"robots": 1, "kinds": 1, "mod-2": 2, "nearest-factory": 2}
+    assert len(groups) >= least.get(rule, 3)
+
+
+@pytest.mark.parametrize("arm", ablation.PATCHES)
+def test_every_arm_trains(arm, patched, tmp_path):
+    """Each trains with its flags, and not as the program without its patches does."""
+    script, options = trajsep_ppo, {}
+    if arm in OF_WRAPPER:
+        patched("lux_wrapper", ablation.PATCHES[arm])
+        options["env_id"] = "patched_lux_wrapper:LuxVecEnv"
+        stage = {"map_size": 24, "min_factories": 1, "max_factories": 2, "max_robots": 4}
+        options["env_kwargs"] = stage
+    else:
+        script = patched("trajsep_ppo", ablation.PATCHES[arm])
+    mine = trained(script, tmp_path / "mine", ablation.ARMS[arm], **options)
+    assert mine.isfinite().all()
+    if arm not in OF_WRAPPER:
+        assert not torch.equal(mine, trained(trajsep_ppo, tmp_path / "separate"))
+
+
+def test_random_placement(patched):
+    """Factories stand elsewhere, and for the same map in the same cells."""
+    other = patched("lux_wrapper", ["random-placement"])
+    envs = [module.LuxVecEnv(2, num_workers=0) for module in (lux, other, other)]
+    usual, obs, again = (env.reset(seed=1)[0] for env in envs)
+    assert (usual["kind"] == obs["kind"]).all() and (again["position"] == obs["position"]).all()
+    moved = (usual["position"] != obs["position"]).any(-1)
+    assert moved[obs["kind"] == lux.FACTORY].mean() > 0.8
+
+
+def test_everything_shared_is_the_baseline(patched, tmp_path, monkeypatch):
+    """With four patches and the team's mean reward, the method trains as global_ppo.py does.
+
+    Its reward is the mean over a team's groups, not the sum, so here it is multiplied by their
+    number. Its losses are means over cells, so all teams must have as many groups.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    try:
+        script, kwargs = patched("trajsep_ppo", SHARED), {"all_live": True, "scale": 6.0}
+        separate = trained(script, tmp_path / "separate", agent_reward_weight=0.0, env_kwargs=kwargs)
+        team = trained(global_ppo, tmp_path / "team", env_kwargs={"all_live": True})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(separate, team, rtol=1e-9, atol=1e-9)
+
+
+def test_a_patch_that_does_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "PATCH_FOLDER", tmp_path)
+    hunk = "--- a/global_ppo.py\n+++ b/global_ppo.py\n@@ -1 +1 @@\n-gone\n+new\n"
+    (tmp_path / "old.patch").write_text(hunk)
+    with pytest.raises(ablation.Failed, match="old.patch does not fit the programs: error: "):
+        ablation.programs(["old"], tmp_path / "programs")
+
+
+def test_arms():
+    """Every patch is in an arm, every arm has flags that its program knows, and no two are the same."""
+    used = {name for patches in ablation.PATCHES.values() for name in patches}
+    assert used == {path.stem for path in ablation.PATCH_FOLDER.glob("*.patch")}
+    assert set(ablation.PATCHES) < set(ablation.ARMS)
+    runs = [(command, ablation.PATCHES.get(arm)) for arm, command in ablation.ARMS.items()]
+    assert len(set(runs)) == len(runs)
+    for arm, command in ablation.ARMS.items():
+        if arm not in ablation.PATCHES:
+            script, *flags = shlex.split(command)
+            program = {"trajsep_ppo.py": trajsep_ppo, "global_ppo.py": global_ppo}[script]
+            tyro.cli(program.Args, args=flags)
