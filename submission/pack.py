@@ -34,6 +34,8 @@ def write_model(run, path):
         Refused: if there is none, or if it holds no network of this game.
     """
     *_, checkpoint = checkpoints(run) or [Path(run)]
+    if checkpoint.is_dir():
+        raise Refused(f"there is no checkpoint in {run}")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         torch.save({key: content[key] for key in ("args", "model")}, path)

@@ -26,7 +26,6 @@ GAME = EnvConfig()
 # In the order of the engine's directions 1 to 4
 MOVES = {"move_up": (0, -1), "move_right": (1, 0), "move_down": (0, 1), "move_left": (-1, 0)}
 OTHER = {"player_0": "player_1", "player_1": "player_0"}
-WATER_RESERVE = 200  # steps
 
 # ------------------------------------------------------------------------------------------------
 # What is seen, and what has to be remembered
@@ -176,7 +175,6 @@ def log(amount):
 
 
 def thousands(amount):
-    """At most 3."""
     return min(amount / 1000, 3)
 
 
@@ -355,7 +353,7 @@ def factory_objections(side, id, safe_masks):
     water, cost = factory["cargo"]["water"], water_cost(side, factory["strain_id"])
     if water < cost:
         objections["water_lichen"].add("water")
-    if water - cost < min(WATER_RESERVE, GAME.max_episode_length - side.time):
+    if water - cost < min(200, GAME.max_episode_length - side.time):
         objections["water_lichen"].add("7: water would not last")
     return objections
 
@@ -491,10 +489,7 @@ def queue(side, robot, action):
 
 
 def robot_actions(side, row, safe_masks):
-    """id -> action of the robots, for actions [E] of the team, and who gives way.
-
-    With safe masks only the first, in the order of the observation, steps onto a cell.
-    """
+    """id -> action of the robots, for actions [E], and who gives way to the first on a cell."""
     actions = {id: lux.ROBOT_ACTIONS[row[side.slot[id]]] for id in side.robots}
     goals, waiting = set(), []
     for id, robot in side.robots.items():
@@ -531,10 +526,7 @@ def compare_orders(side, sent, row, safe_masks, count):
 
 
 def compare(side, seen, options):
-    """All arrays of a team [...] against the second computation.
-
-    Returns the objections of all entities, id -> action -> set.
-    """
+    """Objections of all entities of a team, id -> action -> set, after all its arrays were compared."""
     for name, board in channels(side).items():
         drawn = seen["board"][..., lux.CHANNEL[name]]
         assert np.array_equal(drawn, board), (side.player, side.time, name)
@@ -566,7 +558,7 @@ def compare(side, seen, options):
 
 
 # ------------------------------------------------------------------------------------------------
-# Situations made by hand: one objection decides
+# Situations made by hand or at random, and placement
 # ------------------------------------------------------------------------------------------------
 
 SIZE = 24
@@ -597,8 +589,7 @@ def official(robots=(), factories=None, theirs=(), time=100, rubble=(), ice=(), 
     Args:
         robots, factories: those of player 0; without factories, one with its centre in (10, 10).
         theirs: robots of player 1, whose factory has its centre in (19, 19).
-        ice, ore: cells.
-        rubble: cell -> amount.
+        ice, ore: cells; rubble: cell -> amount.
         lichen: cell -> (amount, strain). Strains are numbered as factories are, player 1 has the last.
     """
     maps = ("rubble", "ice", "ore", "lichen", "lichen_strains")
@@ -631,8 +622,7 @@ class Watched:
     """An encoder that gets observations made by hand, and the second computation beside it."""
 
     def __init__(self, **options):
-        base = dict(map_size=SIZE, max_factories=3, group_by="cluster")
-        self.options = lux.LuxOptions(**base | options)
+        self.options = lux.LuxOptions(SIZE, max_factories=3, group_by="cluster", **options)
         self.encoder = lux.LuxEncoder(self.options)
 
     def begin(self, first):
@@ -684,19 +674,14 @@ def poor(power):
     return {"factories": less, "changed": {"factories": more}}
 
 
-def by_water(least, **situation):
-    """A case of rule 7 in which a factory lacks one unit of the least water."""
-    less, enough = at_home(water=least - 1), at_home(water=least)
-    return case("7: water would not last", "water_lichen", less, enough, **situation)
-
-
 def strain(number, cells, amount=10):
     return {cell: (amount, number) for cell in cells}
 
 
 HERE = (14, 10)  # three steps from the factory
 ROW = [(x, 2) for x in range(2, 20)]  # cells far from any factory
-EDGE = [(0, y) for y in (2, 6, 10, 14, 18)]  # 5 cells with 3 neighbours each
+WATERING = "7: water would not last", "water_lichen"
+EDGE = [(0, 2), (0, 6), (0, 10)]  # 3 cells with 3 neighbours each
 FOUR = [robot(x, 5) for x in (2, 4, 6, 8)]  # with one more, all slots are taken
 WITH_HEAVY = [heavy(2, 5), *FOUR[1:]]
 SECOND = factory(2, 20, metal=100, power=500)  # can just build its first heavy robot
@@ -706,28 +691,25 @@ CASES = [
     # An order costs 1 (heavy: 10), a move 1 (20) and 0.05 (1) for a unit of rubble, a dig 5 (60).
     by_power("power", "move_left", robot, HERE, 2, rubble={(13, 10): 19}),  # rounded down
     by_power("power", "move_left", heavy, HERE, 31, rubble={(13, 10): 1, HERE: 9}),
-    by_power("power", "dig", heavy, HERE, 70),
     case("power", "move_left", robot(*HERE, power=1), robot(*HERE, power=1, queue=[[0, 4, 0, 0, 0, 5]])),
     case("power", "dig", robot(*HERE, power=5), robot(*HERE, power=5, queue=[[3, 0, 0, 0, 0, 5]])),
     case("edge", "move_left", robot(0, 5), robot(1, 5)),
     case("opponent's factory", "move_right", robot(17, 20), robot(16, 20)),
     case("on a factory", "dig", robot(11, 10), robot(12, 10)),
-    case("no cargo", "deliver", robot(10, 10), robot(10, 10, ore=1)),
     case("no factory", "deliver", robot(12, 12, ice=1), robot(12, 11, ice=1)),
     case("no factory", "deliver", robot(17, 19, ice=1), robot(10, 8, ice=1)),  # the opponent's
-    case("no factory", "pick_up_power", robot(12, 10), robot(11, 10)),
     case("no power there", "pick_up_power", robot(11, 10), **poor(0)),
     case("metal", "build_light", at_home(metal=9), at_home(metal=10)),
     case("power", "build_heavy", at_home(power=499), at_home(power=500)),
     case("slots", "build_heavy", at_home(), robots=[*FOUR, robot(12, 5)], changed={"robots": FOUR}),
     case("water", "water_lichen", at_home(water=1), at_home(water=2)),
+    case("no cargo", "deliver", robot(10, 10), robot(10, 10, ore=1)),
     # 1 and 2. Own robots and centres of own factories.
     case("1: own robot", "move_left", robot(14, 9), robots=[heavy(13, 9)], changed={"robots": []}),
     case("2: centre of a factory", "move_down", heavy(10, 9), heavy(10, 8)),
     # 3. Building: a robot in the way; metal and the last slots for first heavy robots.
     case("3: the centre is taken", "build_heavy", at_home(), robots=[robot(10, 10)], changed={"robots": []}),
     case("3: metal of the first heavy", "build_light", at_home(metal=109), at_home(metal=110)),
-    case("3: metal of the first heavy", "build_light", at_home(metal=100), at_home(metal=99)),
     case("3: metal of the first heavy", "build_light", at_home(metal=109), at_home(metal=109, power=499)),
     case("3: last slots", "build_light", at_home(), robots=FOUR, changed={"robots": WITH_HEAVY}),
     case("3: last slots", "build_light", at_home(), **TWO_HOMES, changed={"factories": [SECOND | {"power": 499}]}),
@@ -739,7 +721,6 @@ CASES = [
     case("4: cargo full of ore", "dig", heavy(*HERE, ore=1000), heavy(*HERE, ore=999), ore=[HERE]),
     # 5. The action, the steps to the factory, an order for one line or two, and one there.
     by_power("5: digging", "dig", robot, HERE, 6 + 3 + 2 + 1, ice=[HERE]),
-    by_power("5: digging", "dig", heavy, (9, 8), 70 + 1 * 20 + 10 + 10, ice=[(9, 8)]),
     by_power("5: stepping away", "move_right", robot, HERE, 2 + 4 + 2 + 1),
     by_power("5: stepping away", "move_up", robot, (11, 11), 2 + 0 + 0 + 1),  # on the factory
     case("5: stepping away", "move_right", robot(*HERE, power=2), robot(6, 10, power=2)),
@@ -747,11 +728,10 @@ CASES = [
     case("6: little power", "pick_up_power", robot(11, 9, power=142), robot(11, 9, power=141)),
     case("6: little power", "pick_up_power", heavy(9, 11), **poor(99)),
     # 7. Watering: 2 water for the 12 cells at the edge and up to 8 more.
-    by_water(202, time=800),
-    by_water(201, time=801),
-    by_water(202, lichen=strain(0, ROW[:8]) | strain(1, ROW[8:])),
-    by_water(203, lichen=strain(0, EDGE[:3], amount=18)),
-    by_water(202, lichen=strain(0, EDGE, amount=17)),
+    case(*WATERING, at_home(water=201), at_home(water=202), time=800),
+    case(*WATERING, at_home(water=200), at_home(water=201), time=801),
+    case(*WATERING, at_home(water=201), at_home(water=202), lichen=strain(0, ROW[:8]) | strain(1, ROW[8:])),
+    case(*WATERING, at_home(water=202), at_home(water=203), lichen=strain(0, EDGE, amount=18)),
 ]
 
 
@@ -844,11 +824,6 @@ def test_giving_way():
         assert list(acts.yielded_moves) == [3, 0]
 
 
-# ------------------------------------------------------------------------------------------------
-# Placement
-# ------------------------------------------------------------------------------------------------
-
-
 def gaussian_sum(board, x, y, sigma):
     """Sum over all cells of value times exp(-d^2 / 2 sigma^2), d the distance from (x, y)."""
     i, j = np.indices(board.shape)
@@ -899,6 +874,15 @@ def test_placement_score():
         np.testing.assert_allclose(for_lichen, expected - 0.0004 * far, rtol=1e-9)
 
 
+def test_map_seeds():
+    """Held-out maps come one after the other, after the last one the first; others are above them."""
+    last = lux.HELD_OUT_SEEDS - 1
+    seeds = [[lux.map_seed(last, match, played, 2, True) for played in (1, 2, 3)] for match in (0, 1)]
+    assert seeds == [[last, 1, 3], [0, 2, 4]]
+    trained = {lux.map_seed(1, match, played, 2, False) for match in (0, 1) for played in (1, 2, 3)}
+    assert len(trained) == 6 and min(trained) >= lux.HELD_OUT_SEEDS
+
+
 def test_early_phase_action():
     """Bids of 0, then each player in turn: the best cell, an equal share of water and metal.
 
@@ -937,8 +921,8 @@ WEIGHTS = {"ice_dug": 0.004, "ore_dug": 0.0004, "ice_delivered": 0.004, "ore_del
 WEIGHTS |= {"rubble_cleared": 0.0, "robot_lost": -0.05, "water_made": 0.004, "metal_made": 0.004}
 WEIGHTS |= {"lichen_grown": 0.0001, "survived": 0.001, "factory_lost": -0.2}
 # Metrics that are not named as the term that they add up
-METRIC = {"ice_delivered": "ice_transferred", "water_made": "water", "ore_delivered": "ore"}
-METRIC["metal_made"] = "metal"
+METRIC = {"ice_delivered": "ice_transferred", "ore_delivered": "ore"}
+METRIC |= {"water_made": "water", "metal_made": "metal"}
 
 
 def test_weights():
@@ -988,7 +972,7 @@ def factory_achievements(side, id, arrived, after):
 
 
 class Account:
-    """What a team has achieved in a match; `count` is a Counter of what happened, by (player, what)."""
+    """What a team has achieved in a match; `count` is a Counter of what happened."""
 
     def __init__(self, side, options, count):
         self.player, self.options, self.count = side.player, options, count
@@ -1005,8 +989,8 @@ class Account:
             achieved[id] = robot_achievements(side, robot, action, id not in alive)
             if action == "deliver":
                 _, factory_id, resource = delivery(side, robot)
-                self.happened("delivered to the same", (factory_id, resource) in arrived)
-                self.happened("delivered elsewhere", factory_id != side.home[id])
+                self.count["delivered to the same"] += (factory_id, resource) in arrived
+                self.count["delivered elsewhere"] += factory_id != side.home[id]
                 arrived[factory_id, resource] += robot["cargo"][resource]
             end = beside(robot["pos"]).get(action, tuple(robot["pos"]))
             ends.append((end, id in alive))
@@ -1030,13 +1014,10 @@ class Account:
         for id, terms in achieved.items():
             for term, amount in terms.items():
                 self.total[METRIC.get(term, term)] += amount
-                self.happened(term, amount != 0)
+                self.count[self.player, term] += amount != 0
                 rewards[side.slot[id]] += WEIGHTS[term] * amount
         self.total["r"] += rewards.sum()
         return rewards
-
-    def happened(self, what, times):
-        self.count[self.player, what] += int(times)
 
     def metrics(self, memory, after):
         """Those of the whole match, which has ended with the observation `after`."""
@@ -1147,14 +1128,6 @@ class Played:
             self.memory.see(after)
             self.count["joined another"] += sum(before[id] != self.memory.home[id] for id in before)
 
-    def compare(self, seen):
-        """Arrays [P, ...] of the newest observation."""
-        for team, side in enumerate(self.sides()):
-            arrays = {key: x[team] for key, x in seen.items()}
-            compare(side, arrays, self.options)
-            for name, channel in lux.CHANNEL.items():
-                self.count["channel", name] += int(arrays["board"][..., channel].any())
-
 
 STAGES = {
     "crowds": dict(min_factories=3, max_robots=30, group_by="cluster"),
@@ -1184,7 +1157,8 @@ def test_matches(stage):
             episode = {name: x[index] for name, x in infos.get("episode", {}).items()}
             match.step(actions[index], rewards[index], terminated[index], episode)
             if (step + index) % 3 == 0 or terminated[index]:
-                match.compare({key: array[index] for key, array in obs.items()})
+                for team, side in enumerate(match.sides()):
+                    compare(side, {key: x[index, team] for key, x in obs.items()}, options)
     env.close()
     found[stage] = sum((match.count for match in played), Counter())
 
@@ -1194,11 +1168,10 @@ def test_everything_was_met():
     if len(found) < len(STAGES):
         pytest.skip("needs all of the matches above")
     count = sum(found.values(), Counter())
-    names = [("channel", name) for name in lux.BOARD_CHANNELS]
-    names += [("metric", name) for name in lux.TEAM_METRICS if name != "rubble_cleared"]
-    for player in lux.PLAYERS:
-        names += [(player, term) for term in WEIGHTS if term != "rubble_cleared"]
-        names += [(player, "delivered to the same"), (player, "delivered elsewhere")]
+    names = [("metric", name) for name in lux.TEAM_METRICS if name != "rubble_cleared"]
+    paid = [term for term in WEIGHTS if term != "rubble_cleared"]
+    names += [(player, term) for player in lux.PLAYERS for term in paid]
+    names += ["delivered to the same", "delivered elsewhere"]
     names += ["joined another", "ended by time", "ended by thirst"]
     names += ["order 0, one", "order 0, many", "order 1, one", "order 2, one", "order 3, one"]
     names += ["order 3, many", "continued", "stopped", "delivered to the side"]

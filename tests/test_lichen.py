@@ -10,6 +10,7 @@ from test_encoder import SIZE, beside, distance, factory, footprint, heavy, near
 import lux_wrapper as lux
 
 FACTORIES = 3
+WAY = ("clear_dx", "clear_dy", "clear_distance")
 OPTIONS = lux.LuxOptions(map_size=SIZE, max_factories=FACTORIES, max_robots=9, reward="lichen")
 
 
@@ -86,8 +87,7 @@ def test_ground(seed):
             time = {c: distance(here, c) + obs["board"]["rubble"][c] / 2 for c in sorted(worth)}
             goal = min(time.keys() - taken | ({here} & worth), key=lambda c: (time[c], c))
             way = [goal[0] - here[0], goal[1] - here[1], distance(here, goal)]
-            found = [row[f"clear_{of}"] for of in ("dx", "dy", "distance")]
-            assert found == np.clip(np.array(way) / 8, -1, 1).tolist()
+            assert [row[name] for name in WAY] == np.clip(np.array(way) / 8, -1, 1).tolist()
         centres = {home["strain_id"]: home["pos"] for home in obs["factories"][name].values()}
         for slot, strain_id in enumerate(centres):
             row = named(arrays["features"][player, slot])
@@ -96,25 +96,20 @@ def test_ground(seed):
                 assert row[column] == np.float32(number / 50)
 
 
-@pytest.mark.parametrize("rubble", [{}, {(13, 10): 2}])
-def test_nothing_to_clear(rubble):
+def test_nothing_to_clear():
     """Rubble under another robot is left to that one, even if nothing else is there to clear."""
-    arrays, _ = encode(official([robot(13, 10), robot(14, 10)], rubble=rubble))
-    row = named(arrays["features"][0, FACTORIES + 1])
-    assert [row[f"clear_{of}"] for of in ("dx", "dy", "distance")] == [0, 0, 1]
+    for rubble in ({}, {(13, 10): 2}):
+        arrays, _ = encode(official([robot(13, 10), robot(14, 10)], rubble=rubble))
+        row = named(arrays["features"][0, FACTORIES + 1])
+        assert [row[name] for name in WAY] == [0, 0, 1]
 
 
-STEPS = [(400, 0, 200 + 599), (900, 8, 100 + 99), (998, 8, 2 + 1), (999, 0, 1)]
-
-
-@pytest.mark.parametrize("time, cells, least", STEPS)
-def test_water_is_saved(time, cells, least):
+def test_water_is_saved():
     """Watering costs 2, and needs as much for half of the steps left, beside the reserve."""
-    lichen = strain(0, [(x, 2) for x in range(cells)])
-    for water, may in ((least + 1, False), (least + 2, True)):
-        home = factory(10, 10, water=water)
-        arrays, _ = encode(official([], [home], time=time, lichen=lichen))
-        assert arrays["action_mask"][0, 0, lux.WATER] == may
+    for time, least in ((400, 200 + 599), (900, 100 + 99), (998, 2 + 1), (999, 1)):
+        for water, may in ((least + 1, False), (least + 2, True)):
+            arrays, _ = encode(official([], [factory(10, 10, water=water)], time=time))
+            assert arrays["action_mask"][0, 0, lux.WATER] == may
 
 
 # A factory stands on 9 to 11 on both axes, so its edge is 8 and 12. Strain 1 is the opponent's.
@@ -136,14 +131,11 @@ def test_rubble_to_clear(place, reward):
     for ice in ([], [cell]):
         obs = official([robot(*cell)], rubble={cell: 5}, lichen=lichen, ice=ice)
         arrays, _ = encode(obs, reward=reward)
-        features = arrays["features"][0, FACTORIES]
-        if reward == "lichen":
-            assert len(features) == len(lux.COLUMN)
-            assert named(features)["worth_clearing"] == (worth and not ice)
-        else:
-            assert len(features) == len(lux.FEATURES)
-        is_paid = worth and reward == "lichen"
-        assert arrays["action_mask"][0, FACTORIES, lux.DIG] == (is_paid or ice == [cell])
+        row = arrays["features"][0, FACTORIES]
+        assert len(row) == len(lux.COLUMN if reward == "lichen" else lux.FEATURES)
+        assert named(row).get("worth_clearing", False) == (worth and reward == "lichen" and not ice)
+        may = ice or (worth and reward == "lichen")
+        assert arrays["action_mask"][0, FACTORIES, lux.DIG] == bool(may)
 
 
 @pytest.mark.parametrize("reward, paid", [("lichen", 0.02), ("ice", 0.0)])

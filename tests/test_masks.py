@@ -1,10 +1,10 @@
-"""Masks against the engine's own validator: what a mask allows, the engine accepts and carries out.
+"""Masks against the engine's own validator: what a mask allows, the engine carries out.
 
-Random masked matches are played with the engine's validation on and a referee between wrapper and
-engine. It sees every order that the engine is about to carry out and what the validator makes of it.
-Every action chosen must be carried out in that very step, as a new order or as one that continues. Two
-exceptions are counted: robots that yield to an own robot, and stranded robots, which cannot pay for an
-order (after a collision, or drained here on purpose).
+Random masked matches are played with the engine's validation on. A referee between wrapper and engine
+sees every order that the engine is about to carry out, and what the validator makes of it. Every
+action chosen must be carried out in that very step, as a new order or as one that continues. Two
+exceptions are counted: robots that yield to an own robot, and stranded robots, which cannot pay for
+an order (after a collision, or drained here on purpose).
 """
 
 from collections import Counter
@@ -40,14 +40,14 @@ class Referee:
 
         monkeypatch.setattr(luxai_s2.env, "validate_actions", watched)
         for level in ("log_error", "log_warning", "log_info"):
-            monkeypatch.setattr(match.engine, level, lambda *message: self.messages.append(" ".join(message)))
+            monkeypatch.setattr(match.engine, level, lambda *words: self.messages.append(" ".join(words)))
 
     def step(self, obs, actions):
         """Play one step and judge it; what `env.step` returned."""
         state, match, encoder = self.match.engine.state, self.match, self.env.games.envs[0].encoder
-        slots = [robots | homes for robots, homes in zip(encoder.robot_slots[0], encoder.factory_slots[0])]
-        before = {unit.unit_id for unit in entities(state)[0]}
-        weak, yielded, collisions = weak_robots(state), match.yielded_moves.sum(), match.own_collisions.sum()
+        slots = [a | b for a, b in zip(encoder.robot_slots[0], encoder.factory_slots[0])]
+        weak = weak_robots(state)
+        yielded, collisions = match.yielded_moves.sum(), match.own_collisions.sum()
         self.accepted, self.rejected, self.messages = {}, {}, []
         self.held_back, self.chosen, self.stranded = 0, set(), set()
         result = self.env.step(actions)
@@ -61,7 +61,6 @@ class Referee:
         assert self.accepted.keys() | self.rejected.keys() <= self.chosen | self.stranded
         if not result[2][0]:  # a new match begins with new counts
             self.count["own_collisions"] += match.own_collisions.sum() - collisions
-            self.count["lost"] += len(before - {unit.unit_id for unit in entities(state)[0]})
             assert self.held_back == match.yielded_moves.sum() - yielded
         for message in self.messages:
             if "Tried to update action queue" in message:
@@ -94,35 +93,31 @@ class Referee:
             self.chosen.add(unit_id)
 
 
-def soil_near(board, factory, reach):
-    """Cells where lichen of a factory could grow, or grows, bool [H, W]."""
-    x, y = factory.pos.pos
-    near = np.zeros(board.ice.shape, bool)
-    near[max(x - reach, 0) : x + reach + 1, max(y - reach, 0) : y + reach + 1] = True
-    barren = (board.rubble > 0) | (board.ice > 0) | (board.ore > 0) | (board.factory_occupancy_map != -1)
-    return near & ~barren & np.isin(board.lichen_strains, (-1, factory.num_id))
-
-
 def riches(rng):
-    """A function that changes the engine's state so that everything becomes possible, and often just so.
+    """A function that changes the engine's state so that everything becomes possible, often just so.
 
     Factories live for ever; their water, metal and power are now plenty, now around what an order
-    costs. So is the power of robots, some of which find ice or ore in their cargo. Now and then lichen
-    is sown that is about to wither, or to spread.
+    costs. So is the power of robots, some of which find ice or ore in their cargo. Lichen that is
+    about to wither, or to spread, is sown now and then.
     """
 
-    def sow(state):
-        board = state.board
-        for factory in entities(state)[1]:
-            sown = soil_near(board, factory, 4) & (rng.random(board.ice.shape) < 0.9)
+    def sow(board, factories):
+        free = (board.rubble == 0) & (board.ice == 0) & (board.ore == 0)
+        free &= board.factory_occupancy_map == -1
+        for factory in factories:
+            x, y = factory.pos.pos
+            near = np.zeros_like(free)
+            near[max(x - 4, 0) : x + 5, max(y - 4, 0) : y + 5] = True
+            own = np.isin(board.lichen_strains, (-1, factory.num_id))
+            sown = free & near & own & (rng.random(free.shape) < 0.9)
             sown &= board.lichen < 18  # never less of what is spreading
             board.lichen[sown] = rng.choice([1, 2, 20, 21])
             board.lichen_strains[sown] = factory.num_id
 
     def change(state):
-        if state.real_env_steps % 8 == 0:
-            sow(state)
         robots, factories = entities(state)
+        if state.real_env_steps % 8 == 0:
+            sow(state.board, factories)
         for factory in factories:
             watering = factory.water_cost(state.env_cfg) + int(rng.choice([0, lux.WATER_RESERVE]))
             water = rng.choice([1, max(watering - 1, 0), watering, watering + 1, 1500])
@@ -159,7 +154,7 @@ def play(monkeypatch, seed, steps, rich, **options):
         time = match.time
         actions = masked_random(rng, before["action_mask"], weights)
         obs, _, terminated, _, infos = referee.step(before, actions)
-        if terminated[0] and not rich:  # of thirst, as random play always ends, not by a forbidden order
+        if terminated[0] and not rich:  # of thirst, as random play always ends
             assert infos["episode"]["l"][0] == time + 1 < lux.GAME_LENGTH
             assert (infos["episode"]["factories_alive"] > 0).all()
             break
@@ -168,46 +163,12 @@ def play(monkeypatch, seed, steps, rich, **options):
     return referee.count
 
 
-@pytest.mark.parametrize("lichen", [1, 2, 19, 20, 21])
-def test_watering_needs_what_the_engine_will_ask(lichen):
-    """One unit of water less than the engine's validator asks for, and the mask forbids.
-
-    The engine asks for what it counted in the step before: lichen of 1 that is gone since, and the
-    cells that lichen of 20, now 19, was about to spread to.
-    """
-    env, (match,) = in_process(1, safe_masks=False)
-    asked = []
-
-    def change(state):
-        board = state.board
-        if state.real_env_steps == 0:
-            board.rubble[:] = 0  # room to spread
-            for factory in entities(state)[1]:
-                sown = soil_near(board, factory, 6)
-                board.lichen[sown] = lichen
-                board.lichen_strains[sown] = factory.num_id
-        for factory in entities(state)[1]:
-            asked.append(factory.water_cost(state.env_cfg))
-            factory.cargo.water, factory.cargo.ice = max(asked[-1] - 1, 0), 8
-
-    after_every_step(match, change)
-    for seed in range(4):
-        obs, _ = env.reset(seed=seed)
-        for _ in range(4):
-            assert not obs["action_mask"][obs["kind"] == lux.FACTORY, lux.WATER].any()
-            obs, *_ = env.step(np.zeros(obs["kind"].shape, np.int64))
-    assert max(asked) >= 5
-    env.close()
-
-
-@pytest.fixture(scope="module")
-def counts():
-    return {True: Counter(), False: Counter()}
+counts = {True: Counter(), False: Counter()}  # of the tests below, by safe_masks
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("safe_masks", [True, False])
-def test_the_engine_accepts_every_order_of_poor_teams(monkeypatch, counts, safe_masks, seed):
+def test_orders_of_poor_teams(monkeypatch, safe_masks, seed):
     """The game as it is, until random play has died of thirst."""
     count = play(monkeypatch, seed, 400, rich=False, safe_masks=safe_masks)
     assert count["actions"] > 500 and count["stranded"] <= 0.01 * count["actions"]
@@ -216,14 +177,14 @@ def test_the_engine_accepts_every_order_of_poor_teams(monkeypatch, counts, safe_
 
 @pytest.mark.parametrize("seed, map_size", [(3, 48), (6, 48), (5, 32)])
 @pytest.mark.parametrize("safe_masks", [True, False])
-def test_the_engine_accepts_every_order_of_rich_teams(monkeypatch, counts, safe_masks, seed, map_size):
+def test_orders_of_rich_teams(monkeypatch, safe_masks, seed, map_size):
     """Crowds of robots, lichen to water, and stocks around every threshold."""
-    options = {"safe_masks": safe_masks, "map_size": map_size, "max_robots": 40, "min_factories": 3}
-    counts[safe_masks] += play(monkeypatch, seed, 600, rich=True, **options)
+    options = {"map_size": map_size, "max_robots": 40, "min_factories": 3}
+    counts[safe_masks] += play(monkeypatch, seed, 600, True, safe_masks=safe_masks, **options)
 
 
-def test_enough_was_tried(counts):
-    """Over 100,000 actions of every kind were carried out (by the tests above), with both sets of masks."""
+def test_enough_was_tried():
+    """The tests above carried out over 100,000 actions of every kind, with both sets of masks."""
     for safe_masks, count in counts.items():
         for action in (*lux.ROBOT_ACTIONS, *lux.FACTORY_ACTIONS):
             assert count[action] > 100, (safe_masks, action)
