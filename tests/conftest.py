@@ -11,4 +11,4 @@ sys.path[:0] = map(str, (ROOT, ROOT / "examples", ROOT / "examples" / "toy", ROO
 
 import torch  # noqa: E402  (after the environment variables that it reads)
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
