@@ -1711,8 +1711,10 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             failure = ChildProcessError(f"{' and '.join(dead)} died")
         except TimeoutError as error:
             failure = error
-        except RuntimeError as error:  # raised by a match
+        except RuntimeError as error:  # of a match
             failure = ChildProcessError(str(error))
+        except Exception as error:
+            failure = ChildProcessError(f"a worker process failed: {type(error).__name__}: {error}")
         self.close()
         raise failure from None
 
