@@ -173,14 +173,15 @@ GAMES = {
 GROUP_BY = ["entity", "cluster"]
 
 
-def train(script, run_dir, **options):
-    """Content of the last checkpoint of a training."""
-    args = script.Args(**options)
+def train(script, **options):
+    """Content of the last checkpoint of a training in this process."""
+    args = script.Args(num_workers=0, **options)
     with mock.patch.object(sys, "argv", ["script.py"]):
         script.check_args(args)
-    assert outcome(lambda: script.train(args, run_dir, torch.device("cpu")))
-    path = script.checkpoints(run_dir)[-1]
-    return torch.load(path, weights_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        assert outcome(lambda: script.train(args, Path(folder), torch.device("cpu")))
+        path = script.checkpoints(folder)[-1]
+        return torch.load(path, weights_only=True)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -192,11 +193,7 @@ def test_small_trainings(script, tmp_path):
     @given(one_of_each(**TRAININGS, **own), one_of_each(**GAMES), st.integers(1, 2))
     def check(options, game, updates):
         steps = options["num_envs"] * options["num_steps"] * updates
-        COUNT["trainings"] += 1
-        run_dir = tmp_path / f"run{COUNT['trainings']}"
-        run_dir.mkdir()
-        sizes = {"total_timesteps": steps, "num_workers": 0, "env_kwargs": game}
-        checkpoint = train(script, run_dir, **options, **sizes)
+        checkpoint = train(script, **options, total_timesteps=steps, env_kwargs=game)
         assert checkpoint["global_step"] == steps
         assert all(x.isfinite().all() for x in checkpoint["model"].values())
 
@@ -210,9 +207,7 @@ def test_small_trainings(script, tmp_path):
 def trained(script):
     """Content of the checkpoint of a real run of two updates of 4 steps."""
     sizes = {"num_envs": 1, "num_steps": 4, "num_minibatches": 2, "total_timesteps": 8}
-    sizes |= {"num_workers": 0, "env_kwargs": {"max_robots": 3}}
-    with tempfile.TemporaryDirectory() as folder:
-        return train(script, Path(folder), **sizes, save_every=1)
+    return train(script, **sizes, env_kwargs={"max_robots": 3}, save_every=1)
 
 
 places_in_a_file = st.floats(0, 1, exclude_max=True) | st.floats(0.98, 1, exclude_max=True)
@@ -227,14 +222,11 @@ def damaged(content, damage):
         return what
     place = int(what * len(content))
     head, tail = content[:place], content[place:]
-    return (
-        head
-        + {
-            "cut": b"",
-            "bit": bytes([tail[0] ^ 1 << place % 8]) + tail[1:],
-            "zeros": bytes(len(tail[:4096])) + tail[4096:],  # a block that never reached the disk
-        }[how]
-    )
+    if how == "bit":
+        return head + bytes([tail[0] ^ 1 << place % 8]) + tail[1:]
+    if how == "zeros":  # as of a block that never reached the disk
+        return head + bytes(len(tail[:4096])) + tail[4096:]
+    return head
 
 
 def same(one, other):

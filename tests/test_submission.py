@@ -32,7 +32,6 @@ from luxai_runner.utils import to_json  # noqa: E402
 from luxai_s2.unit import UnitType  # noqa: E402
 
 MODEL = ROOT / "submission" / "model.pt"
-MATCH = ROOT / "benchmark" / "match.py"
 LIGHT, HEAVY = UnitType.LIGHT, UnitType.HEAVY
 
 
@@ -50,8 +49,9 @@ class Game:
     def line(self, player="player_0"):
         return json.dumps({"obs": self.message, "player": player, "step": self.engine.env_steps})
 
-    def step(self, orders):
-        """Give the orders of both players, as they come from JSON."""
+    def turn(self, players):
+        """The players' answers; the engine plays them, as they come from JSON."""
+        orders = [player.answer(self.line(name)) for name, player in zip(lux.PLAYERS, players)]
         given = {}
         for player, order in zip(lux.PLAYERS, json.loads(json.dumps(orders))):
             queues = {name: np.array(x) for name, x in order.items() if isinstance(x, list)}
@@ -62,11 +62,6 @@ class Game:
         self.message = to_json(self.engine.state.get_change_obs(self.seen))
         self.seen = self.engine.state.get_obs()
         assert self.engine.complaints == [] and [seat.refused for seat in self.seats] == [0, 0]
-
-    def turn(self, players):
-        """The players' answers; the engine plays them."""
-        orders = [player.answer(self.line(name)) for name, player in zip(lux.PLAYERS, players)]
-        self.step(orders)
         return orders
 
     def place(self, *players):
@@ -126,7 +121,6 @@ def test_parity(monkeypatch):
         steps += 1
         assert terminated[0] == game.done
     assert steps > 150 and robots > 4
-    env.close()
 
 
 @double_precision()
@@ -381,9 +375,9 @@ def test_kaggle():
 
 def test_matches(tmp_path):
     """The program: both sides of every map, rows, replays and the result."""
-    command = [sys.executable, MATCH, "--a", ROOT / "submission", "--b", "idle", "--games", "2"]
-    command += ["--map-size", "32", "--max-factories", "2", "--steps", "20", "--seed", "4"]
-    command += ["--parallel", "2", "--out", "games.csv", "--replays", "replays"]
+    command = [sys.executable, matches.__file__, "--a", ROOT / "submission", "--b", "idle"]
+    command += "--games 2 --parallel 2 --seed 4 --steps 20 --map-size 32 --max-factories 2".split()
+    command += "--overage 6000 --out games.csv --replays replays".split()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     with open(tmp_path / "games.csv") as file:
         rows = list(csv.DictReader(file))
