@@ -142,14 +142,20 @@ class Seat:
     async def _failure(self):
         """Why the bot gave no orders."""
         process = self.bot.proc._agent_process
-        with contextlib.suppress(asyncio.TimeoutError):  # after a crash its last lines still come
-            await asyncio.wait_for(process.wait(), 1)
-            await asyncio.sleep(0.1)
+        if process.stdout.at_eof():  # it ends: its exit code and last lines still come
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._end(), 60)
         if process.returncode is not None:
             return f"ended with exit code {process.returncode}"
         if self.bot.remainingOverageTime <= 0:
             return f"was late: {self.seconds[-1]:.1f} s"
         return " ".join(self.bot.log)[:200]
+
+    async def _end(self):
+        """Wait until the bot's process has ended and all that it wrote to stderr is read."""
+        process = self.bot.proc._agent_process
+        while process.returncode is None or not process.stderr.at_eof():
+            await asyncio.sleep(0.01)
 
 
 @contextlib.contextmanager
