@@ -275,6 +275,7 @@ LICHEN_TO_SPREAD = 20  # units from which a cell spreads to its neighbours
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
 FAR = 10**6  # more than any distance or time
+AREA = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)  # steps in x and y from a factory's centre to its cells
 
 # ---------- Reading ----------
 
@@ -331,11 +332,14 @@ def read_engine(state):
 # ---------- The encoder: observations to arrays, actions to official orders ----------
 
 # One observation of every match: `time` [N], maps [N, H, W], `own_lichen` (match, player, x and y of the
-# cells where teams' lichen grows), and entities. `all_robots` includes robots without a slot; `robots`
-# and their `unit_ids` do not.
+# cells where teams' lichen grows), and entities. `covered` are the `factory_cells`. `all_robots` includes
+# robots without a slot; `robots` and their `unit_ids` do not.
 Scene = namedtuple(
     "Scene",
-    "snapshots time rubble lichen strains own_lichen factories all_robots robots unit_ids maps around soil",
+    (
+        *("snapshots", "time", "rubble", "lichen", "strains", "own_lichen", "factories", "covered"),
+        *("all_robots", "robots", "unit_ids", "maps", "around", "soil"),
+    ),
 )
 
 # Where things stand: maps [N, P, H + 2, W + 2] with a border of one cell, so that the neighbours of any
@@ -491,14 +495,16 @@ class LuxEncoder:
         robots = Robots(*(field[has_slot] for field in all_robots))
         unit_ids = [all_ids[row] for row in np.flatnonzero(has_slot)]
         self._join_nearest_factory(robots, factories)
-        maps = bordered_maps(factories, all_robots, self.options.map_size)
+        covered = factory_cells(factories)
+        size = self.options.map_size + 2
+        maps = bordered_maps(covered, all_robots, (self.num_matches, 2, size, size))
         soil = None
         if self.options.grow_lichen:
             soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
         around = self._look_around(robots, factories, rubble, maps, soil)
         return Scene(
             *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen),
-            *(factories, all_robots, robots, unit_ids, maps, around, soil),
+            *(factories, covered, all_robots, robots, unit_ids, maps, around, soil),
         )
 
     def _read_factories(self, matches):
@@ -584,7 +590,7 @@ class LuxEncoder:
         board[..., CHANNEL["rubble"]] = scene.rubble[:, None]
         match, player, x, y = scene.own_lichen
         draw(board, "lichen", match, player, x, y, scene.lichen[match, x, y])
-        match, player, _, x, y = factory_cells(scene.factories)
+        match, player, _, x, y = scene.covered
         draw(board, "factory", match, player, x, y)
         robots = scene.all_robots
         for kind, name in enumerate(("light", "heavy")):
@@ -876,14 +882,13 @@ def bordered(maps):
 def factory_cells(factories):
     """Match, player, slot, x and y of the 3 x 3 cells that each factory covers; x and y [9, factories]."""
     match, player, slot = who = np.nonzero(factories.alive)
-    dx, dy = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)
+    dx, dy = AREA
     return match, player, slot, factories.x[who] + dx, factories.y[who] + dy
 
 
-def bordered_maps(factories, all_robots, size):
-    """The BorderedMaps of these entities on boards with `size` cells to a side."""
-    shape = len(factories.alive), 2, size + 2, size + 2
-    match, player, slot, x, y = factory_cells(factories)
+def bordered_maps(covered, all_robots, shape):
+    """The BorderedMaps, of this shape, of the `factory_cells` and robots."""
+    match, player, slot, x, y = covered
     factory = np.full(shape, -1, np.int8)
     factory[match, player, x + 1, y + 1] = slot
     centre = np.zeros(shape, bool)
@@ -1249,15 +1254,14 @@ class LuxMatch:
             amounts[act.player, act.slot, REWARD_INDEX[term]] = amount
 
         for unit_id, act in acts.robots.items():
-            # Only digging fills a cargo, and only delivering to an own factory empties it
-            ice = robots[unit_id].cargo.ice - act.before.ice
-            ore = robots[unit_id].cargo.ore - act.before.ore
-            pay(act, "ice_dug", max(ice, 0))
-            pay(act, "ore_dug", max(ore, 0))
-            pay(act, "ice_delivered", max(-ice, 0))
-            pay(act, "ore_delivered", max(-ore, 0))
-            arrived[act.player, act.delivery_slot, "ice"] += max(-ice, 0)
-            arrived[act.player, act.delivery_slot, "ore"] += max(-ore, 0)
+            for resource in ("ice", "ore"):
+                # Only digging fills a cargo, and only delivering to an own factory empties it
+                gained = getattr(robots[unit_id].cargo, resource) - getattr(act.before, resource)
+                if gained > 0:
+                    pay(act, f"{resource}_dug", gained)
+                elif gained < 0:
+                    pay(act, f"{resource}_delivered", -gained)
+                    arrived[act.player, act.delivery_slot, resource] -= gained
             if act.worth_clearing:
                 left = state.board.rubble[act.before.x, act.before.y]
                 pay(act, "rubble_cleared", max(act.worth_clearing - left, 0))

@@ -1,5 +1,6 @@
-"""The contract checker of examples/: it names what an environment breaks, and is silent where nothing is broken."""
+"""The contract checker of examples/: it names what an environment breaks, and nothing else."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,75 +9,98 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from check_env import check_env
+from helpers import entities
 from toy_env import COLOURS, LENGTH, SIZE, ToyVecEnv
 
 import lux_wrapper as lux
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULT = ("obs", "rewards", "terminated", "truncated", "infos")
 
 
-def shown(change):
-    """A toy whose observations go through `change(env, obs)` first."""
+class Toy(ToyVecEnv):
+    """The toy that counts its steps, and remembers what it showed and who lived before."""
 
-    class Changed(ToyVecEnv):
-        def _observe(self):
-            obs = super()._observe()
-            change(self, obs)
-            return obs
+    steps = 0
 
-    return Changed
+    def _observe(self):
+        self.obs = super()._observe()
+        return self.obs
 
-
-def stepped(change):
-    """A toy whose steps are `change(env, live, obs, rewards, terminated, truncated, infos)`; None leaves as it is."""
-
-    class Changed(ToyVecEnv):
-        def step(self, actions):
-            live, result = self.live, super().step(actions)
-            return change(self, live, *result) or result
-
-    return Changed
+    def step(self, actions):
+        self.steps += 1
+        self.before = self.live
+        return super().step(actions)
 
 
-def built(change):
-    """A toy that `change(env)` has changed after it was built."""
+def changed(method, change, base=Toy):
+    """A toy whose method returns `change(env, result)` of its usual result."""
 
-    class Changed(ToyVecEnv):
-        def __init__(self, num_envs):
-            super().__init__(num_envs)
-            change(self)
+    def call(env, *args, **options):
+        return change(env, getattr(base, method)(env, *args, **options))
 
-    return Changed
+    return type("Changed", (base,), {method: call})
 
 
-def put(key, where, value):
-    """A change of an observation: `value` in array `key` where `where(env, obs)` says."""
-    return shown(lambda env, obs: obs[key].__setitem__(where(env, obs), value))
+def built(**attributes):
+    """A toy with other attributes."""
+    return changed("__init__", lambda env, _: env.__dict__.update(attributes))
 
 
-def a_live_one(env, obs):
-    return tuple(np.argwhere(env.live)[0])
+def space(**other):
+    """A toy with another space of one array; bounds do not matter."""
+    spaces = dict(Toy(1).single_observation_space)
+    spaces |= {key: gym.spaces.Box(0, 1, shape) for key, shape in other.items()}
+    return built(single_observation_space=gym.spaces.Dict(spaces))
 
 
-def an_empty_one(env, obs):
-    return tuple(np.argwhere(~env.live)[0])
+def shown(key, change):
+    """A toy whose array `key` is `change(env, x)` in every observation."""
+    return changed("_observe", lambda env, obs: obs | {key: change(env, obs[key])})
 
 
-def drop(mapping, key):
-    return {k: x for k, x in mapping.items() if k != key}
+def stepped(name, change):
+    """A toy in which `change(env, x)` replaces one part of what a step returns."""
+
+    def replaced(env, parts):
+        parts = dict(zip(RESULT, parts))
+        parts[name] = change(env, parts[name])
+        return tuple(parts.values())
+
+    return changed("step", replaced)
 
 
-def with_episode(**changes):
-    """A toy whose infos of finished matches are changed by functions of (env, array)."""
+def put(key, live, value):
+    """A toy that shows `value` in the first slot that is live, or empty."""
 
-    def change(env, live, obs, rewards, terminated, truncated, infos):
+    def written(env, x):
+        x[tuple(np.argwhere(env.live == live)[0])] = value
+        return x
+
+    return shown(key, written)
+
+
+def episode(key, change):
+    """A toy that changes a metric of finished matches."""
+
+    def written(env, infos):
         if infos:
-            infos["episode"] |= {key: do(env, infos["episode"][key]) for key, do in changes.items()}
+            infos["episode"][key] = change(infos["episode"][key])
+        return infos
 
-    return stepped(change)
+    return stepped("infos", written)
 
 
-class Impatient(ToyVecEnv):
+def without(key):
+    return lambda env, mapping: {k: x for k, x in mapping.items() if k != key}
+
+
+def noise(x):
+    """A board that no seed decides."""
+    return np.random.default_rng().integers(0, 100, x.shape, np.uint8)
+
+
+class Impatient(Toy):
     """A slot whose worker has left is another's at once, as the identities tell."""
 
     def reset(self, **options):
@@ -84,260 +108,167 @@ class Impatient(ToyVecEnv):
         return super().reset(**options)
 
     def step(self, actions):
-        live, result = self.live, super().step(actions)
-        left = live & ~self.live & ~result[2][:, None, None]
-        self.live = self.live | left
+        result = super().step(actions)
+        left = self.before & ~self.live & ~result[2][:, None, None]
+        self.live |= left
         self.ids = self.ids + left
         result[0]["kind"][:] = self.live
         return result
 
 
-class Late(ToyVecEnv):
-    """The last observation of a match is shown, and the next match begins a step later (NEXT_STEP autoreset)."""
-
-    def reset(self, **options):
-        self.ended = False
-        self.obs, infos = super().reset(**options)
-        return self.obs, infos
-
-    def step(self, actions):
-        rewards, false = np.zeros(self.shape, np.float32), np.zeros(self.num_envs, bool)
-        if self.ended:
-            self.ended = False
-            return self.obs, rewards, false, false, {}
-        self.obs, *others = super().step(actions)
-        self.ended = bool(others[1].any())
-        return self.obs, *others
-
-
-class Kept(ToyVecEnv):
-    """The toy with state() and load_state(): all of a match, and from then on other random numbers."""
-
-    def _observe(self):
-        self.obs = super()._observe()
-        return self.obs
+class Kept(Toy):
+    """The toy with state() and load_state()."""
 
     def state(self):
-        number = int(self.rng.integers(2**31))
-        self.rng = np.random.default_rng(number)
-        parts = {"time": self.time, "returns": self.returns, "live": self.live, "colour": self.colour, **self.obs}
-        return [{"number": number, **{key: x[i] for key, x in parts.items()}} for i in range(self.num_envs)]
+        everything = np.frombuffer(pickle.dumps(vars(self)), np.uint8)
+        return [{"everything": everything}] * self.num_envs
 
     def load_state(self, state):
-        together = {key: np.stack([match[key] for match in state]) for key in state[0]}
-        self.rng = np.random.default_rng(together.pop("number")[0])
-        for key in ("time", "returns", "live", "colour"):
-            setattr(self, key, together.pop(key))
-        return together, {}
+        vars(self).update(pickle.loads(state[0]["everything"]))
+        return self.obs, {}
 
 
-class Sparing(ToyVecEnv):
-    """The toy in the same arrays at every step."""
-
-    def _observe(self):
-        seen = super()._observe()
-        self.obs = getattr(self, "obs", seen)
-        for key, x in self.obs.items():
-            x[:] = seen[key]
-        return self.obs
+def forget(env, result):
+    env.colour = (env.colour + 1) % COLOURS
+    return result
 
 
-class Forgetful(Kept):
-    def load_state(self, state):
-        return super().load_state([{**match, "colour": (match["colour"] + 1) % COLOURS} for match in state])
-
-
-class Unsorted(Kept):
-    def state(self):
-        return dict(enumerate(super().state()))
-
-
-class Seedless(ToyVecEnv):
-    def reset(self, *, seed=None, options=None):
-        return super().reset()
-
-
-class Restless(ToyVecEnv):
-    """Says at will, whatever the seed, that a match has ended, and goes on as if it had not."""
-
-    def reset(self, **options):
-        self.dice, self.since, self.sums = np.random.default_rng(), np.zeros(self.num_envs), np.zeros(self.shape[:2])
-        return super().reset(**options)
+class Nosy(Toy):
+    """The actions of empty slots decide what comes next."""
 
     def step(self, actions):
-        obs, rewards, *_ = super().step(actions)
-        self.since, self.sums, over = self.since + 1, self.sums + rewards.sum(-1), self.dice.random(self.num_envs) < 0.2
-        infos = {"_episode": over, "episode": {"l": self.since.copy(), "r": self.sums.copy()}}
-        self.since[over], self.sums[over] = 0, 0
-        return obs, rewards, over, np.zeros_like(over), infos
-
-
-class Nosy(ToyVecEnv):
-    """What is asked of nobody decides what comes next."""
-
-    def step(self, actions):
-        self.rng = np.random.default_rng([self.rng.integers(2**31), int(actions[~self.live].sum())])
+        number = int(actions[~self.live].sum())
+        self.rng = np.random.default_rng([self.rng.integers(2**31), number])
         return super().step(actions)
 
 
-def spaces(**changed):
-    """A toy with other spaces."""
-
-    def change(env):
-        env.single_observation_space = gym.spaces.Dict({**env.single_observation_space, **changed})
-
-    return built(change)
-
-
-def noise(obs):
-    """A board that no seed decides."""
-    return np.random.default_rng().integers(0, 100, obs["board"].shape, np.uint8)
-
-
-class Misty(ToyVecEnv):
-    """The first board of all is another one whenever it is looked at."""
-
-    def reset(self, **options):
-        obs, infos = super().reset(**options)
-        return {**obs, "board": noise(obs)}, infos
-
-
-def next_kind(env, obs):
-    obs["kind"][:] = env.live * (1 + env.time[:, None, None] % 2)
-
-
 BROKEN = [
-    ("num_envs must be the number", built(lambda env: setattr(env, "num_envs", env.num_envs + 1))),
-    ("single_observation_space must be a Dict", built(lambda env: setattr(env, "single_observation_space", None))),
+    ("num_envs must be the number", built(num_envs=7)),
+    ("single_observation_space must be a Dict", built(single_observation_space=None)),
+    ("single_action_space must be", built(single_action_space=gym.spaces.Discrete(COLOURS))),
+    ('metadata["name"]', built(metadata={})),
+    ("the space of board", space(board=(2, SIZE, SIZE))),
+    ("the space of features", space(features=(2, 15, COLOURS))),
+    ("the space of position", space(position=(2, 16, 3))),
+    ("the space of kind", space(kind=(1, 16))),
+    ("the space of action_mask", space(action_mask=(2, 16, COLOURS + 1))),
+    ("an observation must be a dict", changed("_observe", without("group"))),
+    ("board must have the shape", shown("board", lambda env, x: x[0])),
+    ("kind must be of type int64", shown("kind", lambda env, x: x.astype(np.int32))),
+    ("board must be of type uint8", shown("board", lambda env, x: x.astype(np.float32))),
+    ("action_mask must be of type bool", shown("action_mask", lambda env, x: x.astype(int))),
+    ("kind must be 0 in an empty slot", put("kind", False, -1)),
+    ("board must be in percent", shown("board", lambda env, x: x + 101)),
+    ("position of an entity", put("position", True, [0, SIZE])),
+    ("position of an entity", put("position", True, [SIZE, 0])),
+    ("position of an entity", put("position", True, [0, -1])),
+    ("position of an entity", put("position", True, [-1, 0])),
+    ("group must be in 0 to E - 1", put("group", False, 16)),
+    ("an entity must have an action", put("action_mask", True, False)),
+    ("features of an entity must be finite", put("features", True, np.nan)),
+    ("features must stay within the bounds", put("features", True, 2)),
+    ("kind must stay within the bounds", put("kind", True, 2)),
     (
-        "single_action_space must be",
-        built(lambda env: setattr(env, "single_action_space", gym.spaces.Discrete(COLOURS))),
+        "a slot must be seen empty before another entity takes it, here its kind",
+        shown("kind", lambda env, x: x * (1 + env.time[:, None, None] % 2)),
     ),
-    ("the space of board", spaces(board=gym.spaces.Box(0, 100, (2, SIZE, SIZE), np.uint8))),
-    ("the space of features", spaces(features=gym.spaces.Box(0, 1, (2, 15, COLOURS), np.float32))),
-    ("the space of position", spaces(position=gym.spaces.Box(0, 7, (2, 16, 3), np.int64))),
-    ("the space of kind", spaces(kind=gym.spaces.Box(0, 1, (1, 16), np.int64))),
-    ("the space of action_mask", spaces(action_mask=gym.spaces.MultiBinary((2, 16, COLOURS + 1)))),
-    ("an observation must be a dict", shown(lambda env, obs: obs.pop("group"))),
-    ("board must have the shape", shown(lambda env, obs: obs.update(board=obs["board"][0]))),
-    ("kind must be of type int64", shown(lambda env, obs: obs.update(kind=obs["kind"].astype(np.int32)))),
-    ("board must be of type uint8", shown(lambda env, obs: obs.update(board=obs["board"].astype(np.float32)))),
-    (
-        "action_mask must be of type bool",
-        shown(lambda env, obs: obs.update(action_mask=obs["action_mask"].astype(int))),
-    ),
-    ("kind must be 0 in an empty slot", put("kind", an_empty_one, -1)),
-    ("board must be in percent", put("board", lambda env, obs: (1, 0, 2, 3), 255)),
-    ("position of an entity", put("position", a_live_one, [0, SIZE])),
-    ("position of an entity", put("position", a_live_one, [SIZE, 0])),
-    ("position of an entity", put("position", a_live_one, [0, -1])),
-    ("position of an entity", put("position", a_live_one, [-1, 0])),
-    ("group must be in 0 to E - 1", put("group", an_empty_one, 16)),
-    ("an entity must have an action", put("action_mask", a_live_one, False)),
-    ("features of an entity must be finite", put("features", a_live_one, np.nan)),
-    ("features must stay within the bounds", put("features", a_live_one, 2)),
-    ("kind must stay within the bounds", put("kind", a_live_one, 2)),
-    ("rewards must have the shape", stepped(lambda env, live, obs, rewards, *rest: (obs, rewards.sum(-1), *rest))),
-    ("rewards must be floating", stepped(lambda env, live, obs, rewards, *rest: (obs, rewards.astype(int), *rest))),
+    ("rewards must have the shape", stepped("rewards", lambda env, x: x.sum(-1))),
+    ("rewards must be floating", stepped("rewards", lambda env, x: x.astype(int))),
     (
         "the reward of an entity must be",
-        stepped(lambda env, live, obs, rewards, *rest: (obs, np.where(live & (rewards == 0), np.nan, rewards), *rest)),
+        stepped("rewards", lambda env, x: np.where(env.before & (x == 0), np.nan, x)),
     ),
     (
         "a slot that was empty before",
-        stepped(
-            lambda env, live, obs, rewards, *rest: (obs, np.where(env.live & ~live, np.float32(1), rewards), *rest)
-        ),
+        stepped("rewards", lambda env, x: x + (env.live & ~env.before)),
     ),
+    ("terminated must be", stepped("terminated", lambda env, x: np.stack([x, x], -1))),
+    ("truncated must be", stepped("truncated", lambda env, x: x.astype(int))),
+    ('infos["_episode"] must be true', stepped("infos", without("_episode"))),
+    ('infos["episode"] must hold "l", "r"', stepped("infos", without("episode"))),
+    ('infos["episode"]["l"] must be the steps', episode("l", lambda length: length - 1)),
+    ('infos["episode"]["r"] must be the sum', episode("r", lambda r: r / 2)),
+    ('infos["episode"]["r"] must be finite', episode("r", lambda r: r * np.nan)),
     (
-        "terminated must be",
-        stepped(lambda env, live, obs, rewards, over, *rest: (obs, rewards, np.stack([over, over], -1), *rest)),
+        "the same seed",
+        changed("reset", lambda env, x: (x[0] | {"board": noise(x[0]["board"])}, {})),
     ),
-    (
-        "truncated must be",
-        stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut.astype(int), infos)),
-    ),
-    ("a slot must be seen empty before another entity takes it, here its kind", shown(next_kind)),
-    ('metadata["name"]', built(lambda env: setattr(env, "metadata", {}))),
-    (
-        'infos["_episode"] must be true',
-        stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "_episode"))),
-    ),
-    (
-        'infos["episode"] must hold "l", "r"',
-        stepped(lambda env, live, obs, rewards, over, cut, infos: (obs, rewards, over, cut, drop(infos, "episode"))),
-    ),
-    ('infos["episode"]["l"] must be the steps', Late),
-    ('infos["episode"]["r"] must be the sum', with_episode(r=lambda env, r: r / 2)),
-    ('infos["episode"]["r"] must be finite', with_episode(r=lambda env, r: r * np.nan)),
-    ("the same seed and actions", Seedless),
+    ("the same seed", shown("board", lambda env, x: noise(x) if env.time[0] == 1 else x)),
+    ("the same seed", stepped("truncated", lambda env, x: x | (env.steps > 3 * LENGTH))),
     ("actions of empty slots must not matter", Nosy),
-    ("state must return a list", Unsorted),
-    ("after load_state", Forgetful),
-    ("the same seed and actions", Misty),
-    ("the same seed and actions", shown(lambda env, obs: env.time[0] == 1 and obs.update(board=noise(obs)))),
-    ("the same seed and actions", Restless),
+    ("state must return a list", changed("state", lambda env, x: dict(enumerate(x)), Kept)),
+    ("after load_state", changed("load_state", forget, Kept)),
 ]
 
 
 @pytest.mark.parametrize("clause, make_env", BROKEN)
 def test_names_what_is_broken(clause, make_env):
-    """An environment that breaks one clause gets one sentence, or few, and the first is about it."""
+    """An environment that breaks one clause gets one sentence, or few, and one is about it."""
     sentences = check_env(make_env, steps=3 * LENGTH)
-    assert sentences and any(sentence.startswith(clause) for sentence in sentences)
+    assert any(sentence.startswith(clause) for sentence in sentences)
     assert len(sentences) <= 2
 
 
-@pytest.mark.parametrize("make_env", [ToyVecEnv, Kept, Sparing, lambda num_envs: ToyVecEnv(num_envs, slots=1)])
+@pytest.mark.parametrize("make_env", [ToyVecEnv, Kept, lambda n: ToyVecEnv(n, slots=1)])
 def test_silent_about_the_toy(make_env):
     assert check_env(make_env, num_envs=4) == []
 
 
 def test_says_where():
-    """A sentence ends with the first place and time: here the third step, in which the first match is shown wrong."""
-    wrong = shown(lambda env, obs: obs["board"].__setitem__((0, 1), 101 * (env.time[0] == 3)))
-    assert check_env(wrong)[0] == "board must be in percent, 0 to 100 (match 0, team 1, slot 0, step 3)"
+    """A sentence ends with the first place and time."""
+    third = np.arange(2)[:, None, None, None] == 1
+    wrong = shown("board", lambda env, x: x + np.uint8(101 * (third & (env.time[0] == 3))))
+    place = "(match 0, team 1, slot 0, step 3)"
+    assert check_env(wrong)[0] == f"board must be in percent, 0 to 100 {place}"
 
 
 def test_knows_entities_by_their_ids():
-    """A slot that another entity takes at once looks like one that lives on, but for what identifies them."""
+    """A slot taken at once looks like one whose entity lives, except for the ids."""
     assert check_env(Impatient) == []
     (sentence,) = check_env(Impatient, entity_ids=lambda env: env.ids)
-    assert sentence.startswith("a slot must be seen empty before another entity takes it, here its entity changed")
+    clause = "a slot must be seen empty before another entity takes it, here its entity changed"
+    assert sentence.startswith(clause)
 
 
-def robots(env):
-    """Who is in which slot of Lux: a number for every unit and factory of the engine."""
-    ids = np.full(env.arrays["kind"].shape, -1)
-    for index, match in enumerate(env.matches.matches):
-        state = match.engine.state
-        for team, player in enumerate(lux.PLAYERS):
-            for owned in (state.units[player], state.factories[player]):
-                for entity in owned.values():
-                    where = (env.arrays["position"][index, team] == entity.pos.pos).all(-1)
-                    kind = 1 if owned is state.factories[player] else 2 + entity.is_heavy()
-                    slot = np.flatnonzero(where & (env.arrays["kind"][index, team] == kind))
-                    ids[index, team, slot] = int(entity.unit_id.split("_")[1])
-    return ids
+class Lux(lux.LuxVecEnv):
+    """The game, with a number for every entity of the engine in `ids`."""
+
+    def _observations(self, obs):
+        obs = super()._observations(obs)
+        self.ids = np.full(self.kind.shape, -1)
+        for index, match in enumerate(self.matches):
+            for entity in sum(entities(match.engine.state), []):
+                where = index, entity.team_id
+                name, number = entity.unit_id.split("_")
+                same = (self.kind[where] == lux.FACTORY) == (name == "factory")
+                same &= (obs["position"][where] == entity.pos.pos).all(-1)
+                self.ids[where][same] = number
+        return obs
 
 
 @pytest.mark.parametrize("group_by", ["entity", "cluster"])
 def test_silent_about_lux(group_by):
-    """The game itself, with births, deaths, ends of matches and entities known by the engine's ids."""
-    options = {"num_workers": 0, "max_robots": 4, "group_by": group_by}
-    assert check_env(lambda num_envs: lux.LuxVecEnv(num_envs, **options), 250, num_envs=2, entity_ids=robots) == []
+    """Births, deaths, ends of matches and entities known by the engine's ids are all in order."""
+
+    def make_env(num_envs):
+        return Lux(num_envs, num_workers=0, max_robots=4, group_by=group_by)
+
+    assert check_env(make_env, 250, num_envs=2, entity_ids=lambda env: env.ids) == []
 
 
 def test_command(tmp_path):
     """It says in a line what came up, and ends with 1 and the sentences if a clause is broken."""
-    (tmp_path / "mine.py").write_text(
-        "from toy_env import ToyVecEnv\n\n\nclass Mine(ToyVecEnv):\n"
-        "    def _observe(self):\n        return {**super()._observe(), 'group': super()._observe()['group'] + 1}\n"
-    )
-    (tmp_path / "toy_env.py").write_text((ROOT / "examples" / "toy" / "toy_env.py").read_text())
-    command = [sys.executable, str(ROOT / "examples" / "check_env.py")]
-    result = subprocess.run([*command, "toy_env:ToyVecEnv"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.startswith("0 clauses broken; ")
-    assert "60 ends of matches in 200 steps of 3 matches" in result.stdout
-    result = subprocess.run([*command, "mine:Mine", "--steps", "20"], cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 1 and result.stdout.startswith("group must be in 0 to E - 1")
+
+    def run(*args):
+        command = [sys.executable, ROOT / "examples" / "check_env.py", *args]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return result.returncode, result.stdout
+
+    toy = (ROOT / "examples/toy/toy_env.py").read_text()
+    (tmp_path / "toy.py").write_text(toy)
+    (tmp_path / "mine.py").write_text(toy.replace('"group": slot', '"group": slot + 1'))
+    code, said = run("toy:ToyVecEnv")
+    assert code == 0 and said.startswith("0 clauses broken; ")
+    assert "60 ends of matches in 200 steps of 3 matches" in said
+    code, said = run("mine:ToyVecEnv", "--steps", "20")
+    assert code == 1 and said.startswith("group must be in 0 to E - 1")
