@@ -142,7 +142,7 @@ class Seat:
     async def _failure(self):
         """Why the bot gave no orders."""
         process = self.bot.proc._agent_process
-        if process.stdout.at_eof():  # it ends: its exit code and last lines still come
+        if process.stdout.at_eof():  # it has crashed
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._end(), 60)
         if process.returncode is not None:
@@ -152,7 +152,7 @@ class Seat:
         return " ".join(self.bot.log)[:200]
 
     async def _end(self):
-        """Wait until the bot's process has ended and all that it wrote to stderr is read."""
+        """Wait for the exit code and the last lines."""
         process = self.bot.proc._agent_process
         while process.returncode is None or not process.stderr.at_eof():
             await asyncio.sleep(0.01)
