@@ -1,7 +1,4 @@
-"""Runs that are stopped, killed and resumed, or that meet a fault.
-
-They come out the same, or say why not.
-"""
+"""Runs that are stopped and resumed, or meet a fault: they come out the same, or say why not."""
 
 import contextlib
 import os
@@ -18,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import hash_of, masked_random, scripted
+from helpers import hash_of, in_process, masked_random, scripted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_learning import train_on_toy
 from toy_env import ToyVecEnv
@@ -27,7 +24,6 @@ import global_ppo
 import lux_wrapper as lux
 import trajsep_ppo
 
-ROOT = Path(__file__).resolve().parent.parent
 HANG = 600  # seconds that nothing here takes, on any machine under any load
 # It does not end by itself; schedules would depend on where it ends
 ENDLESS = (
@@ -42,10 +38,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits
 
 @pytest.fixture
 def start(tmp_path):
-    """Function (*arguments of Python) -> a process in tmp_path, which ends with the test.
-
-    It has a group of its own.
-    """
+    """Function (*arguments of Python) -> a process in tmp_path; its group ends with the test."""
     processes = []
 
     def start(*arguments):
@@ -62,23 +55,15 @@ def start(tmp_path):
         process.communicate()
 
 
-def wait_for(condition):
-    """Wait until condition() is true; what it returns then."""
-    deadline = time.time() + HANG
-    while not (found := condition()):
-        assert time.time() < deadline
-        time.sleep(0.02)
-    return found
-
-
 def wait_for_checkpoint(process, cwd, step=64):
     """Wait until a run has written the checkpoint of `step` or a later one; the run's folder."""
-
-    def found():
-        assert process.poll() is None, process.communicate()
-        return [x.parent for x in cwd.glob("runs/*/checkpoint_*.pt") if int(x.stem[11:]) >= step]
-
-    return wait_for(found)[0]
+    deadline = time.time() + HANG
+    while True:
+        for path in cwd.glob("runs/*/checkpoint_*.pt"):
+            if int(path.stem[11:]) >= step:
+                return path.parent
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.02)
 
 
 def finish(process, code=0):
@@ -92,10 +77,6 @@ def finish(process, code=0):
 def load(run_dir):
     """The newest checkpoint of a run."""
     return torch.load(trajsep_ppo.checkpoints(run_dir)[-1], weights_only=True)
-
-
-def step_of(run_dir):
-    return load(run_dir)["global_step"]
 
 
 def scalars(run_dir):
@@ -130,10 +111,7 @@ def assert_as_undisturbed(run_dir, process):
     """The process, which trains without being stopped, leaves what the run has left."""
     finish(process)
     (other,) = {*run_dir.parent.iterdir()} - {run_dir}
-    got, expected = results(run_dir), results(other)
-    assert got.keys() == expected.keys()
-    for key in expected:
-        assert got[key] == expected[key], key
+    assert results(run_dir) == results(other)
 
 
 # -- Continuing --------------------------------------------------------------------------
@@ -145,50 +123,50 @@ def stop(process, run_dir, how):
     if how == signal.SIGKILL:
         process.kill()
         process.communicate()
-        return step_of(run_dir)
+        return load(run_dir)["global_step"]
     os.killpg(process.pid, how)  # all processes get it, as from a terminal
     output = finish(process, 128 + how)
-    command = f"python {process.args[1]} --resume runs/{run_dir.name}"
-    step = step_of(run_dir)
-    assert output.endswith(f"stopped at step {step}; continue: {command}\n")
+    step = load(run_dir)["global_step"]
+    again = f"python {process.args[1]} --resume runs/{run_dir.name}"
+    assert output.endswith(f"stopped at step {step}; continue: {again}\n")
     return step
 
 
 @pytest.mark.parametrize(
-    "name, first, second",
+    "script, first, second",
     [
-        ("trajsep_ppo.py", signal.SIGKILL, signal.SIGINT),
-        ("global_ppo.py", signal.SIGTERM, signal.SIGKILL),
+        (trajsep_ppo, signal.SIGKILL, signal.SIGINT),
+        (global_ppo, signal.SIGTERM, signal.SIGKILL),
     ],
 )
-def test_stopped_at_random_moments(name, first, second, start, tmp_path):
+def test_stopped_at_random_moments(script, first, second, start, tmp_path):
     """Killed, interrupted, terminated: all that is there in the end is as if it had not been.
 
     The number of workers changes from one time to the next.
     """
-    process = start(ROOT / name, *ENDLESS, "--num-workers", 2)
+    process = start(script.__file__, *ENDLESS, "--num-workers", 2)
     run_dir = wait_for_checkpoint(process, tmp_path)
     reached = stop(process, run_dir, first)
-    resume = (ROOT / name, "--resume", f"runs/{run_dir.name}")
+    resume = (script.__file__, "--resume", f"runs/{run_dir.name}")
     process = start(*resume, "--num-workers", 0)
     wait_for_checkpoint(process, tmp_path, reached + 64)
     reached = stop(process, run_dir, second)
     last = ("--total-timesteps", max(reached + 64, 384))
     output = finish(start(*resume, "--num-workers", 1, *last))
     assert f"from step {reached}, writing to runs/{run_dir.name}" in output
-    assert_as_undisturbed(run_dir, start(ROOT / name, *ENDLESS, "--num-workers", 0, *last))
+    assert_as_undisturbed(run_dir, start(script.__file__, *ENDLESS, "--num-workers", 0, *last))
 
 
 def test_two_processes(start, tmp_path):
     """Under torchrun, SIGTERM to its agent stops both after the same update; both continue."""
-    command = (*TORCHRUN, ROOT / "trajsep_ppo.py")
+    command = (*TORCHRUN, trajsep_ppo.__file__)
     flags = (*ENDLESS, "--num-workers", 0)
     process = start(*command, *flags)
     run_dir = wait_for_checkpoint(process, tmp_path)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=HANG)
     assert process.returncode != 0 and output.count("stopped at step") == 1
-    last = ("--total-timesteps", max(step_of(run_dir) + 64, 384))
+    last = ("--total-timesteps", max(load(run_dir)["global_step"] + 64, 384))
     finish(start(*command, "--resume", run_dir, *last))
     assert_as_undisturbed(run_dir, start(*command, *flags, *last))
 
@@ -277,7 +255,7 @@ def test_each_part_of_a_checkpoint_counts(script, toy):
 def test_matches_that_do_not_fit(script, num_envs, toy, tmp_path):
     """Another number of matches than was saved is refused before anything is written."""
     _, start = toy(script)
-    with pytest.raises(script.Refused, match="do not fit"):
+    with pytest.raises(script.Refused, match="does not fit"):
         toy(script, start, total_timesteps=512, num_envs=num_envs)
     assert len([*tmp_path.iterdir()]) == 1
 
@@ -285,14 +263,10 @@ def test_matches_that_do_not_fit(script, num_envs, toy, tmp_path):
 # -- Matches -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["entity", "cluster"])
-def matches(request):
-    """Three matches of different ages: options, states, and what came then.
-
-    That is a list of (actions, what `step` returned), for 40 steps.
-    """
-    separate = request.param == "entity"
-    options = {"group_by": request.param, "safe_masks": separate, "max_robots": 20 if separate else 6}
+@pytest.mark.parametrize("group_by, max_robots", [("entity", 20), ("cluster", 6)])
+def test_matches_continue_bit_for_bit(group_by, max_robots):
+    """Three matches of different ages, rebuilt by other workers, and as of two processes."""
+    options = {"group_by": group_by, "max_robots": max_robots, "safe_masks": group_by == "entity"}
     rng = np.random.default_rng(5)
     env = lux.LuxVecEnv(3, num_workers=2, **options)
     obs, _ = env.reset(seed=31)
@@ -300,43 +274,39 @@ def matches(request):
     for step in range(200):
         if step == 160:
             first_obs, state = deepcopy(obs), env.state()
-        actions = scripted(obs) if separate else masked_random(rng, obs["action_mask"])
+        scriptable = group_by == "entity"
+        actions = scripted(obs) if scriptable else masked_random(rng, obs["action_mask"])
         actions[1] = 0  # idle: it is over after some 150 steps
         steps.append((actions, deepcopy(env.step(actions))))
         obs = steps[-1][1][0]
     env.close()
     assert len({len(match["actions"]) for match in state}) > 1 and state[1]["played"] == 2
     assert all(match["actions"].dtype == np.int8 for match in state)
-    return options, state, first_obs, steps[160:]
 
-
-@pytest.mark.parametrize("first, number, workers", [(0, 3, 0), (0, 1, 1), (1, 2, 2)])
-def test_matches_continue_bit_for_bit(first, number, workers, matches):
-    """Rebuilt by other numbers of workers, and as of two processes: what follows is the same."""
-    options, state, first_obs, steps = matches
-    part = slice(first, first + number)
-    env = lux.LuxVecEnv(number, num_workers=workers, first_match=first, **options)
-    obs, _ = env.load_state(state[part])
-    assert all((obs[key] == array[part]).all() for key, array in first_obs.items())
-    for actions, (expected, rewards, terminated, _, infos) in steps:
-        obs, *got, got_infos = env.step(actions[part])
-        assert all((obs[key] == array[part]).all() for key, array in expected.items())
-        assert (got[0] == rewards[part]).all() and (got[1] == terminated[part]).all()
-        for key, x in got_infos.get("episode", {}).items():
-            ended = got_infos["_episode"]
-            assert (x[ended] == infos["episode"][key][part][ended]).all(), key
-    env.close()
+    for first, number, workers in ((0, 3, 0), (0, 1, 1), (1, 2, 2)):
+        part = slice(first, first + number)
+        env = lux.LuxVecEnv(number, num_workers=workers, first_match=first, **options)
+        obs, _ = env.load_state(state[part])
+        assert all((obs[key] == array[part]).all() for key, array in first_obs.items())
+        for actions, (expected, rewards, terminated, _, infos) in steps[160:]:
+            obs, got_rewards, got_terminated, _, got_infos = env.step(actions[part])
+            assert all((obs[key] == array[part]).all() for key, array in expected.items())
+            assert (got_rewards == rewards[part]).all()
+            assert (got_terminated == terminated[part]).all()
+            for key, x in got_infos.get("episode", {}).items():
+                ended = got_infos["_episode"]
+                assert (x[ended] == infos["episode"][key][part][ended]).all(), key
+        env.close()
 
 
 def test_held_out_matches_continue():
     """The maps that come next are those that would have come."""
-    env = lux.LuxVecEnv(2, num_workers=0, held_out=True)
-    obs, _ = env.reset(seed=3)
+    env, matches = in_process(2, held_out=True)
     for _ in range(155):
-        obs, *_ = env.step(np.zeros_like(obs["kind"]))
-    other = lux.LuxVecEnv(2, num_workers=0, held_out=True)
+        env.step(np.zeros((2, 2, 25), np.int64))
+    other, resumed = in_process(2, held_out=True)
     other.load_state(env.state())
-    for one, two in zip(env.matches.matches, other.matches.matches):
+    for one, two in zip(matches, resumed):
         assert one.seed == two.seed and one.next_seed() == two.next_seed()
 
 
@@ -344,20 +314,11 @@ def test_held_out_matches_continue():
 
 
 def sentence_of(process, run_dir):
-    """Wait for the end of a run that fails; its sentence, which names the folder."""
+    """Wait for the end of a run that fails, and of its workers; its sentence, which names the run."""
     _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 1
     (sentence,) = re.findall("error: .*", errors)  # among the progress bar's lines
     assert f"runs/{run_dir.name}" in sentence
-    wait_for(lambda: not Path(f"/proc/{process.pid}").exists())
-
-    def ended():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 0)
-            return False
-        return True
-
-    wait_for(ended)
     return sentence
 
 
@@ -372,8 +333,8 @@ def remove_the_folder(process, run_dir):
 
 @pytest.mark.parametrize("fault", [fill_the_disk, remove_the_folder])
 def test_nothing_can_be_saved(fault, start, tmp_path):
-    """One sentence, an exit code, no process left, and what was saved before is whole."""
-    process = start(ROOT / "trajsep_ppo.py", *ENDLESS, "--num-workers", 2)
+    """One sentence, an exit code, and what was saved before is whole."""
+    process = start(trajsep_ppo.__file__, *ENDLESS, "--num-workers", 2)
     run_dir = wait_for_checkpoint(process, tmp_path)
     fault(process, run_dir)
     sentence_of(process, run_dir)
@@ -382,15 +343,15 @@ def test_nothing_can_be_saved(fault, start, tmp_path):
 
 
 def test_a_worker_dies_in_training(start, tmp_path):
-    """One sentence that names the matches and the last checkpoint; no process is left."""
-    process = start(ROOT / "trajsep_ppo.py", *ENDLESS, "--num-workers", 2)
+    """One sentence that names the matches and the last checkpoint, which is whole."""
+    process = start(trajsep_ppo.__file__, *ENDLESS, "--num-workers", 2)
     run_dir = wait_for_checkpoint(process, tmp_path)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)
     sentence = sentence_of(process, run_dir)
     newest = trajsep_ppo.checkpoints(run_dir)[-1].relative_to(tmp_path)
     assert "Traceback" not in sentence and "match" in sentence and str(newest) in sentence
-    assert step_of(run_dir) >= 64
+    assert load(run_dir)["global_step"] >= 64
 
 
 @both
@@ -421,7 +382,7 @@ def test_a_gradient_that_is_not_finite(monkeypatch, tmp_path):
     options = {"num_minibatches": 1, "update_epochs": 1, "save_every": 1, "total_timesteps": 800}
     with pytest.raises(FloatingPointError, match="in update 3"):
         train_on_toy(monkeypatch, trajsep_ppo, tmp_path, **options)
-    assert step_of(tmp_path) == 160
+    assert load(tmp_path)["global_step"] == 160
 
 
 @both
