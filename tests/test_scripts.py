@@ -1,4 +1,4 @@
-"""The two scripts as a user starts them: what they write, that they can be repeated, and how they refuse."""
+"""The two scripts as a user starts them: what they write, and how they refuse or fail."""
 
 import dataclasses
 import functools
@@ -57,6 +57,10 @@ def trained(tmp_path_factory):
     return train
 
 
+def parameters_of(run_dir):
+    return torch.load(run_dir / LAST, weights_only=True)["model"]
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
@@ -107,7 +111,6 @@ def test_evaluation_file(trained):
         summary = {"mean": value, "std": 0, "min": value, "max": value}
         assert evaluation["summary"][name] == summary
     length = evaluation["summary"]["l"]["mean"]
-    assert 100 < length <= 1000
     assert re.search(rf"^episode_length +{length:.1f} ", output, re.MULTILINE)
 
 
@@ -115,11 +118,10 @@ def test_evaluation_file(trained):
 def test_same_seed_same_parameters(trained, script):
     """Twice the same seed: bit-identical parameters and evaluation, in one process or in several."""
     workers = 0 if script == "trajsep_ppo" else 2
-    folders = [folder for _, folder in (trained(script), trained(script, "--num-workers", workers))]
-    parameters = [torch.load(x / LAST, weights_only=True)["model"] for x in folders]
-    assert same(*parameters)
-    evaluations = [(x / "evaluation.json").read_text() for x in folders]
-    assert evaluations[0] == evaluations[1]
+    _, first = trained(script)
+    _, again = trained(script, "--num-workers", workers)
+    assert same(parameters_of(first), parameters_of(again))
+    assert (first / "evaluation.json").read_text() == (again / "evaluation.json").read_text()
 
 
 # -- Siblings ----------------------------------------------------------------------------
@@ -137,8 +139,8 @@ def test_shared_flags_have_equal_defaults():
 @both
 def test_no_word_of_a_game(script):
     """Whoever trains on another game finds only the default of --env-id of this one."""
-    docstring, _, code = (ROOT / f"{script}.py").read_text().partition("\n")
-    (line,) = re.findall(r".*lux.*", code, re.IGNORECASE)
+    _, *code = (ROOT / f"{script}.py").read_text().splitlines()
+    (line,) = [line for line in code if "lux" in line.lower()]
     assert line == '    env_id: str = "lux_wrapper:LuxVecEnv"  # module:class'
 
 
