@@ -31,7 +31,6 @@ ENDLESS = (
     "--no-cuda --num-envs 2 --num-minibatches 2 --eval-episodes 1 --save-every 1 "
     "--no-anneal-lr --no-anneal-ent --positive-reward-weight 1 --total-timesteps 1000000"
 ).split()
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
 both = pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and torchrun")
@@ -157,7 +156,8 @@ def test_stopped_at_random_moments(script, first, second, start, tmp_path):
 
 def test_two_processes(start, tmp_path):
     """Under torchrun, SIGTERM to its agent stops both after the same update; both continue."""
-    command = (*TORCHRUN, trajsep_ppo.__file__)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    command = (*torchrun, trajsep_ppo.__file__)
     flags = (*ENDLESS, "--num-workers", 0)
     process = start(*command, *flags)
     run_dir = wait_for_checkpoint(process, tmp_path)
@@ -175,8 +175,7 @@ def test_an_environment_without_state(script, monkeypatch, tmp_path):
 
     After it, signals end the process again.
     """
-    options = {"seed": 1, "total_timesteps": 240, "save_every": 1}
-    train_on_toy(monkeypatch, script, tmp_path, **options)
+    train_on_toy(monkeypatch, script, tmp_path, total_timesteps=240)
     assert signal.getsignal(SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(SIGINT) == signal.default_int_handler
     checkpoint = load(tmp_path)
@@ -207,13 +206,12 @@ class Stateful(ToyVecEnv):
 def toy(monkeypatch, tmp_path):
     """Function (script, checkpoint, **flags) -> folder of a training on Stateful, last checkpoint."""
     monkeypatch.setattr(Stateful, "loaded", [])
-    sizes = {"num_envs": 4, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 128}
-    constant = {"anneal_lr": False, "anneal_ent": False}
+    sizes = {"num_envs": 4, "num_steps": 16, "total_timesteps": 128, "anneal_lr": False}
 
     def train(script, checkpoint=None, **flags):
         folder = tmp_path / str(len([*tmp_path.iterdir()]))
         monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **_: Stateful(num_envs, 5))
-        args = script.Args(**(sizes | constant | flags))
+        args = script.Args(**(sizes | flags))
         script.train(args, str(folder), torch.device("cpu"), checkpoint)
         return folder, load(folder)
 
@@ -356,9 +354,9 @@ def test_a_gradient_that_is_not_finite(monkeypatch, tmp_path):
     factors = iter([1, 1, np.nan])
 
     def spoiled(parameters, norm):
-        first, *others = parameters
-        first.grad *= next(factors)
-        return clip([first, *others], norm)
+        parameters = list(parameters)
+        parameters[0].grad *= next(factors)
+        return clip(parameters, norm)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spoiled)
     options = {"num_minibatches": 1, "update_epochs": 1, "save_every": 1, "total_timesteps": 800}
@@ -368,15 +366,13 @@ def test_a_gradient_that_is_not_finite(monkeypatch, tmp_path):
 
 
 @both
-@pytest.mark.parametrize("total, at, expected", [(800, 2, [160, 240]), (80, 1, [80])])
+@pytest.mark.parametrize("total, at, expected", [(800, 160, [160, 240]), (80, 80, [80])])
 def test_sigterm_while_saving(script, total, at, expected, monkeypatch, tmp_path):
     """The checkpoint is written to its end; the run stops after the next update, or its last."""
     replace = Path.replace
-    calls = []
 
     def interrupted(path, target):
-        calls.append(path)
-        if len(calls) == at:  # the file is written, but not yet where it belongs
+        if target.stem == f"checkpoint_{at}":  # it is written, but not yet where it belongs
             signal.raise_signal(SIGTERM)
         return replace(path, target)
 

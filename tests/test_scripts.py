@@ -167,7 +167,6 @@ BAD_FLAGS = [
     (f"{TOY} num_envs 8", "num_envs"),
     ("--env-kwargs reward gold", "reward must be ice or lichen, got gold"),
     ("--evaluate nowhere/some.pt", "nowhere/some.pt"),
-    ("--resume nowhere", "nowhere"),
     ("--resume empty", "empty"),
     ("--resume run --num-workers -1", "--num-workers"),
     ("--resume run --env-kwargs slots 6", "the checkpoint does not fit the flags: Error"),
