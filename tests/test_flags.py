@@ -35,7 +35,6 @@ BASE = (
     "--learning-rate 0.01 --gamma 0.9 --eval-episodes 1 "
     "--env-kwargs map_size 24 min_factories 1 max_factories 2 max_robots 2 "
 )
-CONSTANT = f"{BASE} --no-anneal-lr --total-timesteps 32"
 
 
 class Toy(HardToy):
@@ -181,14 +180,6 @@ def test_global_generators_are_left_alone(script, monkeypatch, tmp_path):
 
 
 @both
-def test_no_evaluation(script, tmp_path):
-    """With --eval-episodes 0 a run ends with its training."""
-    run = start(script, tmp_path, f"{BASE} --eval-episodes 0")
-    assert run.checkpoints and not (run.folder / "evaluation.json").exists()
-    assert not any(env.options.get("held_out") for env in run.envs)
-
-
-@both
 @pytest.mark.parametrize(
     "gpu, flag, expected",
     [(True, "", "cuda"), (True, "--cuda", "cuda"), (True, "--no-cuda", "cpu"), (False, "", "cpu")],
@@ -252,10 +243,16 @@ def test_capture_video(script, base, tmp_path):
 
 @both
 def test_flags_override_those_of_the_run(script, tmp_path):
-    """The learning rate too, which the optimizer's state has as well; of the options some."""
-    first = start(script, tmp_path, CONSTANT)
+    """The learning rate too, which the optimizer's state has as well; of the options some.
+
+    Before that the run has ended without an evaluation, as it was given --eval-episodes 0.
+    """
+    flags = "--no-anneal-lr --total-timesteps 32 --eval-episodes 0"
+    first = start(script, tmp_path, BASE + flags)
+    assert not any(env.options.get("held_out") for env in first.envs)
+    assert not (first.folder / "evaluation.json").exists()
     flags = "--total-timesteps 48 --learning-rate 0.5 --env-kwargs map_size 32 reward lichen"
-    run = start(script, tmp_path, f"--resume {first.folder} {flags}")
+    run = start(script, tmp_path, f"--resume {first.folder} {flags} --eval-episodes 1")
     assert run.folder == first.folder
     options = GAME | {"map_size": 32, "reward": "lichen"}
     for held_out in (False, True):
