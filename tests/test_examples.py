@@ -69,7 +69,6 @@ def test_used_as_its_docstring_says(tmp_path, script, example, metrics):
     run(tmp_path, script, *flags.split())
     (folder,) = (tmp_path / "runs").iterdir()
     run(tmp_path, script, "--resume", f"runs/{folder.name}", "--total-timesteps", "512")
-    assert (folder / "checkpoint_512.pt").exists()
     said = run(tmp_path, script, "--evaluate", f"runs/{folder.name}", "--eval-episodes", "2")
     assert "2 held-out matches" in said
     evaluation = json.loads((folder / "evaluation.json").read_text())["matches"]

@@ -227,10 +227,13 @@ def test_evaluate(script, tmp_path):
 
 
 @both
-def test_capture_video(script, base, tmp_path):
+def test_capture_video(script, tmp_path):
     """A match on the first held-out map is drawn in this process; the evaluation stays as it is."""
-    run = start(script, tmp_path, f"{BASE} --capture-video --num-workers 1")
-    assert run.matches == base(script).matches
+    flags = f"{BASE} --eval-episodes 2 --num-workers 1"
+    without = start(script, tmp_path / "without", flags)
+    assert not (without.folder / "video.gif").exists()
+    run = start(script, tmp_path / "with", f"{flags} --capture-video")
+    assert run.matches == without.matches
     *others, drawn = run.envs
     assert not any("render_mode" in env.options for env in others)
     different = {"render_mode": "rgb_array", "num_workers": 0}
@@ -238,7 +241,6 @@ def test_capture_video(script, base, tmp_path):
     assert drawn.num_envs == 1 and drawn.seeds == [0]
     with Image.open(run.folder / "video.gif") as video:
         assert video.n_frames == 3  # of steps 0, 4 and 8
-    assert not (base(script).folder / "video.gif").exists()
 
 
 @both

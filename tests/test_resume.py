@@ -225,7 +225,7 @@ def test_each_part_of_a_checkpoint_counts(script, toy):
     start["train_seconds"] = 1e9
 
     def resumed(**changes):
-        return toy(script, start | changes, total_timesteps=192)
+        return toy(script, deepcopy(start) | changes, total_timesteps=192)
 
     folder, whole = resumed()
     assert whole["global_step"] == 192 and Stateful.loaded == [[0, 1, 2, 3]]
@@ -240,8 +240,9 @@ def test_each_part_of_a_checkpoint_counts(script, toy):
     for part, other in learned.items():
         _, got = resumed(**{part: other})
         assert plain(got["model"]) != plain(whole["model"]), part
-    resumed(matches=start["matches"][::-1])
+    _, again = resumed(matches=start["matches"][::-1])
     assert Stateful.loaded[-1] == [3, 2, 1, 0]
+    assert plain(again["model"]) == plain(whole["model"]), "a toy match does not depend on it"
     folder, _ = resumed(global_step=64)
     assert [step for step, _ in scalars(folder)["losses/value_loss"]] == [128, 192]
 
