@@ -28,13 +28,15 @@ def warlike(obs, rng):
     return np.where(obs["action_mask"], preference, -1).argmax(-1)
 
 
-def battle(num_envs, steps, **options):
+def battle(num_envs, steps, blue_stays=False, **options):
     """Yields (environment, observation before, actions, result of the step) of a warlike battle."""
     env, rng = BattleVecEnv(num_envs, **options), np.random.default_rng(0)
     obs, _ = env.reset(seed=1)
     for _ in range(steps):
         before = {key: x.copy() for key, x in obs.items()}
         actions = warlike(before, rng)
+        if blue_stays:
+            actions[:, 1] = MOVES.index((0, 0))
         result = env.step(actions)
         yield env, before, actions, result
         obs = result[0]
@@ -115,14 +117,9 @@ def test_moves_and_masks():
 
 def test_hits_hurt_whom_they_are_aimed_at():
     """Red hits, blue stays: a victim loses 2 of 10 points for each hit, and 0.1 heal."""
-    env, rng = BattleVecEnv(1, map_size=20), np.random.default_rng(0)
-    obs, _ = env.reset(seed=3)
     hurt = 0
-    for _ in range(80):
-        before = {key: x.copy() for key, x in obs.items()}
-        actions = warlike(before, rng)
-        actions[0, 1] = MOVES.index((0, 0))
-        obs, rewards, terminated, *_ = env.step(actions)
+    for _, before, actions, result in battle(1, 80, blue_stays=True, map_size=20):
+        obs, rewards, terminated, *_ = result
         if terminated[0]:
             break
         target = {}

@@ -355,9 +355,7 @@ def watch_training(monkeypatch, script, args, run_dir, toy):
     logged: by name and step
     robots: most of them in any row of a minibatch
     """
-    seen = SimpleNamespace(
-        parameters=[], minibatches=[], sampled=[], rollouts=[], robots=[], logged={}
-    )
+    seen = SimpleNamespace(parameters=[], minibatches=[], sampled=[], rollouts=[], robots=[], logged={})
 
     def make_envs(args, num_envs, **_):
         seen.env = ToyVecEnv(num_envs, getattr(args, "group_by", "entity"), **toy)

@@ -283,11 +283,7 @@ def test_start():
     logits, value, team_value = net(obs)
     assert logits[logits > -1e8].abs().max() < 0.1
     assert max(value.abs().max(), team_value.abs().max()) < 0.1
-
-
-def test_default_kind_of_factories():
-    """Without the argument, the second head serves what the game calls a factory."""
-    obs, net = real_network()
+    # The second head serves what the game calls a factory.
     with torch.no_grad():
         net.actor.bias[lux_wrapper.NUM_ACTIONS :] = 5
     logits, _, _ = net(obs)
