@@ -7,7 +7,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process and for the scripts that tests start
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = map(str, (ROOT, ROOT / "examples", ROOT / "examples" / "toy", ROOT / "examples" / "battle"))
+FOLDERS = (".", "benchmark", "examples", "examples/toy", "examples/battle")
+sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 
 import torch  # noqa: E402  (after the environment variables that it reads)
 

@@ -4,29 +4,25 @@ import importlib.util
 import shlex
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import ablation
 import numpy as np
 import pytest
 import torch
 import tyro
 from helpers import masked_random
+from in_double import double_precision
+from toy_env import ToyVecEnv
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmark"), str(ROOT / "examples" / "toy")]
-
-import ablation  # noqa: E402
-from toy_env import ToyVecEnv  # noqa: E402
-
-import global_ppo  # noqa: E402
-import lux_wrapper as lux  # noqa: E402
-import trajsep_ppo  # noqa: E402
+import global_ppo
+import lux_wrapper as lux
+import trajsep_ppo
 
 MOVING = ("quadrants", "nearest-factory", "nearest-heavy")
 GROUPS = ("robots", "factories", "kinds", "mod-2", "mod-4", *MOVING)
-OF_WRAPPER = (*GROUPS, "random-placement")
 SHARED = ("global-critic", "shared-ratio", "shared-entropy", "shared-dones")
 FACTORIES, ROBOTS = 3, 9
+STAGE = {"map_size": 24, "min_factories": FACTORIES, "max_factories": FACTORIES}
 
 
 class Workers(ToyVecEnv):
@@ -105,9 +101,9 @@ def expected(rule, kind, position, side):
 @pytest.mark.parametrize("rule", GROUPS)
 def test_groups(rule, patched):
     """Robots walk about: at every step each entity is in the group that the rule says."""
-    stage = {"map_size": 24, "min_factories": FACTORIES, "max_factories": FACTORIES}
-    stage |= {"max_robots": ROBOTS, "safe_masks": False}
-    env = patched("lux_wrapper", [rule]).LuxVecEnv(2, num_workers=0, **stage)
+    wrapper = patched("lux_wrapper", [rule])
+    options = STAGE | {"max_robots": ROBOTS, "safe_masks": False}
+    env = wrapper.LuxVecEnv(2, num_workers=0, **options)
     obs, _ = env.reset(seed=5)
     teams = env.matches[0].engine.state.factories
     for factory in teams["player_1"].values():
@@ -134,18 +130,15 @@ def test_groups(rule, patched):
 @pytest.mark.parametrize("arm", ablation.PATCHES)
 def test_every_arm_trains(arm, patched, tmp_path):
     """Each trains with its flags, and not as the program without its patches does."""
-    script, options = trajsep_ppo, {}
-    if arm in OF_WRAPPER:
+    if arm in (*GROUPS, "random-placement"):
         patched("lux_wrapper", ablation.PATCHES[arm])
-        options["env_id"] = "patched_lux_wrapper:LuxVecEnv"
-        stage = {"map_size": 24, "min_factories": 1, "max_factories": 2, "max_robots": 4}
-        options["env_kwargs"] = stage
+        options = {"env_id": "patched_lux_wrapper:LuxVecEnv", "env_kwargs": STAGE}
+        mine = trained(trajsep_ppo, tmp_path, ablation.ARMS[arm], **options)
     else:
         script = patched("trajsep_ppo", ablation.PATCHES[arm])
-    mine = trained(script, tmp_path / "mine", ablation.ARMS[arm], **options)
-    assert mine.isfinite().all()
-    if arm not in OF_WRAPPER:
+        mine = trained(script, tmp_path / "mine", ablation.ARMS[arm])
         assert not torch.equal(mine, trained(trajsep_ppo, tmp_path / "separate"))
+    assert mine.isfinite().all()
 
 
 def test_random_placement(patched):
@@ -158,20 +151,18 @@ def test_random_placement(patched):
     assert moved[obs["kind"] == lux.FACTORY].mean() > 0.8
 
 
-def test_everything_shared_is_the_baseline(patched, tmp_path, monkeypatch):
+def test_everything_shared_is_the_baseline(patched, tmp_path):
     """With four patches and the team's mean reward, the method trains as global_ppo.py does.
 
     Its reward is the mean over a team's groups, not the sum, so here it is multiplied by their
     number. Its losses are means over cells, so all teams must have as many groups.
     """
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    torch.set_default_dtype(torch.float64)
-    try:
-        script, kwargs = patched("trajsep_ppo", SHARED), {"all_live": True, "scale": 6.0}
-        separate = trained(script, tmp_path / "separate", agent_reward_weight=0.0, env_kwargs=kwargs)
+    script = patched("trajsep_ppo", SHARED)
+    options = {"all_live": True, "scale": 6.0}
+    with double_precision():
+        folder = tmp_path / "separate"
+        separate = trained(script, folder, agent_reward_weight=0.0, env_kwargs=options)
         team = trained(global_ppo, tmp_path / "team", env_kwargs={"all_live": True})
-    finally:
-        torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(separate, team, rtol=1e-9, atol=1e-9)
 
 

@@ -1,38 +1,32 @@
 """The learner of both scripts worked out a second time, slowly and plainly, and compared.
 
-The first part is a toy game. The second is the whole method in loops over steps, teams and
-entities, in the order in which things happen: reward, value, advantage, loss, gradient, Adam. It
-shares only the network with the scripts, and it draws nothing: it reads the actions off the game,
-and the minibatches off the observations that the network receives. The third part trains with a
-script's own `train`, and compares everything up to the parameters after each minibatch.
-
-All is in double precision, so the comparison is as exact on any processor, and a training takes
-the same course there. What trajsep_ppo.py shares in an arm of the study comes from its patch.
+First comes a toy game. Then comes the whole method in loops over steps, teams and entities, in the
+order in which things happen: reward, value, advantage, loss, gradient. It shares only the network
+with the scripts, and draws nothing: it reads actions off the game, and minibatches off the boards
+that the network receives. At last a script's own `train` is compared with it, up to the parameters
+after each minibatch. All is in double precision, so this is as exact on any processor.
 
 A *row* is (step, team) and a *cell* is (step, team, group); steps count from the start of the
 training. Only cells in which an entity lives exist here, so no empty one can be counted.
 """
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import ablation
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 import tyro
+from helpers import space_of
 from in_double import double_precision
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmark"))
-
-import ablation  # noqa: E402  (after the path to it)
-
-import global_ppo  # noqa: E402
-import trajsep_ppo  # noqa: E402
-from hybrid_model import HybridNet  # noqa: E402
+import global_ppo
+import trajsep_ppo
+from hybrid_model import HybridNet
 
 
 @pytest.fixture(autouse=True)
@@ -52,99 +46,87 @@ GARBAGE = np.array([np.nan, 1e9, -1e9])
 class ToyVecEnv:
     """Matches in which nothing can be achieved, but everything happens that a learner must handle.
 
-    Entities are born and die, slots are used again, sometimes a whole team is gone. Matches end
-    with the last step of a rollout, or within it, or not at all, by termination or truncation, and
-    some slots are taken on both sides of the end. Robots change their cluster while they live.
-    Rewards have both signs and follow a feature, so that there are values to learn. Empty slots
-    are full of garbage. Observations and rewards are mostly written into the same arrays, so
-    they must be copied, and sometimes into new ones, so they must be read each time.
+    Entities are born and die, slots are used again, at times a whole team is gone. Matches end with
+    a rollout, or within it, or not at all, by termination or truncation, and some slots are taken
+    on both sides of the end. Robots change their cluster. Rewards have both signs and follow a
+    feature, so there are values to learn. Empty slots are full of garbage. Most observations are
+    written into the arrays of the one before, so they must be copied.
 
     Every observation carries its step and its team in the first cell of the board. `diary` has for
     each step the observation, and the actions and rewards [B, E] and ends of matches [B] after it.
-
-    Args:
-        num_envs: N, at most 3.
-        group_by: "entity" or "cluster", as in the wrapper.
-        births: chance of an empty slot to be filled.
-        reward_scale: about the size of a reward.
     """
 
     metadata = {"name": "toy"}
 
     def __init__(self, num_envs, group_by, births=0.4, reward_scale=1.0):
-        self.num_envs, self.group_by = num_envs, group_by
-        self.births, self.reward_scale = births, reward_scale
-        shape = (num_envs, PLAYERS, SLOTS)
-        self.obs = {
-            "board": np.zeros((num_envs, PLAYERS, SIZE, SIZE, 2), np.uint8),
-            "features": np.zeros((*shape, 3)),
-            "position": np.zeros((*shape, 2), np.int64),
-            "kind": np.zeros(shape, np.int64),
-            "group": np.zeros(shape, np.int64),
-            "action_mask": np.zeros((*shape, ACTIONS), bool),
-        }
-        self.rewards = np.zeros(shape)
-        self.ends = np.zeros((2, num_envs), bool)  # terminated, truncated
-        spaces = {key: gym.spaces.Box(-np.inf, np.inf, x.shape[1:]) for key, x in self.obs.items()}
-        self.single_observation_space = gym.spaces.Dict(spaces)
-        self.single_action_space = gym.spaces.MultiDiscrete(np.full(shape[1:], ACTIONS))
+        self.num_envs = num_envs
+        self.group_by = group_by
+        self.births = births  # chance of an empty slot to be filled
+        self.reward_scale = reward_scale
+        self.shape = num_envs, PLAYERS, SLOTS
+        self.rewards = np.zeros(self.shape)
+        obs, _ = self.reset()
+        self.single_observation_space = space_of(obs)
+        self.single_action_space = gym.spaces.MultiDiscrete(np.full((PLAYERS, SLOTS), ACTIONS))
 
     def reset(self, *, seed=None, options=None):
         self.rng = np.random.default_rng(seed)
         self.time = 0
         self.diary = []
-        self.live = self.rng.random(self.rewards.shape) < 2 * self.births
-        self.live[-1, -1, 0] = True
+        self.live = self.rng.random(self.shape) < 2 * self.births
         return self._observe(), {}
 
     def _observe(self):
-        if self.time % 4 == 3:
-            self.obs = {key: x.copy() for key, x in self.obs.items()}
-        rng, live, obs = self.rng, self.live, self.obs
-        shape = live.shape
-        obs["board"][:] = rng.integers(0, 101, obs["board"].shape)
-        obs["board"][..., 0, 0, 0] = self.time
-        obs["board"][..., 0, 0, 1] = np.arange(self.num_envs * PLAYERS).reshape(-1, PLAYERS)
-        features = rng.normal(size=(*shape, 3))
+        rng = self.rng
+        self.live[-1, -1, 0] = True  # at any time there is an entity
+        live = self.live[..., None]
+        board = rng.integers(0, 101, (*self.shape[:2], SIZE, SIZE, 2)).astype(np.uint8)
+        board[..., 0, 0, 0] = self.time
+        board[..., 0, 0, 1] = np.arange(self.num_envs * PLAYERS).reshape(-1, PLAYERS)
+        features = rng.normal(size=(*self.shape, 3))
         garbage = rng.choice(GARBAGE, features.shape)
-        obs["features"][:] = np.where(live[..., None], features, garbage)
-        obs["position"][:] = np.where(live[..., None], rng.integers(0, SIZE, (*shape, 2)), 10**9)
-        obs["kind"][:] = np.where(live, KINDS, 0)
-        slots = np.arange(SLOTS)
-        cluster = np.where(KINDS == 1, slots, rng.integers(0, 2, shape))
-        group = slots if self.group_by == "entity" else cluster
-        obs["group"][:] = np.where(live, group, rng.integers(0, SLOTS, shape))
-        obs["action_mask"][:] = rng.random((*shape, ACTIONS)) < 0.6
-        obs["action_mask"][..., 1] |= ~obs["action_mask"].any(-1)  # some have only one choice
+        position = rng.integers(0, SIZE, (*self.shape, 2))
+        group = np.arange(SLOTS)
+        if self.group_by == "cluster":
+            group = np.where(KINDS == 1, group, rng.integers(0, 2, self.shape))
+        mask = rng.random((*self.shape, ACTIONS)) < 0.6
+        mask[..., 1] |= ~mask.any(-1)  # some have only one choice
+        obs = {
+            "board": board,
+            "features": np.where(live, features, garbage),
+            "position": np.where(live, position, 10**9),
+            "kind": np.where(self.live, KINDS, 0),
+            "group": np.where(self.live, group, rng.integers(0, SLOTS, self.shape)),
+            "action_mask": mask,
+        }
+        if self.time % 3 == 0:
+            self.obs = obs
+        for key, x in obs.items():
+            self.obs[key][:] = x
         seen = {key: of_teams(x) for key, x in obs.items()}
         self.diary.append(SimpleNamespace(obs=seen, actions=None))
-        return obs
+        return self.obs
 
     def step(self, actions):
         rng = self.rng
-        shape = self.live.shape
-        mask = self.obs["action_mask"]
-        allowed = np.take_along_axis(mask, actions[..., None], -1)[..., 0]
+        allowed = np.take_along_axis(self.obs["action_mask"], actions[..., None], -1)[..., 0]
         assert allowed[self.live].all(), "a masked action was taken"
         self.time += 1
-        earned = 0.2 + self.obs["features"][..., 0] + 0.5 * rng.normal(size=shape)
-        garbage = rng.choice(GARBAGE, shape)
+        earned = 0.2 + self.obs["features"][..., 0] + 0.5 * rng.normal(size=self.shape)
+        garbage = rng.choice(GARBAGE, self.shape)
         self.rewards[:] = np.where(self.live, self.reward_scale * earned, garbage)
-        ended = self.time % np.array(MATCH_LENGTHS[: self.num_envs]) == 0
-        matches = np.arange(self.num_envs)
-        self.ends[:] = ended
-        self.ends[matches % 2, matches] = False  # every match ends in one way
+        ended = self.time % np.array(MATCH_LENGTHS) == 0
+        by_time = np.arange(self.num_envs) % 2 == 0
         now = self.diary[-1]
         now.actions = of_teams(actions)
         now.rewards = of_teams(self.rewards)
         now.ended = np.repeat(ended, PLAYERS)
 
-        self.live = rng.random(shape) < np.where(self.live, 0.85, self.births)
-        self.live[ended] = (rng.random(shape) < 2 * self.births)[ended]
+        self.live = rng.random(self.shape) < np.where(self.live, 0.85, self.births)
+        self.live[ended] = (rng.random(self.shape) < 2 * self.births)[ended]
         if self.time % 3 == 0:
             self.live[self.time % self.num_envs, self.time % PLAYERS] = False  # a whole team
-        self.live[-1, -1, 0] = True  # at any time there is an entity
-        return self._observe(), self.rewards, *self.ends, {}
+        return self._observe(), self.rewards, ended & ~by_time, ended & by_time, {}
 
     def close(self):
         pass
@@ -214,9 +196,7 @@ def learn(args, method, agent, diary, minibatches):
     T, B = args.num_steps, args.num_envs * PLAYERS
     num_updates = args.total_timesteps // (args.num_envs * T)
     parameters = list(agent.parameters())
-    first_moments = [torch.zeros_like(x) for x in parameters]
-    second_moments = [torch.zeros_like(x) for x in parameters]
-    adam_steps = 0
+    adam = torch.optim.Adam(parameters, eps=1e-5)
 
     for update in range(num_updates):
         # Schedules fall by the same amount in each update, and would end after the last.
@@ -233,8 +213,9 @@ def learn(args, method, agent, diary, minibatches):
                 says = outputs(method, agent, diary, [(t, b) for b in range(B)])
             value.update({cell: x.item() for cell, x in says.value.items()})
             team_value.update({(t, b): x.item() for b, x in enumerate(says.team_value)})
-            old_logprob.update(says.logprob)
-            probabilities.update(says.probabilities)
+            if t < end:
+                old_logprob.update(says.logprob)
+                probabilities.update(says.probabilities)
         cells = [cell for cell in value if cell[0] < end]
         yield update, "probabilities", probabilities
         yield update, "value", value
@@ -260,13 +241,12 @@ def learn(args, method, agent, diary, minibatches):
         # or its match, and nothing has value after that. The end of a rollout only cuts it off:
         # the next value is the next observation's. With shared ends a slot continues without its
         # group, with the value 0 or the team's, up to the end of the match.
-        advantage, returns = {}, {}
+        of_empty = team_value if "global-critic" in method.patches else {}
 
         def worth(t, b, g):
-            """Value of a cell, and of one in which nothing lives."""
-            of_empty = team_value[t, b] if "global-critic" in method.patches else 0
-            return value.get((t, b, g), of_empty)
+            return value.get((t, b, g), of_empty.get((t, b), 0))
 
+        advantage, returns = {}, {}
         for t, b, g in cells:
             advantage[t, b, g], weight, s, continues = 0, 1, t, True
             while continues and s < end:
@@ -283,9 +263,11 @@ def learn(args, method, agent, diary, minibatches):
         # Top samples: of the team's groups without a factory only the best are learned from.
         learned = set(cells)
         if "top-1" in method.patches:
-            score = returns if "top-1-return" in method.patches else advantage
-            if "top-1-abs" in method.patches:
-                score = {cell: abs(x) for cell, x in advantage.items()}
+            scores = {
+                "top-1-return": returns,
+                "top-1-abs": {cell: abs(x) for cell, x in advantage.items()},
+            }
+            score = scores.get(method.patches[-1], advantage)
             for t, b in {cell[:2] for cell in cells}:
                 groups = members(method.separate, diary[t].obs, b)
                 robots = [(t, b, g) for g, slots in groups.items() if not any(KINDS[slots] == 1)]
@@ -294,7 +276,6 @@ def learn(args, method, agent, diary, minibatches):
 
         clipfracs = []
         for epoch in range(args.update_epochs):
-            yield update, "epoch", epoch
             for rows in minibatches[update][epoch]:
                 says = outputs(method, agent, diary, rows, learned)
                 n = len(says.value)
@@ -328,29 +309,26 @@ def learn(args, method, agent, diary, minibatches):
                 loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
 
                 # Gradient: all parameters' together is scaled down to max_grad_norm if larger.
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                adam.zero_grad()
+                loss.backward()
+                gradients = [x.grad for x in parameters if x.grad is not None]
                 norm = sum((x**2).sum().item() for x in gradients) ** 0.5
-                gradients = [x * min(1, args.max_grad_norm / (norm + 1e-6)) for x in gradients]
-
-                # Adam: a step along the running mean of the gradient, divided by the root of its
-                # running mean square. Both begin at 0, and are divided by the weight so far.
-                adam_steps += 1
-                for x, gradient, m, v in zip(parameters, gradients, first_moments, second_moments):
-                    m.copy_(0.9 * m + (1 - 0.9) * gradient)
-                    v.copy_(0.999 * v + (1 - 0.999) * gradient**2)
-                    m_hat = m / (1 - 0.9**adam_steps)
-                    v_hat = v / (1 - 0.999**adam_steps)
-                    x.data -= learning_rate * m_hat / (v_hat**0.5 + 1e-5)
+                for x in gradients:
+                    x *= min(1, args.max_grad_norm / (norm + 1e-6))
+                adam.param_groups[0]["lr"] = learning_rate
+                adam.step()
                 facts = SimpleNamespace(cells=n, signs_clipped=signs_clipped)
                 facts.gradient_clipped = norm > args.max_grad_norm
-                yield update, "facts", facts
-                yield update, "parameters", vector_of(agent)
+                facts.parameters = vector_of(agent)
+                yield update, "minibatch", facts
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
 
         # Log: losses of the last minibatch, and the share of the returns' variance explained.
-        error = [returns[cell] - value[cell] for cell in cells]
+        unexplained = np.var([returns[cell] - value[cell] for cell in cells])
+        variance = np.var([returns[cell] for cell in cells])
         log = {
+            "epochs": epoch + 1,
             "charts/learning_rate": learning_rate,
             "charts/ent_coef": ent_coef,
             "losses/policy_loss": policy_loss.item(),
@@ -359,7 +337,7 @@ def learn(args, method, agent, diary, minibatches):
             "losses/approx_kl": approx_kl.item(),
             "losses/grad_norm": norm,
             "losses/clipfrac": sum(clipfracs) / len(clipfracs),
-            "losses/explained_variance": 1 - np.var(error) / np.var([returns[cell] for cell in cells]),
+            "losses/explained_variance": 1 - unexplained / variance,
         }
         yield update, "log", log
 
@@ -372,13 +350,12 @@ def watch_training(monkeypatch, script, args, run_dir, toy):
 
     parameters: all in one vector, at the start and after each step of Adam
     minibatches: rows of each
-    sampled: probabilities and actions of each step
-    gae: arguments and result of compute_gae
+    sampled: (probabilities, actions) of each step
+    rollouts: arrays [T, B, ...] of each update, by name
     logged: by name and step
-    most_robots: of a team in the network's input, at a step of a minibatch
+    robots: most of them in any row of a minibatch
     """
-    seen = SimpleNamespace(parameters=[], minibatches=[], sampled=[], gae=[], logged={})
-    seen.most_robots = 0
+    seen = SimpleNamespace(parameters=[], minibatches=[], sampled=[], rollouts=[], robots=[], logged={})
 
     def make_envs(args, num_envs, **_):
         seen.env = ToyVecEnv(num_envs, getattr(args, "group_by", "entity"), **toy)
@@ -386,7 +363,7 @@ def watch_training(monkeypatch, script, args, run_dir, toy):
 
     def forward(net, obs, forward=HybridNet.forward):
         if torch.is_grad_enabled():
-            seen.most_robots = max(seen.most_robots, (obs["kind"] > 1).sum(-1).max().item())
+            seen.robots.append((obs["kind"] > 1).sum(-1).max().item())
             seen.minibatches.append([tuple(row) for row in obs["board"][:, 0, 0].tolist()])
             seen.parameters.append(vector_of(net))
         return forward(net, obs)
@@ -398,7 +375,11 @@ def watch_training(monkeypatch, script, args, run_dir, toy):
 
     def compute_gae(rewards, values, active, *rest, compute_gae=script.compute_gae):
         advantages = compute_gae(rewards, values, active, *rest)
-        seen.gae.append([x.numpy().copy() for x in (rewards, values, active, advantages)])
+        arrays = {"reward": rewards, "value": values, "active": active, "advantage": advantages}
+        rollout = {name: x.numpy().copy() for name, x in arrays.items()}
+        rollout["probabilities"], rollout["actions"] = map(np.array, zip(*seen.sampled))
+        seen.sampled.clear()
+        seen.rollouts.append(rollout)
         return advantages
 
     def add_scalar(writer, name, x, step):
@@ -427,20 +408,19 @@ def arranged(args, minibatches):
     """
     T, B, M = args.num_steps, args.num_envs * PLAYERS, args.num_minibatches
     updates = [[] for _ in range(args.total_timesteps // (args.num_envs * T))]
-    for i in range(0, len(minibatches), M):
-        epoch = minibatches[i : i + M]
+    epochs = [minibatches[i : i + M] for i in range(0, len(minibatches), M)]
+    for epoch in epochs:
         update = min(t for t, _ in epoch[0]) // T
         updates[update].append(epoch)
-        name = f"update {update + 1}, epoch {len(updates[update])}"
-        rows_of_update = [(update * T + t, b) for t in range(T) for b in range(B)]
-        assert sorted(sum(epoch, [])) == rows_of_update, name
+        here = f"update {update + 1}, epoch {len(updates[update])}"
+        all_rows = [(update * T + t, b) for t in range(T) for b in range(B)]
+        assert sorted(sum(epoch, [])) == all_rows, here
         for rows in epoch:
             steps_of = [sorted(t for t, b in rows if b == team) for team in range(B)]
-            assert all(len(steps) == T // M for steps in steps_of), name
+            assert {len(steps) for steps in steps_of} == {T // M}, here
             alike = all(steps == steps_of[0] for steps in steps_of)
-            assert M == 1 or not alike, f"{name}: all teams shuffled alike"
-    epochs = sum(updates, [])
-    shuffles = {tuple(frozenset(rows) for rows in epoch) for epoch in epochs}
+            assert M == 1 or not alike, f"{here}: all teams shuffled alike"
+    shuffles = {tuple(map(frozenset, epoch)) for epoch in epochs}
     assert M == 1 or len(shuffles) == len(epochs), "the minibatches of two epochs are the same"
     return updates
 
@@ -453,51 +433,41 @@ def train_and_compare(monkeypatch, script, patches, args, run_dir, toy):
     """
     seen = watch_training(monkeypatch, script, args, run_dir, toy)
     T = args.num_steps
-    diary = seen.env.diary
     minibatches = arranged(args, seen.minibatches)
     if "top-1" in patches and args.group_by == "entity":
-        assert seen.most_robots == args.top_samples, "the network sees robots not learned from"
+        assert max(seen.robots) == args.top_samples, "the network sees robots not learned from"
     agent = HybridNet(seen.env.single_observation_space, ACTIONS)
     vector_to_parameters(seen.parameters[0].clone(), agent.parameters())
+    diary = seen.env.diary
+    played = np.array([now.actions for now in diary[:-1]])
+    sampled = np.concatenate([rollout["actions"] for rollout in seen.rollouts])
+    assert (played == sampled).all(), "other actions than sampled"
     facts = []
-    epochs = [0] * len(minibatches)
     method = SimpleNamespace(separate=script is not global_ppo, patches=patches)
 
     for update, name, slow in learn(args, method, agent, diary, minibatches):
         start, end = update * T, update * T + T
         here = f"{name} of update {update + 1}"
-        if name == "probabilities":
-            fast = {(t, b, e): seen.sampled[t][0][b, e] for t, b, e in slow if t < end}
-            compare(f"{here} at (step, team, slot)", {key: slow[key] for key in fast}, fast)
-            for t in range(start, end):
-                assert (diary[t].actions == seen.sampled[t][1]).all(), f"other actions in step {t}"
-        elif name in ("value", "reward", "advantage"):
-            rewards, values, active, advantages = seen.gae[update]
-            array = {"value": values, "reward": rewards, "advantage": advantages}[name]
-            if name == "value":
-                exist = {(start + t, b, g) for t, b, g in np.argwhere(active).tolist()}
-                if "shared-dones" in patches:
-                    assert len(exist) == active.size, "no slot ends before its match"
-                else:
-                    assert exist == slow.keys(), f"other cells exist in update {update + 1}"
-            fast = {(t, b, g): array[t - start, b, g] for t, b, g in slow}
-            compare(f"{here} at (step, team, group)", slow, fast)
-        elif name == "epoch":
-            assert slow < len(minibatches[update]), f"update {update + 1} ends too early"
-            epochs[update] += 1
-        elif name == "facts":
+        rollout = seen.rollouts[update]
+        if name in rollout:
+            fast = {(t, b, x): rollout[name][t - start, b, x] for t, b, x in slow}
+            compare(f"{here} at (step, team, slot or group)", slow, fast)
+        if name == "value":
+            exist = {(start + t, b, g) for t, b, g in np.argwhere(rollout["active"]).tolist()}
+            every_slot = "shared-dones" in patches  # no slot ends before its match
+            assert rollout["active"].all() if every_slot else exist == slow.keys(), here
+        elif name == "minibatch":
             facts.append(slow)
-        elif name == "parameters":
             before, after = seen.parameters[len(facts) - 1 : len(facts) + 1]
-            off = (after - slow).norm()
-            length = (slow - before).norm()
-            here += f", minibatch {len(facts)} of all: off by {off} in a step of length {length}"
+            off = (after - slow.parameters).norm()
+            length = (slow.parameters - before).norm()
+            here += f", {len(facts)} of all: off by {off} in a step of length {length}"
             assert off <= 1e-9 * length, here
             vector_to_parameters(after.clone(), agent.parameters())
         elif name == "log":
-            assert epochs[update] == len(minibatches[update]), f"update {update + 1} ends too late"
-            compare(here, slow, {key: seen.logged[key, end * args.num_envs] for key in slow})
-    return facts, epochs
+            fast = {key: seen.logged.get((key, end * args.num_envs)) for key in slow}
+            compare(here, slow, fast | {"epochs": len(minibatches[update])})
+    return facts, [len(epochs) for epochs in minibatches]
 
 
 def compare(name, slow, fast):
@@ -581,59 +551,34 @@ def test_learner(monkeypatch, tmp_path, case):
 @pytest.mark.parametrize("patches", ARMS)
 def test_arms(monkeypatch, tmp_path, patches):
     """The patches of the study do what the slow learner does in their place."""
-    path = ablation.programs(patches, tmp_path / "programs") / "trajsep_ppo.py"
-    spec = importlib.util.spec_from_file_location("patched", path)
-    script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "patched", script)
-    spec.loader.exec_module(script)
+    monkeypatch.syspath_prepend(ablation.programs(patches, tmp_path / "programs"))
+    monkeypatch.delitem(sys.modules, "trajsep_ppo")
+    script = importlib.import_module("trajsep_ppo")
     args = arguments(script, ARMS[patches])
     train_and_compare(monkeypatch, script, patches, args, tmp_path / "run", {})
-
-
-def test_all_happens_in_the_toy_game():
-    """What the comparison relies on does happen within three rollouts."""
-    env = ToyVecEnv(3, "cluster")
-    env.reset(seed=1)
-    for _ in range(24):
-        env.step(env.obs["action_mask"].argmax(-1))
-    live = np.array([now.obs["kind"] for now in env.diary]) > 0
-    group = np.array([now.obs["group"] for now in env.diary])
-    mask = np.array([now.obs["action_mask"] for now in env.diary])
-    rewards = np.array([now.rewards for now in env.diary[:-1]])
-    ended = np.array([now.ended for now in env.diary[:-1]])
-    before, after, over = live[:-1], live[1:], ended[..., None]
-    assert (~before & after & ~over).any(), "births"
-    assert (before & ~after & ~over).any(), "deaths"
-    assert (before & after & over).any(), "a slot that is taken on both sides of a match's end"
-    changed = group[1:] != group[:-1]
-    assert (before & after & ~over & changed).any(), "a robot that changes its cluster"
-    assert all(last.any() and not last.all() for last in ended[7::8]), "matches end with rollouts"
-    assert ended[:7].any(), "a match ends within a rollout"
-    assert not live.any(-1).all(), "a whole team is gone"
-    assert (rewards[before] > 0).any() and (rewards[before] < 0).any()
-    assert np.isnan(rewards[~before]).any()
-    assert (mask[live].sum(-1) == 1).any(), "an entity without a choice"
 
 
 @pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
 def test_sample_draws_from_the_probabilities(script):
     """Actions are as frequent as they are probable, and independent of one another."""
     torch.manual_seed(0)
-    first = [0.5, 0.3, 0.2, 0.0]
-    third = [0.25, 0.25, 0.25, 0.25]
-    probs = torch.tensor([first, [0.0, 0.0, 1.0, 0.0], third, [0.01, 0.0, 0.9, 0.09]])
+    first = torch.tensor([0.5, 0.3, 0.2, 0.0])
+    second = torch.tensor([0.25, 0.25, 0.25, 0.25])
+    third = torch.tensor([0.01, 0.0, 0.9, 0.09])
     n = 40000
-    actions = script.sample(probs.expand(n, 4, 4))
-    assert actions.shape == (n, 4)
-    assert (script.sample(probs.expand(n, 4, 4)) != actions).any()
-
-    def check(drawn, probs):
-        frequency = torch.bincount(drawn, minlength=len(probs)) / n
-        deviation = (probs * (1 - probs) / n).sqrt()
-        assert ((frequency - probs).abs() <= 5 * deviation).all(), (frequency, probs)
-
-    for entity in range(4):
-        check(actions[:, entity], probs[entity])
-    first_team = actions[:, 0]
-    check(4 * first_team + actions[:, 2], probs[0].outer(probs[2]).flatten())  # two entities
-    check(4 * first_team + first_team.roll(1), probs[0].outer(probs[0]).flatten())  # two teams
+    probs = torch.stack([first, second, third]).expand(n, 3, 4)
+    actions = script.sample(probs)
+    assert actions.shape == (n, 3)
+    assert (script.sample(probs) != actions).any()
+    one, two, three = actions.unbind(-1)
+    for drawn, expected in (
+        (one, first),
+        (two, second),
+        (three, third),
+        (4 * one + two, first.outer(second)),  # two entities
+        (4 * one + one.roll(1), first.outer(first)),  # two teams
+    ):
+        expected = expected.flatten()
+        frequency = torch.bincount(drawn, minlength=len(expected)) / n
+        deviation = (expected * (1 - expected) / n).sqrt()
+        assert ((frequency - expected).abs() <= 5 * deviation).all(), (frequency, expected)

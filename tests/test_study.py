@@ -2,19 +2,15 @@
 
 import csv
 import re
-import sys
 from pathlib import Path
 
+import ablation
 import numpy as np
+import plot
 import pytest
+import study
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-import ablation  # noqa: E402
-import plot  # noqa: E402
-import study  # noqa: E402
-
 KEPT = ROOT / "benchmark" / "study"
 
 
@@ -23,27 +19,24 @@ def made_up(folder, arms):
 
     Even matches have 2 factories a team and odd ones 4; players have 100 ice more and less.
     """
-    folder.mkdir(exist_ok=True)
+    rows = []
+    runs = ["arm,seed,steps,train_seconds,clipfrac,explained_variance,commit"]
+    for arm, seeds in arms.items():
+        for seed, steps in seeds.items():
+            runs.append(f"{arm},{seed},8192,600,0.{seed},0.5,abc{seed}")
+            for step, (full, ice) in steps.items():
+                for match, player in np.ndindex(10, 2):
+                    row = {"arm": arm, "seed": seed, "global_step": step, "policy": "sampled"}
+                    row |= {"match_seed": match, "player": player, "train_seconds": 1}
+                    row["starting_factories"] = 2 + match % 2 * 2
+                    row["episode_length"] = 1000 if match < full else 500
+                    row["ice_transferred"] = ice[match % 2] + 200 * player - 100
+                    rows.append(row)
+    (folder / "runs.csv").write_text("\n".join(runs))
     with open(folder / "ablation.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ablation.COLUMNS, restval=0)
         writer.writeheader()
-        for arm, seeds in arms.items():
-            for seed, steps in seeds.items():
-                for step, (full, ice) in steps.items():
-                    start = {"arm": arm, "seed": seed, "global_step": step}
-                    start |= {"train_seconds": 1, "policy": "sampled"}
-                    for match in range(10):
-                        row = {"match_seed": match, "starting_factories": 2 + match % 2 * 2}
-                        row["episode_length"] = 1000 if match < full else 500
-                        for player in range(2):
-                            own = ice[match % 2] + 200 * player - 100
-                            team = {"player": player, "ice_transferred": own}
-                            writer.writerow(start | row | team)
-    with open(folder / "runs.csv", "w") as file:
-        file.write("arm,seed,steps,train_seconds,clipfrac,explained_variance,commit\n")
-        for arm, seeds in arms.items():
-            for seed in seeds:
-                file.write(f"{arm},{seed},8192,600,0.{seed},0.5,abc{seed}\n")
+        writer.writerows(rows)
     return plot.load(folder / "ablation.csv")
 
 
