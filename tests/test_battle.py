@@ -83,6 +83,7 @@ def test_sees_the_board_from_its_own_side():
 
 def test_nearest_enemy():
     """dx, dy lead to an enemy, and none is nearer."""
+    near = 0
     for _, obs, *_ in battle(1, 30, map_size=20):
         for (_, team, _), here, row in soldiers(obs):
             enemies = obs["position"][0, 1 - team][obs["kind"][0, 1 - team] > 0]
@@ -92,6 +93,8 @@ def test_nearest_enemy():
             if nearest < 8:
                 goal = here + np.round([8 * row["enemy_dx"], 8 * row["enemy_dy"]])
                 assert (enemies[distances == nearest] == goal).all(1).any()
+                near += 1
+    assert near > 100
 
 
 def test_moves_and_masks():
