@@ -1,11 +1,11 @@
 """The Lux AI Season 2 game (luxai-s2) as a vector environment with one reward per entity.
 
-**The game.** Two teams share a map with ice, ore and rubble. Factories drink one unit of water per
-step and are lost without it; they refine ice to water and ore to metal, and build robots from metal
-and power. Robots, light or heavy, dig ice and ore and bring them home; most of what they do costs
-power, which comes from the sun and from factories. A match ends after 1000 steps, or when a team has
-lost its last factory. The caller plays both teams; the wrapper plays the bidding and places the
-factories (`early_phase_action`).
+**The game.** Two teams share a map with ice, ore and rubble. Factories drink one unit of water
+per step and are lost without it; they refine ice to water and ore to metal, and build robots from
+metal and power. Robots, light or heavy, dig ice and ore and bring them home; most of what they do
+costs power, which comes from the sun and from factories. A match ends after 1000 steps, or when a
+team has lost its last factory. The caller plays both teams; the wrapper plays the bidding and
+places the factories (`early_phase_action`).
 
     import numpy as np
     from lux_wrapper import LuxVecEnv
@@ -33,18 +33,18 @@ F features, H and W the board (x and y of the engine, in this order).
     action_mask  [N, P, E, A]        bool     True where the action may be taken
 
 An entity keeps its slot from birth to death: factories own the first `max_factories` slots, robots
-the rest. The slot of a dead robot is seen empty (kind 0) at least once before another robot takes it,
-so a learner that compares two successive `kind` arrays of a match sees every birth and every death.
+the rest. The slot of a dead robot is seen empty (kind 0) at least once before another robot takes
+it, so a learner that compares two successive `kind` arrays of a match sees every birth and death.
 The end of a match ends every trajectory in it: the next observation shows another match.
 
 **Actions** [N, P, E]: an index into ROBOT_ACTIONS or FACTORY_ACTIONS, ignored for empty slots. A
 robot that delivers hands all of its ice or all of its ore, whichever it carries more of, to the
 factory that it stands on or beside.
 
-**Rewards** [N, P, E]: what the entity itself achieved in this step, the weighted sum of the terms in
-REWARDS. Both ends of a match are terminations (the game is over), so nothing is ever truncated. When
-a match ends, `step` returns the first observation of the next one (Gymnasium's SAME_STEP autoreset)
-and the metrics of the finished one in `infos["episode"]`.
+**Rewards** [N, P, E]: what the entity itself achieved in this step, the weighted sum of the terms
+in REWARDS. Both ends of a match are terminations (the game is over), so nothing is ever
+truncated. When a match ends, `step` returns the first observation of the next one (Gymnasium's
+SAME_STEP autoreset) and the metrics of the finished one in `infos["episode"]`.
 
 **To change it.** Arrays are indexed by name (CHANNEL, COLUMN, REWARD_INDEX), so names may stand in
 any order, except that moves come first in ROBOT_ACTIONS.
@@ -58,8 +58,8 @@ any order, except that moves come first in ROBOT_ACTIONS.
     an action of robots     its name in ROBOT_ACTIONS, a line each in power_left and legal_actions,
                             and its order in robot_queue
 
-**Without the vector environment** this file needs only NumPy: a bot for the official runner can use
-`LuxEncoder` (official observations to arrays and masks, actions to official orders) and
+**Without the vector environment** this file needs only NumPy: a bot for the official runner can
+use `LuxEncoder` (official observations to arrays and masks, actions to official orders) and
 `early_phase_action`.
 """
 
@@ -331,9 +331,9 @@ def read_engine(state):
 
 # ---------- The encoder: observations to arrays, actions to official orders ----------
 
-# One observation of every match: `time` [N], maps [N, H, W], `own_lichen` (match, player, x and y of the
-# cells where teams' lichen grows), and entities. `covered` are the `factory_cells`. `all_robots` includes
-# robots without a slot; `robots` and their `unit_ids` do not.
+# One observation of every match: `time` [N], maps [N, H, W], `own_lichen` (match, player, x and y
+# of the cells where teams' lichen grows), and entities. `covered` are the `factory_cells`.
+# `all_robots` includes robots without a slot; `robots` and their `unit_ids` do not.
 Scene = namedtuple(
     "Scene",
     (
@@ -342,21 +342,21 @@ Scene = namedtuple(
     ),
 )
 
-# Where things stand: maps [N, P, H + 2, W + 2] with a border of one cell, so that the neighbours of any
-# cell can be read. `factory` is the slot of the own factory that covers a cell, or -1; `centre` and
-# `robot` say whether an own one is there.
+# Where things stand: maps [N, P, H + 2, W + 2] with a border of one cell, so that the neighbours
+# of any cell can be read. `factory` is the slot of the own factory that covers a cell, or -1;
+# `centre` and `robot` say whether an own one is there.
 BorderedMaps = namedtuple("BorderedMaps", "factory centre robot")
 
-# What is around each robot, arrays [5, R] by direction, the own cell first: the cells as indices in
-# BorderedMaps, what these have there, rubble, and steps to the edge of the nearest factory. Arrays [R]:
-# slot of that factory, and units of rubble worth clearing on the own cell.
+# What is around each robot, arrays [5, R] by direction, the own cell first: the cells as indices
+# in BorderedMaps, what these have there, rubble, and steps to the edge of the nearest factory.
+# Arrays [R]: slot of that factory, and units of rubble worth clearing on the own cell.
 Around = namedtuple("Around", "x y factory impassable rubble steps_home nearest worth_clearing")
 
 # Factories that can pay for a robot, and that have a slot for it: bool [N, P, max_factories]
 Builds = namedtuple("Builds", "can_light can_heavy slot_for_light slot_for_heavy")
 
 # What the entities of a match do in a step, which LuxMatch needs to work out their rewards: dicts
-# unit_id -> RobotAct or FactoryAct, with the Robot or Factory `before` the step, and two counts [P].
+# unit_id -> RobotAct or FactoryAct, with the Robot or Factory `before` the step; and counts [P].
 Acts = namedtuple("Acts", "robots factories yielded_moves blocked_builds")
 RobotAct = namedtuple("RobotAct", "player slot before delivery_slot worth_clearing")
 FactoryAct = namedtuple("FactoryAct", "player slot before")
@@ -365,33 +365,34 @@ FactoryAct = namedtuple("FactoryAct", "player slot before")
 class LuxEncoder:
     """Both players' views of N matches: slots, features and masks in, official orders out.
 
-    It reads only what official observations hold, so a bot for the official runner can use it. Call
-    `reset` with the first observation of a match after placement, then `encode` with this one and every
-    later one in turn, and `orders` with what `encode` returned. `reset` with a later observation works
-    too: robots get new slots then. Many matches in one encoder cost much less than an encoder for each.
+    It reads only what official observations hold, so a bot for the official runner can use it.
+    Call `reset` with the first observation of a match after placement, then `encode` with this
+    one and every later one in turn, and `orders` with what `encode` returned. `reset` also works
+    with a later observation; robots get new slots then. Many matches in one encoder cost much
+    less than an encoder for each.
 
-    A team may have more robots than slots, as teams of other programs do. The boards show all of them,
-    and no own robot steps onto them; but robots without a slot have no features and get no orders until
-    a slot is free.
+    A team may have more robots than slots, as teams of other programs do. The boards show all of
+    them, and no own robot steps onto them; but robots without a slot have no features and get no
+    orders until a slot is free.
 
-    `group_by` says who shares a trajectory. "entity": each has its own. "cluster": a factory with the
-    robots that it built; when it is lost, they join the nearest one.
+    `group_by` says who shares a trajectory. "entity": each has its own. "cluster": a factory with
+    the robots that it built; when it is lost, they join the nearest one.
 
     `safe_masks` also mask what is legal but clearly harmful:
         1. stepping onto a cell where an own robot stands (both would be destroyed),
         2. stepping onto the centre of an own factory (robots appear there),
         3. building while an own robot stands there, building a light robot from the metal that the
-           factory's first heavy one needs, and building into the last slots while other factories can
-           build their first heavy one,
+           factory's first heavy one needs, and building into the last slots while other factories
+           can build their first heavy one,
         4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor
            ore, ice and ore with full cargo,
         5. digging, or stepping away from home, with less power left than the way back to the nearest
-           own factory and an order there cost on ground without rubble (a robot without power stands
-           still until the sun shines),
+           own factory and an order there cost on ground without rubble (a robot without power
+           stands still until the sun shines),
         6. picking up less power than ten times what the order itself costs,
         7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
-    Of two own robots that would step onto one cell, the first moves and the other waits.
-    With the reward "lichen", light robots may also clear rubble that is worth it (4), the water for
+    Of two own robots that would step onto one cell, the first moves and the other waits. With the
+    reward "lichen", light robots may also clear rubble that is worth it (4), the water for
     watering as much at every second step to the end is kept too (7), and no robot may
         8. end a step where an opponent's robot could destroy it, unless it can wherever it goes.
 
@@ -523,9 +524,9 @@ class LuxEncoder:
     def _read_robots(self, matches, factories):
         """All robots and their unit_ids, match by match and player by player, in the order seen.
 
-        Robots keep their slots. A new robot gets the first slot that was empty in the last observation,
-        so the slot of a robot that has just died stays empty for now. Robots that find no slot have -1
-        and wait for one.
+        Robots keep their slots. A new robot gets the first slot that was empty in the last
+        observation, so the slot of a robot that has just died stays empty for now. Robots that
+        find no slot have -1 and wait for one.
         """
         table, unit_ids = [], []
         for match, players in enumerate(matches):
@@ -684,8 +685,9 @@ class LuxEncoder:
     def _plan_builds(self, scene, heavies):
         """Which factories can pay for a robot, and which of them have a slot for it.
 
-        A factory has a slot if enough are free even when every factory before it builds what it can.
-        With safe masks, slots are set aside for factories that can build their first heavy robot.
+        A factory has a slot if enough are free even when every factory before it builds what it
+        can. With safe masks, slots are set aside for factories that can build their first heavy
+        robot.
         """
         factories = scene.factories
 
@@ -779,9 +781,9 @@ class LuxEncoder:
     def orders(self, view, actions):
         """Official orders for an observation.
 
-        A robot that continues what it does gets no order, since every new one costs power. Moves and
-        digs are ordered for as many steps as the robot can pay and still afford another order after, so
-        continuing is free and a change of mind is always possible.
+        A robot that continues what it does gets no order, since every new one costs power. Moves
+        and digs are ordered for as many steps as the robot can pay and still afford another order
+        after, so continuing is free and a change of mind is always possible.
 
         Args:
             view: what `encode` returned with the observation.
@@ -932,10 +934,11 @@ def legal_actions(robots, around, left, gain):
 def water_costs(strains, strains_before, lichen, num_strains):
     """Upper bounds [N, num_strains] on the water that watering costs the factory of each strain.
 
-    A unit of water is good for 10 cells: the 12 at the factory's edge, cells of its strain, and neighbours
-    of cells from which it spreads. All are counted here, although some may be under rubble or another
-    strain. And as the engine asks for what it counted one step before, a cell counts if it was of the
-    strain then (`strains_before` [N, H, W]), and spreads with up to 2 units less.
+    A unit of water is good for 10 cells: the 12 at the factory's edge, cells of its strain, and
+    neighbours of cells from which it spreads. All are counted here, although some may be under
+    rubble or another strain. And as the engine asks for what it counted one step before, a cell
+    counts if it was of the strain then (`strains_before` [N, H, W]), and spreads with up to 2
+    units less.
     """
     N, H, W = strains.shape
     counted = np.zeros((N, num_strains, H + 2, W + 2), bool)
@@ -1003,8 +1006,8 @@ def robot_queue(robot, action, delivery_direction):
 
 # ---------- Lichen: what the reward "lichen" adds to the encoder ----------
 
-# Bool maps [N, P, H, W]: own `lichen`, `room` where it grows or can spread to, and `to_clear` where
-# only rubble keeps it from spreading next
+# Bool maps [N, P, H, W]: own `lichen`, `room` where it grows or can spread to, and `to_clear`
+# where only rubble keeps it from spreading next
 Soil = namedtuple("Soil", "lichen room to_clear")
 
 
@@ -1043,8 +1046,8 @@ def count_nearest(cells, factories):
 def ways_to_clear(robots, rubble, soil, bordered_robot):
     """Way [R, 3] from robots to the rubble worth clearing that a light robot would have cleared soonest.
 
-    A way is dx, dy and distance in cells / 8, at most 1; (0, 0, 1) where there is no such rubble. Rubble
-    under another own robot is left to that robot.
+    A way is dx, dy and distance in cells / 8, at most 1; (0, 0, 1) where there is no such rubble.
+    Rubble under another own robot is left to that robot.
     """
     ways = np.tile(np.float32([0, 0, 1]), (len(robots.x), 1))
     for match, player in sorted(set(zip(robots.match.tolist(), robots.player.tolist()))):
@@ -1067,8 +1070,8 @@ def ways_to_clear(robots, rubble, soil, bordered_robot):
 def threatened(robots, all_robots, around, bordered_shape):
     """Whether an opponent's robot could destroy the robots after each of their actions, bool [A, R].
 
-    A heavy robot destroys a light one. Of two robots of a kind, the one that moves wins, or if both
-    move the one with more power. No robot enters a factory of the other team.
+    A heavy robot destroys a light one. Of two robots of a kind, the one that moves wins, or if
+    both move the one with more power. No robot enters a factory of the other team.
     """
     powers = np.full((2, *bordered_shape), -1)  # of the opponent's light and heavy robots
     x, y = all_robots.x + 1, all_robots.y + 1
@@ -1116,9 +1119,10 @@ def early_phase_action(obs, player, grow_lichen=False):
 def placement_score(obs, grow_lichen=False):
     """How good each cell is as the centre of the next factory, from Gaussian filters over the board.
 
-    Ice counts most, above all ice at the factory's edge, which a robot can mine without walking between
-    loads; then ore nearby, and free ground where lichen can grow. The way from the edge to the nearest
-    ice, rubble and other factories, which would share the ice, count against a cell.
+    Ice counts most, above all ice at the factory's edge, which a robot can mine without walking
+    between loads; then ore nearby, and free ground where lichen can grow. The way from the edge
+    to the nearest ice, rubble and other factories, which would share the ice, count against a
+    cell.
 
     Args:
         obs: official observation of the placement phase.
@@ -1329,8 +1333,8 @@ class LuxMatch:
 def _engine_class():
     """The engine's class, with a list `births` of the robots built.
 
-    Where luxai_s2_fast is installed, it does some slow parts of the engine faster; what is played is the
-    same. Both are slow to import, and only processes that play need them.
+    Where luxai_s2_fast is installed, it does some slow parts of the engine faster; what is played
+    is the same. Both are slow to import, and only processes that play need them.
     """
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # pygame would print a banner
     try:
@@ -1405,7 +1409,8 @@ class LuxMatches(gym.Env if gym else object):
     "finished", a list of (index, metrics) of the matches that ended.
 
     `indices` is the range of the numbers that the matches have in LuxVecEnv, `seed_of` a function
-    (seed of `reset`, index, matches begun there) -> map seed, `new_match` one that makes a LuxMatch.
+    (seed of `reset`, index, matches begun there) -> map seed, `new_match` one that makes a
+    LuxMatch.
     """
 
     def __init__(self, indices, options, seed_of, new_match):
@@ -1466,8 +1471,8 @@ class LuxMatches(gym.Env if gym else object):
     def _resume(self, states):
         """Play all matches up to where they were, and return the observation there.
 
-        The encoder takes one observation of every match at a time. So all matches must arrive in the
-        same step, and younger ones, which begin later, stand at their start until then.
+        The encoder takes one observation of every match at a time. So all matches must arrive in
+        the same step, and younger ones, which begin later, stand at their start until then.
         """
         self.seed = int(states[0]["seed"])
         self.played = [int(state["played"]) for state in states]
@@ -1511,8 +1516,9 @@ def _make_matches(parent, *args):
 class LuxVecEnv(gym.vector.VectorEnv if gym else object):
     """N matches of Lux AI Season 2, two players each, both played by the caller.
 
-    It follows Gymnasium's vector conventions, except that rewards are per entity: [N, P, E] float32.
-    Terminations and truncations are per match, [N] bool. Observations: see the top of the file.
+    It follows Gymnasium's vector conventions, except that rewards are per entity: [N, P, E]
+    float32. Terminations and truncations are per match, [N] bool. Observations: see the top of
+    the file.
 
     Args:
         num_envs: N.
@@ -1599,9 +1605,10 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             actions: ints [N, P, E].
 
         Returns:
-            observations, rewards [N, P, E], terminations [N], truncations [N], infos. Observations are
-            overwritten by the next step. Where matches ended, `infos["episode"]` holds "l" [N] and the
-            TEAM_METRICS [N, P], and `infos["_episode"]` [N] says which of them ended.
+            observations, rewards [N, P, E], terminations [N], truncations [N], infos.
+            Observations are overwritten by the next step. Where matches ended, `infos["episode"]`
+            holds "l" [N] and the TEAM_METRICS [N, P], and `infos["_episode"]` [N] says which of
+            them ended.
 
         Raises:
             ValueError: if an entity has no such action; nothing is played then.
