@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -199,8 +200,10 @@ def end_of(monkeypatch, capfd, tmp_path):
 
 
 @pytest.fixture
-def refused(end_of, tmp_path):
+def refused(end_of, monkeypatch, tmp_path):
     """Function (script, flags it must refuse) -> lines that it says. Nothing may be written."""
+    begins = MagicMock(side_effect=AssertionError("a training begins"))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", begins)
 
     def contents():
         return {path: path.is_dir() or path.read_bytes() for path in tmp_path.rglob("*")}
