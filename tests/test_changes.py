@@ -17,7 +17,7 @@ import lux_wrapper as lux
 # Beginning of a line -> lines to add after it
 REWARD = {
     '    "ore_dug": 0.0004,': '    "kept_alive": 0.25,  # robot: a step survived',
-    '            pay(act, "ore_dug",': (
+    "        for unit_id, act in acts.robots.items():": (
         '            pay(act, "kept_alive", unit_id in state.units[PLAYERS[act.player]])'
     ),
 }
