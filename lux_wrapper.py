@@ -1720,8 +1720,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             ended = connection.wait(sentinels, 5)
             dead = [self._name(worker) for worker, sentinel in enumerate(sentinels) if sentinel in ended]
             failure = ChildProcessError(f"{' and '.join(dead)} died")
-        except gym.error.Error:  # the environment is closed, or another call was interrupted
-            raise
+        except (gym.error.ClosedEnvironmentError, gym.error.AlreadyPendingCallError):
+            raise  # after a failure, or an interrupted call
         except TimeoutError as error:
             failure = error
         except RuntimeError as error:  # of a match
