@@ -1415,7 +1415,7 @@ class LuxMatches(gym.Env if gym else object):
 
     def __init__(self, indices, options, seed_of, new_match):
         self.indices, self.seed_of, self.new_match = indices, seed_of, new_match
-        self.matches = []  # made by the first `reset`: the engine is slow to import
+        self.matches = []  # made by `start`: the engine is slow to import
         self.encoder = LuxEncoder(options, len(indices))
         self.view = None
         # With its map seed, the actions since a match began are all of its state
@@ -1423,9 +1423,13 @@ class LuxMatches(gym.Env if gym else object):
         spaces = (gym.vector.utils.batch_space(space, len(indices)) for space in single_spaces(options))
         self.observation_space, self.action_space = spaces
 
+    def start(self):
+        """Make the engines, if there are none yet."""
+        self.matches = self.matches or [self.new_match() for _ in self.indices]
+
     def reset(self, *, seed=None, options=None):
         """Start new matches, or with `options={"state": ...}` resume those of LuxVecEnv.state()."""
-        self.matches = self.matches or [self.new_match() for _ in self.indices]
+        self.start()
         if options is not None:
             return self._resume([options["state"][index] for index in self.indices]), {}
         self.seed = seed
@@ -1504,13 +1508,14 @@ class LuxMatches(gym.Env if gym else object):
 
 def _make_matches(parent, *args):
     """LuxMatches, in the parent process (its id) or in a worker."""
+    matches = LuxMatches(*args)
     if os.getpid() != parent:
         for number in (signal.SIGINT, signal.SIGTERM):  # sent to all; the parent decides when to end
             signal.signal(number, signal.SIG_IGN)
-        _engine_class()
+        matches.start()
         gc.collect()
-        gc.freeze()  # what was imported stays, so garbage collection need not look at it
-    return LuxMatches(*args)
+        gc.freeze()  # what is there now stays, so garbage collection need not look at it
+    return matches
 
 
 class LuxVecEnv(gym.vector.VectorEnv if gym else object):

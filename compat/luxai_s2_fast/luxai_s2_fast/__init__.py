@@ -2,13 +2,15 @@
 
     from luxai_s2_fast import LuxAI_S2  # instead of: from luxai_s2 import LuxAI_S2
 
-The subclass keeps the engine's rules and replaces three parts:
+The subclass keeps the engine's rules and replaces four parts:
 
     part of the engine          replacement    why the results are the same
     positions                   Cell           two Python ints add, compare and print like the
                                                elements of an array
     search for a factory's      LichenFactory  a search depends only on the cells that it reads,
     lichen at every step                       so it is repeated once one of them has changed
+    np.isin on a team's         Strains        a table answers what np.isin would
+    strains at every step
     observation at every step   None           `engine.state.get_obs()` makes one on request
 """
 
@@ -116,6 +118,18 @@ class LichenFactory(Factory):
         self.cells_read = cells_read
 
 
+class Strains(list):
+    """A team's lichen strains; `np.isin(board, strains)` looks each cell up in a table."""
+
+    def __array_function__(self, function, types, args, kwargs):
+        if function is not np.isin:
+            return function._implementation(*args, **kwargs)  # as with any other list
+        board, _ = args
+        is_own = np.zeros(max(self, default=0) + 3, bool)  # from strain -1 to one past the last
+        is_own[1:-1][self] = True
+        return is_own.take(board + 1, mode="clip")
+
+
 class LuxAI_S2(luxai_s2.LuxAI_S2):
     """The engine made of these parts, with the original's arguments."""
 
@@ -135,6 +149,7 @@ class LuxAI_S2(luxai_s2.LuxAI_S2):
         return unit
 
     def add_factory(self, team, pos):
+        team.factory_strains = Strains(team.factory_strains)
         factory = super().add_factory(team, pos)
         if factory is not None:
             factory.pos = Cell(*factory.pos.pos.tolist())
