@@ -1702,8 +1702,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         if not finished:
             return {}
         ended = np.zeros(self.num_envs, bool)
-        episode = {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
-        episode["l"] = np.zeros(self.num_envs, np.int64)
+        episode = {"l": np.zeros(self.num_envs, np.int64)}
+        episode |= {key: np.zeros((self.num_envs, len(PLAYERS))) for key in TEAM_METRICS}
         for index, metrics in finished:
             ended[index] = True
             for key, value in metrics.items():
