@@ -67,9 +67,11 @@ import atexit
 import contextlib
 import functools
 import gc
+import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -246,12 +248,39 @@ def weights_of(preset="ice", changes=None):
     """Weight of each reward term: those of a preset, except for `changes`, a dict by term.
 
     Raises:
-        ValueError: if there is no such term.
+        ValueError: if there is no such term, or a weight is not a number.
     """
     weights = REWARDS | REWARD_PRESETS[preset] | (changes or {})
     if unknown := ", ".join(weights.keys() - REWARDS.keys()):
         raise ValueError(f"there is no reward term {unknown}; there are {', '.join(REWARDS)}")
+    for term, weight in weights.items():
+        if not isinstance(weight, (int, float)) or not np.isfinite(weight):
+            raise ValueError(f"the weight of {term} must be a finite number, got {weight}")
     return weights
+
+
+# Settings of the engine that the wrapper follows; it relies on the season's values of all others
+ENGINE_OPTIONS = ("validate_action_space", "max_episode_length", "verbose")
+
+
+def checked_numbers(num_envs, num_workers, first_match, render_mode, engine_options):
+    """Raise a ValueError if LuxVecEnv cannot serve these arguments of its own."""
+    for name, value, least in (
+        ("num_envs", num_envs, 1),
+        ("num_workers", num_workers or 0, 0),
+        ("first_match", first_match, 0),
+        ("max_episode_length", engine_options.get("max_episode_length", GAME_LENGTH), 1),
+    ):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer from {least} on, got {value}")
+    if engine_options.get("max_episode_length", 0) > GAME_LENGTH:
+        raise ValueError(f"max_episode_length must be at most {GAME_LENGTH}")
+    if unknown := ", ".join(engine_options.keys() - set(ENGINE_OPTIONS)):
+        raise ValueError(f"engine_options may hold {', '.join(ENGINE_OPTIONS)}, not {unknown}")
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f'render_mode must be None or "rgb_array", got {render_mode}')
+    if num_workers and multiprocessing.current_process().daemon:
+        raise ValueError("a daemonic process cannot have workers: use num_workers=0")
 
 
 # ---------- Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy ----------
@@ -352,8 +381,9 @@ BorderedMaps = namedtuple("BorderedMaps", "factory centre robot")
 # Arrays [R]: slot of that factory, and units of rubble worth clearing on the own cell.
 Around = namedtuple("Around", "x y factory impassable rubble steps_home nearest worth_clearing")
 
-# Factories that can pay for a robot, and that have a slot for it: bool [N, P, max_factories]
-Builds = namedtuple("Builds", "can_light can_heavy slot_for_light slot_for_heavy")
+# Factories that can pay for a robot, that have a slot for it, and whose first heavy robot this
+# would be (with safe masks): bool [N, P, max_factories]
+Builds = namedtuple("Builds", "can_light can_heavy slot_for_light slot_for_heavy first_heavy")
 
 # What the entities of a match do in a step, which LuxMatch needs to work out their rewards: dicts
 # unit_id -> RobotAct or FactoryAct, with the Robot or Factory `before` the step; and counts [P].
@@ -381,20 +411,21 @@ class LuxEncoder:
     `safe_masks` also mask what is legal but clearly harmful:
         1. stepping onto a cell where an own robot stands (both would be destroyed),
         2. stepping onto the centre of an own factory (robots appear there),
-        3. building while an own robot stands there, building a light robot from the metal that the
-           factory's first heavy one needs, and building into the last slots while other factories
-           can build their first heavy one,
+        3. building while an own robot stands there, and building into the last slots while other
+           factories can build their first heavy robot,
         4. digging where nothing is gained: bare ground, own lichen, rubble that covers neither ice nor
            ore, ice and ore with full cargo,
         5. digging, or stepping away from home, with less power left than the way back to the nearest
            own factory and an order there cost on ground without rubble (a robot without power
            stands still until the sun shines),
         6. picking up less power than ten times what the order itself costs,
-        7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end.
+        7. watering lichen if the water left would not last WATER_RESERVE steps, or to the end,
+        8. anything else while a factory can build its first heavy robot. A policy that waits there
+           half of the time hardly loses by it, but its likeliest action would wait for ever.
     Of two own robots that would step onto one cell, the first moves and the other waits. With the
     reward "lichen", light robots may also clear rubble that is worth it (4), the water for
     watering as much at every second step to the end is kept too (7), and no robot may
-        8. end a step where an opponent's robot could destroy it, unless it can wherever it goes.
+        9. end a step where an opponent's robot could destroy it, unless it can wherever it goes.
 
     Args:
         options: LuxOptions.
@@ -697,7 +728,7 @@ class LuxEncoder:
 
         can_heavy = can_pay(1)
         first_heavy = can_heavy & (heavies == 0) & self.options.safe_masks
-        can_light = can_pay(0) & (~first_heavy | (factories.metal >= METAL_COST.sum()))
+        can_light = can_pay(0) & ~first_heavy
         free = np.full(factories.alive.shape[:2], self.options.max_robots)
         np.subtract.at(free, (scene.all_robots.match, scene.all_robots.player), 1)
         free = free[..., None]
@@ -706,7 +737,7 @@ class LuxEncoder:
         has_slot = set_aside + takes_a_slot.cumsum(-1) <= free
         has_slot_set_aside = first_heavy.cumsum(-1) <= free
         slot_for_heavy = np.where(first_heavy, has_slot_set_aside, has_slot)
-        return Builds(can_light, can_heavy, has_slot, slot_for_heavy)
+        return Builds(can_light, can_heavy, has_slot, slot_for_heavy, first_heavy)
 
     def _mask_factories(self, action_mask, scene, builds):
         """Write the action masks of the factories."""
@@ -729,6 +760,8 @@ class LuxEncoder:
                 reserve = reserve + (steps_left - 1) * cost // 2
         water = factories.water
         mask[..., WATER] = factories.alive & (water > reserve) & (water - cost >= reserve)
+        must_build = builds.first_heavy & mask[..., BUILD_HEAVY]
+        mask[must_build] = np.arange(NUM_ACTIONS) == BUILD_HEAVY
 
     def _mask_robots(self, action_mask, scene):
         """Write the action masks of the robots."""
@@ -1243,7 +1276,9 @@ class LuxMatch:
     def render(self):
         """A picture by the engine's own renderer, uint8 [400, 400, 3]."""
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
-        return self.engine.render()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the font that the engine asks for may be missing
+            return self.engine.render()
 
     def _achievements(self, acts, robots, factories):
         """Amount of each reward term for each entity in the step just played, [P, E, len(REWARDS)].
@@ -1369,8 +1404,10 @@ WORKER_TIMEOUT = 60
 def default_workers():
     """A worker for each core that this process may use, or 0 for a single core.
 
-    The processes of torchrun share the cores of their machine.
+    The processes of torchrun share the cores of their machine. A daemonic process cannot have workers.
     """
+    if multiprocessing.current_process().daemon:
+        return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return cores if cores > 1 else 0
@@ -1534,13 +1571,16 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             of the matches together play what one would.
         render_mode: None or "rgb_array" (with num_workers 0).
         reward_weights: dict of weights that differ from the reward's preset, by term.
-        engine_options: more settings for the engine, such as {"validate_action_space": True}.
+        engine_options: more settings for the engine, a dict of ENGINE_OPTIONS.
         options: see LuxOptions.
 
     Raises:
         ValueError: if there is no such option or reward term, or a value is not allowed.
-        ChildProcessError, TimeoutError: from methods that play, if a worker process fails or hangs; all
-            workers are ended then. Without workers, a match that fails raises a RuntimeError.
+        ChildProcessError, TimeoutError: from methods that play, if a worker process fails or hangs.
+            Without workers, a match that fails raises a RuntimeError.
+        gymnasium.error.ClosedEnvironmentError: from then on, and after an interruption: matches that
+            were left in the middle of a step cannot continue.
+        gymnasium.error.ResetNeeded: from `step` and `state` before `reset` or `load_state`.
     """
 
     metadata = {
@@ -1562,7 +1602,10 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
     ):
         if gym is None:
             raise ModuleNotFoundError("LuxVecEnv needs Gymnasium: pip install gymnasium")
+        checked_numbers(num_envs, num_workers, first_match, render_mode, engine_options or {})
         self.num_envs, self.render_mode = num_envs, render_mode
+        self.kind = None  # until `reset`
+        self.why_closed = "it was closed"
         self.options = checked_options(**options)
         weights = weights_of(self.options.reward, reward_weights)
         self.single_observation_space, self.single_action_space = single_spaces(self.options)
@@ -1618,8 +1661,12 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         Raises:
             ValueError: if an entity has no such action; nothing is played then.
         """
+        self._require_reset()
         live, number = self.kind > NOBODY, self.single_action_space.nvec
-        actions = np.broadcast_to(actions, live.shape)
+        actions = np.asarray(actions)
+        if actions.shape != live.shape or actions.dtype.kind not in "iu":
+            shape = list(actions.shape)
+            raise ValueError(f"actions must be integers {list(live.shape)}, got {actions.dtype} {shape}")
         wrong = live & ((actions < 0) | (actions >= number))
         if wrong.any():
             match, player, slot = np.argwhere(wrong)[0].tolist()
@@ -1642,6 +1689,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             "actions" int8 [t, P, E] since the last one began. Lists of several processes (see
             `first_match`) can be joined, and divided again among any number of processes.
         """
+        self._require_reset()
         return sum(self._call("call", "state"), [])
 
     def load_state(self, state):
@@ -1710,12 +1758,27 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
                 episode[key][index] = value
         return {"episode": episode, "_episode": ended}
 
+    def _require_reset(self):
+        if self.kind is None:
+            raise gym.error.ResetNeeded("call reset first: no match has begun")
+
     # ---------- Workers ----------
 
     def _call(self, method, *args, steps=1, **kwargs):
-        """What a method of `games` returns; if a worker fails, one sentence, and all workers are ended."""
-        if isinstance(self.games, gym.vector.SyncVectorEnv):
-            return getattr(self.games, method)(*args, **kwargs)
+        """What a method of `games` returns. After a failure or an interruption the environment is closed."""
+        if self.closed:
+            raise gym.error.ClosedEnvironmentError(f"make a new environment: {self.why_closed}")
+        try:
+            if isinstance(self.games, gym.vector.SyncVectorEnv):
+                return getattr(self.games, method)(*args, **kwargs)
+            return self._call_workers(steps, method, *args, **kwargs)
+        except BaseException as error:
+            self.why_closed = str(error) or f"{method} was interrupted"
+            self.close()
+            raise
+
+    def _call_workers(self, steps, method, *args, **kwargs):
+        """The same with workers; if one fails, an error of one sentence."""
         try:
             getattr(self.games, f"{method}_async")(*args, **kwargs)
             self._wait(steps)
@@ -1725,15 +1788,12 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             ended = connection.wait(sentinels, 5)
             dead = [self._name(worker) for worker, sentinel in enumerate(sentinels) if sentinel in ended]
             failure = ChildProcessError(f"{' and '.join(dead)} died")
-        except (gym.error.ClosedEnvironmentError, gym.error.AlreadyPendingCallError):
-            raise  # after a failure, or an interrupted call
         except TimeoutError as error:
             failure = error
         except RuntimeError as error:  # of a match
             failure = ChildProcessError(str(error))
         except Exception as error:
             failure = ChildProcessError(f"a worker process failed: {type(error).__name__}: {error}")
-        self.close()
         raise failure from None
 
     def _wait(self, steps):

@@ -307,13 +307,10 @@ def needs_first_heavy(side, id):
 def payable(side, id, safe_masks):
     """Kinds of robot that a factory can pay for.
 
-    Safe masks keep the metal for a first heavy robot that the factory can build.
+    With safe masks only the heavy one, if that would be its first.
     """
-    factory = side.factories[id]
-    kinds = {kind for kind in ("LIGHT", "HEAVY") if not lacks_for(factory, kind)}
-    both = sum(GAME.ROBOTS[kind].METAL_COST for kind in ("LIGHT", "HEAVY"))
-    keeps = safe_masks and needs_first_heavy(side, id) and factory["cargo"]["metal"] < both
-    return kinds - {"LIGHT"} if keeps else kinds
+    kinds = {kind for kind in ("LIGHT", "HEAVY") if not lacks_for(side.factories[id], kind)}
+    return {"HEAVY"} if safe_masks and needs_first_heavy(side, id) else kinds
 
 
 def slots_for(side, safe_masks):
@@ -347,8 +344,11 @@ def factory_objections(side, id, safe_masks):
             against.add("3: last slots")
         if tuple(factory["pos"]) in side.standing:
             against.add("3: the centre is taken")
-    if payable(side, id, True) != payable(side, id, False):
-        objections["build_light"].add("3: metal of the first heavy")
+    if needs_first_heavy(side, id):
+        objections["build_light"].add("8: the first heavy")
+        if not objections["build_heavy"]:
+            objections["nothing"].add("8: the first heavy")
+            objections["water_lichen"].add("8: the first heavy")
 
     water, cost = factory["cargo"]["water"], water_cost(side, factory["strain_id"])
     if water < cost:
@@ -668,6 +668,11 @@ def at_home(**stocks):
     return factory(10, 10, **stocks)
 
 
+def home(**stocks):
+    """The same without metal."""
+    return at_home(metal=0, **stocks)
+
+
 def poor(power):
     """For a case in which a robot needs more than this power from the factory."""
     less, more = ([at_home(power=amount)] for amount in (power, power + 1))
@@ -681,6 +686,7 @@ def strain(number, cells, amount=10):
 HERE = (14, 10)  # three steps from the factory
 ROW = [(x, 2) for x in range(2, 20)]  # cells far from any factory
 WATERING = "7: water would not last", "water_lichen"
+FIRST = "8: the first heavy"
 EDGE = [(0, 2), (0, 6), (0, 10)]  # 3 cells with 3 neighbours each
 FOUR = [robot(x, 5) for x in (2, 4, 6, 8)]  # with one more, all slots are taken
 WITH_HEAVY = [heavy(2, 5), *FOUR[1:]]
@@ -702,16 +708,13 @@ CASES = [
     case("metal", "build_light", at_home(metal=9), at_home(metal=10)),
     case("power", "build_heavy", at_home(power=499), at_home(power=500)),
     case("slots", "build_heavy", at_home(), robots=[*FOUR, robot(12, 5)], changed={"robots": FOUR}),
-    case("water", "water_lichen", at_home(water=1), at_home(water=2)),
+    case("water", "water_lichen", home(water=1), home(water=2)),
     case("no cargo", "deliver", robot(10, 10), robot(10, 10, ore=1)),
     # 1 and 2. Own robots and centres of own factories.
     case("1: own robot", "move_left", robot(14, 9), robots=[heavy(13, 9)], changed={"robots": []}),
     case("2: centre of a factory", "move_down", heavy(10, 9), heavy(10, 8)),
-    # 3. Building: a robot in the way; metal and the last slots for first heavy robots.
+    # 3. Building: a robot in the way; the last slots are for first heavy robots.
     case("3: the centre is taken", "build_heavy", at_home(), robots=[robot(10, 10)], changed={"robots": []}),
-    case("3: metal of the first heavy", "build_light", at_home(metal=109), at_home(metal=110)),
-    case("3: metal of the first heavy", "build_light", at_home(metal=109), at_home(metal=109, power=499)),
-    case("3: last slots", "build_light", at_home(), robots=FOUR, changed={"robots": WITH_HEAVY}),
     case("3: last slots", "build_light", at_home(), **TWO_HOMES, changed={"factories": [SECOND | {"power": 499}]}),
     # 4. Digging: what there is to gain.
     case("4: bare ground", "dig", robot(*HERE), changed={"ore": [HERE]}),
@@ -728,10 +731,16 @@ CASES = [
     case("6: little power", "pick_up_power", robot(11, 9, power=142), robot(11, 9, power=141)),
     case("6: little power", "pick_up_power", heavy(9, 11), **poor(99)),
     # 7. Watering: 2 water for the 12 cells at the edge and up to 8 more.
-    case(*WATERING, at_home(water=201), at_home(water=202), time=800),
-    case(*WATERING, at_home(water=200), at_home(water=201), time=801),
-    case(*WATERING, at_home(water=201), at_home(water=202), lichen=strain(0, ROW[:8]) | strain(1, ROW[8:])),
-    case(*WATERING, at_home(water=202), at_home(water=203), lichen=strain(0, EDGE, amount=18)),
+    case(*WATERING, home(water=201), home(water=202), time=800),
+    case(*WATERING, home(water=200), home(water=201), time=801),
+    case(*WATERING, home(water=201), home(water=202), lichen=strain(0, ROW[:8]) | strain(1, ROW[8:])),
+    case(*WATERING, home(water=202), home(water=203), lichen=strain(0, EDGE, amount=18)),
+    # 8. With the metal and power for a first heavy robot, and a slot and room for it.
+    case(FIRST, "nothing", at_home(metal=100), at_home(metal=99)),
+    case(FIRST, "nothing", at_home(), robots=FOUR, changed={"robots": WITH_HEAVY}),
+    case(FIRST, "nothing", at_home(), changed={"robots": [robot(10, 10)]}),
+    case(FIRST, "build_light", at_home(power=500), at_home(power=499)),
+    case(FIRST, "water_lichen", at_home(), at_home(metal=99)),
 ]
 
 
@@ -765,9 +774,9 @@ def made_up(rng, factories, ice, ore, robots):
         power = max(0, int(power + rng.integers(-1, 2)))
         units.append(kind(*cell, power=power, ice=cargo[0], ore=cargo[1], queue=queues[rng.integers(4)]))
     for home in factories:
-        home["cargo"]["metal"] = int(rng.choice([9, 10, 99, 100, 109, 110, 110, 110]))
+        home["cargo"]["metal"] = int(rng.choice([9, 10, 99, 100, 110, 110, 110, 110]))
         home["cargo"]["water"] = int(rng.choice([0, 0, 100, 200]) + rng.integers(12))
-        home["power"] = int(rng.choice([0, 1, 9, 10, 49, 50, 99, 100, 499, 500, 500, 500]))
+        home["power"] = int(rng.choice([0, 1, 9, 10, 49, 50, 99, 100, 499, *[500] * 9]))
     free = [cell for cell in cells if cell not in covered]
     soil = [cell for cell in free if cell not in ice + ore]
     grown = soil[: rng.integers(60)]
@@ -783,13 +792,13 @@ def test_made_up_situations(safe_masks):
     """Matches of two observations, all in one encoder; every objection decides alone."""
     rng, count = np.random.default_rng(0), Counter()
     watched = Watched(max_robots=6, safe_masks=safe_masks)
-    for _ in range(150):
+    for _ in range(200):
         factories = [factory(5, 6), factory(12, 17)][: rng.integers(1, 3)]
         covered = footprint(dict(enumerate([*factories, factory(19, 19)])))
         cells = [tuple(cell) for cell in rng.integers(0, SIZE, (200, 2)).tolist()]
         cells = [cell for cell in dict.fromkeys(cells) if cell not in covered]
         half = rng.integers(2) * len(cells) // 2
-        stays = factories, cells[:half], cells[half:], rng.integers(1, 7)
+        stays = factories, cells[:half], cells[half:], rng.integers(2, 7)
         watched.begin(made_up(rng, *stays))
         watched.see(made_up(rng, *stays))
         for objections in watched.objections.values():

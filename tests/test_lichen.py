@@ -107,7 +107,7 @@ def test_water_is_saved():
     """Watering costs 2 and keeps as much for half of the steps left, beside the reserve."""
     for time, least in ((400, 200 + 599), (900, 100 + 99), (998, 2 + 1), (999, 1)):
         for water, may in ((least + 1, False), (least + 2, True)):
-            arrays, _ = encode(official([], [factory(10, 10, water=water)], time=time))
+            arrays, _ = encode(official([], [factory(10, 10, water=water, metal=0)], time=time))
             assert arrays["action_mask"][0, 0, lux.WATER] == may
 
 

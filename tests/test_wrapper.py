@@ -5,7 +5,9 @@ test_encoder.py computes what it observes, allows, orders and pays a second time
 
 import copy
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import threading
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import gymnasium as gym
 import numpy as np
@@ -181,11 +184,54 @@ def test_actions_out_of_range(num_workers):
         ({"safe_masks": 1}, "safe_masks must be True or False, got 1"),
         ({"reward": "ore"}, "reward must be ice or lichen, got ore"),
         ({"group_by": "mod-2"}, "group_by must be entity or cluster, got mod-2"),
+        ({"num_envs": 0}, "num_envs must be an integer from 1 on, got 0"),
+        ({"num_workers": -1}, "num_workers must be an integer from 0 on, got -1"),
+        ({"first_match": 0.5}, "first_match must be an integer from 0 on, got 0.5"),
+        ({"render_mode": "human"}, 'render_mode must be None or "rgb_array", got human'),
+        ({"engine_options": {"CYCLE_LENGTH": 20}}, "engine_options may hold .*, not CYCLE_LENGTH"),
+        ({"engine_options": {"max_episode_length": 1001}}, "max_episode_length must be at most 1000"),
+        ({"reward_weights": {"gold": 1}}, "there is no reward term gold; .*"),
+        ({"reward_weights": {"survived": np.nan}}, "the weight of survived must be a finite number, got nan"),
     ],
 )
 def test_options_that_are_refused(options, refusal):
     with pytest.raises(ValueError, match=f"^{refusal}$"):
-        lux.LuxVecEnv(1, num_workers=0, **options)
+        lux.LuxVecEnv(**{"num_envs": 1, "num_workers": 0} | options)
+
+
+def test_what_is_refused_in_play():
+    """Steps before `reset`, and actions that are no integers of the right shape; nothing is played then."""
+    env = lux.LuxVecEnv(1, num_workers=0)
+    for early in (env.state, lambda: env.step(np.zeros((1, 2, 11), int))):
+        with pytest.raises(gym.error.ResetNeeded, match="^call reset first: no match has begun$"):
+            early()
+    obs, _ = env.reset(seed=1)
+    actions = idle(obs)
+    for wrong in (actions + 2.7, actions * np.nan, actions[0], actions > 0, actions[..., :-1]):
+        named = re.escape(f"actions must be integers [1, 2, 11], got {wrong.dtype} {list(wrong.shape)}")
+        with pytest.raises(ValueError, match=f"^{named}$"):
+            env.step(wrong)
+    assert env.matches[0].time == 0
+    env.close()
+
+
+def in_a_daemon(pipe):
+    try:
+        env = lux.LuxVecEnv(2)
+        pipe.send(type(env.games).__name__)
+        lux.LuxVecEnv(2, num_workers=2)
+    except ValueError as error:
+        pipe.send(str(error))
+
+
+def test_in_a_daemonic_process():
+    """As in a multiprocessing.Pool: it plays in process, and refuses workers."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=in_a_daemon, args=(theirs,), daemon=True)
+    process.start()
+    assert ours.recv() == "SyncVectorEnv"
+    assert ours.recv() == "a daemonic process cannot have workers: use num_workers=0"
+    process.join()
 
 
 def test_the_games_numbers():
@@ -217,6 +263,7 @@ def test_the_games_numbers():
     assert np.stack([lux.DX, lux.DY], 1).tolist() == engine_orders.move_deltas.tolist()
 
 
+@pytest.mark.filterwarnings("error")
 def test_render():
     """Pictures by the engine's renderer, without a screen, for an environment that is made for it."""
     env, _ = in_process(1, render_mode="rgb_array")
@@ -754,11 +801,12 @@ def two_workers():
     return env, obs, env.games.processes
 
 
-def assert_ended(env, obs):
-    """All workers have ended, and the environment refuses to continue."""
-    assert not any(process.is_alive() for process in env.games.processes)
-    with pytest.raises(gym.error.ClosedEnvironmentError):
-        env.step(idle(obs))
+def assert_ended(env, obs, why):
+    """All workers have ended, and the environment refuses to continue and says why."""
+    assert not any(process.is_alive() for process in getattr(env.games, "processes", ()))
+    for call in (env.reset, env.state, lambda: env.step(idle(obs))):
+        with pytest.raises(gym.error.ClosedEnvironmentError, match=f"^make a new environment: {why}$"):
+            call()
     env.close()
 
 
@@ -781,9 +829,10 @@ def test_a_worker_that_fails_is_an_error_not_a_hang(fault, monkeypatch, capfd):
     if fault == "suspended":
         monkeypatch.setattr(lux, "WORKER_TIMEOUT", 0)
         error, what = TimeoutError, "did nothing for 2 s"
-    with pytest.raises(error, match=f"^the worker process of matches 0 to 1 {what}$"):
+    why = f"the worker process of matches 0 to 1 {what}"
+    with pytest.raises(error, match=f"^{why}$"):
         env.step(idle(obs))
-    assert_ended(env, obs)
+    assert_ended(env, obs, why)
     assert capfd.readouterr().err == ""
 
 
@@ -798,7 +847,7 @@ def test_how_long_a_worker_may_take(command, steps, monkeypatch):
     named = f"the worker process of matches 2 to 3 did nothing for {60 + 2 * steps} s"
     with pytest.raises(TimeoutError, match=f"^{named}$"):
         getattr(env, command)(*arguments)
-    assert_ended(env, obs)
+    assert_ended(env, obs, named)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Gymnasium's, with the traceback
@@ -818,11 +867,23 @@ def test_an_exception_in_a_match_is_named(num_workers, error, monkeypatch):
     actions = idle(obs)
     env.step(actions)
     actions[2, 0, 0] = lux.WATER
-    with pytest.raises(error, match=r"^match 2 \(map seed 502\) failed: IndexError: boom$"):
+    why = r"match 2 \(map seed 502\) failed: IndexError: boom"
+    with pytest.raises(error, match=f"^{why}$"):
         env.step(actions)
-    if num_workers:
-        assert_ended(env, obs)
-    env.close()
+    assert_ended(env, obs, why)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupted(num_workers, monkeypatch):
+    """Matches that Ctrl-C stopped in the middle of a step do not continue, as in a notebook they might."""
+    env = lux.LuxVecEnv(4, num_workers=num_workers)
+    obs, _ = env.reset(seed=1)
+    with monkeypatch.context() as patch:
+        target = (env, "_wait") if num_workers else (env.matches[1], "step")
+        patch.setattr(*target, MagicMock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            env.step(idle(obs))
+    assert_ended(env, obs, "step was interrupted")
 
 
 @pytest.mark.filterwarnings("ignore:.*Worker:UserWarning", "ignore:.*main process:UserWarning")
