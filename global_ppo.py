@@ -55,6 +55,7 @@ class Args:
     evaluate: str | None = None  # evaluate this run or checkpoint instead of training
     resume: str | None = None  # continue this run or checkpoint
     eval_episodes: int = 20  # matches of the final evaluation, on held-out maps
+    eval_steps: int = 10000  # steps after which the evaluation leaves out matches that have not ended
     save_every: int = 20  # updates between two checkpoints
 
     # The environment
@@ -165,6 +166,8 @@ def train(args, run_dir, device, checkpoint=None):
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         size = sum(parameter.numel() for parameter in agent.parameters())
         print(f"{size:,} parameters on {device}, from step {global_step}, writing to {run_dir}")
+        if args.total_timesteps - global_step < args.num_envs * args.num_steps:
+            print("all --total-timesteps were played already: nothing is trained")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -341,30 +344,42 @@ def train(args, run_dir, device, checkpoint=None):
 
 
 @torch.no_grad()
-def evaluate(agent, args, device, video=None):
-    """Play held-out matches, each once: a dict metric -> list of values. `video` is a file for the first."""
+def evaluate(agent, args, device, greedy=False, video=None):
+    """Play held-out matches, each once: a dict metric -> list of values, of the matches that ended.
+
+    Actions are sampled, or `greedy`: the likeliest ones. `video` is a file for the first match.
+    """
     options = {"num_workers": args.num_workers, "held_out": True}
     options |= {"num_workers": 0, "render_mode": "rgb_array"} if video else {}
     envs = make_envs(args, args.eval_episodes, **options)
     generator = torch.Generator(device).manual_seed(0)
-    finished = [None] * args.eval_episodes
-    steps = 0
+    finished = {}
     frames = []
+    what = "video" if video else "greedy" if greedy else "sampled"
+    progress = tqdm(total=args.eval_episodes, desc=f"evaluation, {what}", unit="match", leave=False)
     obs, _ = envs.reset(seed=0)
-    while None in finished:
-        if video and steps % 4 == 0:
+    for step in range(args.eval_steps):
+        if video and step % 4 == 0:
             frames.append(Image.fromarray(envs.render()[0]))
-        steps += 1
         logits, _, _ = agent(to_tensors(obs, device))
-        action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
+        if greedy:
+            action = logits.argmax(-1)
+        else:
+            action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
         obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
         for match in np.flatnonzero(infos.get("_episode", ())):
             episode = {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}
-            finished[match] = finished[match] or episode  # another match may follow
+            finished.setdefault(match, episode)  # another match may follow
+        progress.update(len(finished) - progress.n)
+        progress.set_postfix(step=step + 1)
+        if len(finished) == args.eval_episodes:
+            break
+    progress.close()
     envs.close()
     if video:
         frames[0].save(video, save_all=True, append_images=frames[1:], duration=50, loop=0)
-    return {key: [episode[key] for episode in finished] for key in finished[0]}
+    episodes = [finished[match] for match in sorted(finished)]
+    return {key: [episode[key] for episode in episodes] for key in episodes[0]} if episodes else {}
 
 
 def sample(probs):
@@ -413,7 +428,7 @@ class Refused(Exception):
 def check_args(args):
     """Raise Refused if flags cannot work."""
     for low, high, names in (
-        (1, 10**9, "num_envs num_steps num_minibatches update_epochs save_every"),
+        (1, 10**9, "num_envs num_steps num_minibatches update_epochs save_every eval_steps"),
         (1e-9, 10**9, "learning_rate max_grad_norm clip_coef positive_reward_weight"),
         (0, 10**9, "ent_coef vf_coef target_kl num_workers eval_episodes"),
         (0, 1, "gamma gae_lambda"),  # (*)
@@ -429,6 +444,11 @@ def check_args(args):
         raise Refused(f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes")
     if args.num_steps % args.num_minibatches:
         raise Refused(f"--num-steps {args.num_steps} does not divide by --num-minibatches")
+    if args.track and RANK == 0:
+        try:
+            import_module("wandb").login()
+        except Exception as error:  # not installed, a folder of that name, or no key
+            raise Refused(f"--track needs `pip install wandb` and `wandb login`: {error}")
 
 
 if __name__ == "__main__":
@@ -439,6 +459,8 @@ if __name__ == "__main__":
     try:
         if source := args.evaluate or args.resume:
             *earlier, path = checkpoints(source) or [Path(source)]
+            if not path.is_file():
+                raise Refused(f"there is no checkpoint at {source}")
             try:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
                 saved = Args(**checkpoint["args"])
@@ -448,9 +470,13 @@ if __name__ == "__main__":
                 raise Refused(f"{path} is damaged, or not a checkpoint of this script{hint}")
             args = tyro.cli(Args, default=replace(saved, env_kwargs={}))  # flags override the run's
             args.env_kwargs = saved.env_kwargs | args.env_kwargs
-            args.resume = None
-            if args.evaluate or path in checkpoints(path.parent)[-1:]:  # else a new run begins
+            if args.evaluate:
+                run_dir = Path("runs", f"evaluate__{run_dir.name}")
+            elif args.total_timesteps < (reached := checkpoint["global_step"]):
+                raise Refused(f"{path} is at step {reached}: --total-timesteps must not be less")
+            elif path in checkpoints(path.parent)[-1:]:  # else a new run begins
                 run_dir = path.parent
+            args.resume = None
         check_args(args)
         cuda = args.cuda and torch.cuda.is_available()
         device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
@@ -473,17 +499,25 @@ if __name__ == "__main__":
         if RANK > 0:
             os._exit(0)  # in Python's usual end torch's threads sometimes abort
         if args.eval_episodes:
-            metrics = evaluate(agent, args, device)
-            summary = {}
-            print(f"\nevaluation on {args.eval_episodes} held-out matches: mean, std, min, max")
-            for key, x in metrics.items():
-                summary[key] = {"mean": np.mean(x), "std": np.std(x), "min": min(x), "max": max(x)}
-                name = {"l": "episode_length", "r": "episodic_return"}.get(key, key)
-                print(f"{name:24}" + "".join(f"{number:10.1f}" for number in summary[key].values()))
-            text = json.dumps({"summary": summary, "matches": metrics}, indent=1)
-            Path(run_dir, "evaluation.json").write_text(text)
+            evaluation = {}
+            for how in ("sampled", "greedy"):
+                metrics = evaluate(agent, args, device, greedy=how == "greedy")
+                evaluation[how] = {"summary": {}, "matches": metrics}
+                print(f"\n{how} actions on {args.eval_episodes} held-out matches: mean, std, min, max")
+                for key, x in metrics.items():
+                    summary = {"mean": np.mean(x), "std": np.std(x), "min": min(x), "max": max(x)}
+                    evaluation[how]["summary"][key] = summary
+                    name = {"l": "episode_length", "r": "episodic_return"}.get(key, key)
+                    numbers = [f"{x:,.1f}" if abs(x) >= 100 else f"{x:.3g}" for x in summary.values()]
+                    print(f"{name:24}" + "".join(f"{number:>11}" for number in numbers))
+                if unfinished := args.eval_episodes - len(metrics.get("l", ())):
+                    print(f"left out: {unfinished} matches had not ended after {args.eval_steps} steps")
+            run_dir.mkdir(parents=True, exist_ok=True)
+            Path(run_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=1))
+            print(f"\nwritten to {run_dir}/evaluation.json")
             if args.capture_video:
-                evaluate(agent, replace(args, eval_episodes=1), device, f"{run_dir}/video.gif")
+                evaluate(agent, replace(args, eval_episodes=1), device, video=f"{run_dir}/video.gif")
+                print(f"written to {run_dir}/video.gif")
     except (Exception, KeyboardInterrupt) as error:
         if "gloo" in str(error):  # the library that connects the processes
             error = ConnectionError("another process of this training has died")

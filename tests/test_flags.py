@@ -78,8 +78,8 @@ class Run:
 
     @property
     def matches(self):
-        """The evaluation: name of a metric -> a number for each match."""
-        return json.loads((self.folder / "evaluation.json").read_text())["matches"]
+        """The evaluation with sampled actions: name of a metric -> a number for each match."""
+        return json.loads((self.folder / "evaluation.json").read_text())["sampled"]["matches"]
 
 
 def no_log(folder, **_):
@@ -106,7 +106,8 @@ def start(script, cwd, flags="", game=Toy):
         patch.setattr(lux, "LuxVecEnv", make)
         patch.setattr(torch.utils.tensorboard, "SummaryWriter", no_log)
         runpy.run_path(path, run_name="__main__")
-    return Run(max((cwd / "runs").iterdir()), envs)  # the latest one
+    latest = max((cwd / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    return Run(latest, envs)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,7 @@ def given(name):
 EFFECTS = {
     "exp_name": ("mine", lambda run: run.folder.name.startswith("mine__1__"), False, True),
     "eval_episodes": ("3", lambda run: [len(x) for x in run.matches.values()], [1, 1], [3, 3]),
+    "eval_steps": ("3", lambda run: len(run.matches), 2, 0),
     "save_every": ("2", lambda run: sorted(run.checkpoints), [48], [32, 48]),
     "num_workers": ("3", given("num_workers"), [0, 0], [3, 3]),
     "env_kwargs": ("max_robots 4", given("max_robots"), [2, 2], [4, 4]),
@@ -211,19 +213,20 @@ def test_track(script, monkeypatch, tmp_path):
 
 @both
 def test_evaluate(script, tmp_path):
-    """Nothing is trained: a run is evaluated again, with its flags, in its folder."""
+    """Nothing is trained or overwritten: a run is evaluated again, with its flags, in a new folder."""
     trained = start(script, tmp_path, f"{BASE} --eval-episodes 10")
     before = contents(trained.folder)
-    (trained.folder / "evaluation.json").unlink()
     run = start(script, tmp_path, f"--evaluate {trained.folder}")
-    assert run.folder == trained.folder and contents(run.folder) == before
-    evaluation = run.played(held_out=True)
-    assert evaluation.options == trained.played(held_out=True).options
-    assert not any(env.seeds for env in run.envs if env is not evaluation)
+    assert contents(trained.folder) == before and run.matches == trained.matches
+    assert re.fullmatch(rf"evaluate__{script.__name__}__1__\d+", run.folder.name)
+    assert [path.name for path in run.folder.iterdir()] == ["evaluation.json"]
+    played = [env for env in run.envs if env.seeds]
+    assert [env.options for env in played] == [trained.played(held_out=True).options] * 2
 
-    path = trained.checkpoints[48].rename(tmp_path / "elsewhere.pt")
-    start(script, tmp_path, f"--evaluate {path} --eval-episodes 2")
-    assert len(json.loads((tmp_path / "evaluation.json").read_text())["matches"]["l"]) == 2
+    (tmp_path / "elsewhere").mkdir()
+    path = trained.checkpoints[48].rename(tmp_path / "elsewhere" / "model.pt")
+    run = start(script, tmp_path, f"--evaluate {path} --eval-episodes 2")
+    assert len(run.matches["l"]) == 2 and [*path.parent.iterdir()] == [path]
 
 
 @both
@@ -281,6 +284,31 @@ def test_resume(script, tmp_path):
 
 
 @both
+def test_other_names_in_a_run(script, tmp_path):
+    """Files that the script did not write are neither read nor deleted, when a run is continued."""
+    first = start(script, tmp_path, f"{BASE} --total-timesteps 32 --save-every 1")
+    assert sorted(first.checkpoints) == [16, 32]
+    mine = ["checkpoint_64 copy.pt", "checkpoint_16 (1).pt", "checkpoint_16_best.pt", "checkpoint_.pt"]
+    for name in mine:
+        (first.folder / name).write_bytes(b"mine")
+    start(script, tmp_path, f"--resume {first.folder} --total-timesteps 64")
+    names = sorted(path.name for path in first.folder.iterdir())
+    assert names == sorted([*mine, "checkpoint_48.pt", "checkpoint_64.pt", "evaluation.json"])
+
+
+@both
+def test_nothing_left_to_train(script, tmp_path, capsys):
+    """A finished run that is continued is evaluated, and says that nothing is trained."""
+    flags = f"{BASE} --total-timesteps 40 --eval-episodes"
+    first = start(script, tmp_path, f"{flags} 0")
+    checkpoint = contents(first.folder)
+    assert "nothing is trained" not in capsys.readouterr().out
+    run = start(script, tmp_path, f"--resume {first.folder} --eval-episodes 1")
+    assert run.matches and checkpoint.items() <= contents(run.folder).items()
+    assert "all --total-timesteps were played already: nothing is trained" in capsys.readouterr().out
+
+
+@both
 def test_env_id(script, tmp_path, monkeypatch):
     """The class is looked for in the current folder first."""
     (tmp_path / "mine.py").write_text("from test_flags import Toy as Mine\n")
@@ -333,13 +361,13 @@ def policy(obs):
     return PROBS.log().expand(*obs["kind"].shape, 4), None, None
 
 
-def evaluate(script, episodes):
+def evaluate(script, episodes, **how):
     """Metrics, and all actions taken [steps, N, P, E]."""
     env = Matches(episodes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "make_envs", lambda args, num_envs, **_: env)
         args = script.Args(eval_episodes=episodes)
-        metrics = script.evaluate(policy, args, torch.device("cpu"))
+        metrics = script.evaluate(policy, args, torch.device("cpu"), **how)
     return metrics, np.stack(env.actions)
 
 
@@ -364,3 +392,4 @@ def test_actions_are_sampled(script):
     assert share == pytest.approx(PROBS.numpy(), abs=0.02) and share[3] == 0
     alike = (actions[:, :, 0, 0] == actions[:, :, 1, 2]).mean()
     assert alike == pytest.approx(0.46, abs=0.05)
+    assert (evaluate(script, 5, greedy=True)[1] == 0).all()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from helpers import parameters_at_start
@@ -104,15 +105,18 @@ def test_tensorboard(trained, script):
 
 
 def test_evaluation_file(trained):
-    """For each metric one number per match and their summary, as printed in the table."""
+    """For both ways of acting: for each metric a number per match, and their summary, as printed."""
     output, run_dir = trained("trajsep_ppo")
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    for name in ("ice_transferred", "ice_per_factory", "factories_alive", "l"):
-        (value,) = evaluation["matches"][name]
-        summary = {"mean": value, "std": 0, "min": value, "max": value}
-        assert evaluation["summary"][name] == summary
-    length = evaluation["summary"]["l"]["mean"]
-    assert re.search(rf"^episode_length +{length:.1f} ", output, re.MULTILINE)
+    path = run_dir / "evaluation.json"
+    assert f"written to runs/{run_dir.name}/evaluation.json" in output
+    for how, evaluation in json.loads(path.read_text()).items():
+        _, table = output.split(f"{how} actions on 1 held-out matches")
+        for name in ("ice_transferred", "ice_per_factory", "factories_alive", "l"):
+            (value,) = evaluation["matches"][name]
+            summary = {"mean": value, "std": 0, "min": value, "max": value}
+            assert evaluation["summary"][name] == summary
+        length = evaluation["summary"]["l"]["mean"]
+        assert re.search(rf"^episode_length +{length:,.1f} ", table, re.MULTILINE)
 
 
 @both
@@ -151,7 +155,7 @@ TOY = "--env-id toy_env:ToyVecEnv --env-kwargs"
 # Flags with a number out of range; the sentence names the flag
 BAD_NUMBERS = (
     "num-envs 0, num-steps -5, total-timesteps 0, num-minibatches 0, update-epochs 0, "
-    "save-every 0, eval-episodes -1, num-workers -1, learning-rate 0, max-grad-norm 0, "
+    "save-every 0, eval-episodes -1, eval-steps 0, num-workers -1, learning-rate 0, max-grad-norm 0, "
     "ent-coef -1, vf-coef -1, target-kl -1, gamma 1.5, gae-lambda nan, clip-coef -0.2, "
     "positive-reward-weight 0, seed -1, seed 4294967296, "
     "agent-reward-weight 1.01, agent-reward-weight -0.1, agent-reward-weight nan"
@@ -167,8 +171,10 @@ BAD_FLAGS = [
     (f"{TOY} size 8", "unexpected keyword argument 'size'"),
     (f"{TOY} num_envs 8", "num_envs"),
     ("--env-kwargs reward gold", "reward must be ice or lichen, got gold"),
-    ("--evaluate nowhere/some.pt", "nowhere/some.pt"),
-    ("--resume empty", "empty"),
+    ("--evaluate nowhere/some.pt", "there is no checkpoint at nowhere/some.pt"),
+    ("--resume empty", "there is no checkpoint at empty"),
+    ("--resume run --total-timesteps 63", "checkpoint_64.pt is at step 64: --total-timesteps"),
+    ("--track", "--track needs `pip install wandb` and `wandb login`: module 'wandb' has no attribute"),
     ("--resume run --num-workers -1", "--num-workers"),
     ("--resume run --env-kwargs slots 6", "the checkpoint does not fit the flags: Error"),
     ("--evaluate run --env-kwargs slots 6", "run/checkpoint_64.pt does not fit the flags: Error"),
@@ -254,6 +260,7 @@ def test_bad_flags(script, flags, says, refused, tmp_path):
         other = {"model": {"weight": torch.zeros(2, 2)}} if "slots" in flags else {}
         toy_run(script, tmp_path / "run", **other)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "wandb").mkdir()  # as W&B makes it; Python takes it for a package
     (sentence,) = refused(script, flags)
     assert says in sentence
 
@@ -269,6 +276,14 @@ def test_bad_flag_in_a_process_of_its_own(tmp_path):
     assert process.returncode == 2 and process.stdout == ""
     (sentence,) = process.stderr.strip().splitlines()
     assert "agent-reward-weight" in sentence
+
+
+@both
+def test_track_without_a_key(script, refused, monkeypatch):
+    wandb = MagicMock(login=MagicMock(side_effect=ValueError("no API key")))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    (sentence,) = refused(script, "--track")
+    assert "`wandb login`: no API key" in sentence
 
 
 DAMAGES = {
@@ -347,6 +362,30 @@ def test_an_environment_that_fails(script, error, end_of, monkeypatch, tmp_path)
     (run_dir,) = Path("runs").iterdir()
     assert sentence.endswith(f"; the last checkpoint is {run_dir}/checkpoint_128.pt")
     assert ("Traceback" in said) == (error in (ValueError, KeyError))
+
+
+class Endless(ToyVecEnv):
+    """The toy game, of which only the first match ends."""
+
+    def step(self, actions):
+        *result, infos = super().step(actions)
+        ended = infos.get("_episode")
+        return *result, infos and infos | {"_episode": ended & (np.arange(self.num_envs) < 1)}
+
+
+@both
+def test_matches_that_do_not_end(script, monkeypatch, capsys, tmp_path):
+    """The evaluation leaves them out and says so; if none ends, its tables are empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    flags = f"--env-id test_scripts:Endless --total-timesteps 64 {TINY} --eval-episodes 3 --eval-steps"
+    for steps, number in ((30, 2), (9, 3)):
+        monkeypatch.setattr(sys, "argv", [script, *flags.split(), str(steps)])
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        output = capsys.readouterr().out
+        assert output.count(f"left out: {number} matches had not ended after {steps} steps") == 2
+    *_, last = sorted(tmp_path.glob("runs/*/evaluation.json"))
+    assert json.loads(last.read_text())["greedy"]["matches"] == {}
 
 
 def test_unwritable_folder(end_of, tmp_path):
