@@ -93,6 +93,8 @@ ARMS = {
     # The rest
     "lichen": "trajsep_ppo.py --env-kwargs reward lichen",
     "no-safe-masks": "trajsep_ppo.py --env-kwargs safe_masks False",
+    "may-wait": "trajsep_ppo.py",
+    "global-may-wait": "global_ppo.py",
     "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
     "random-placement": "trajsep_ppo.py",
     "large-heads": "trajsep_ppo.py",
@@ -100,6 +102,7 @@ ARMS = {
 # An arm has the patch of its name; patches of several arms, one after the other:
 PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
     "global-critic-reward": ("global-critic",),
+    "global-may-wait": ("may-wait",),
     "top-2": ("top-1",),  # it adds the flag --top-samples
     "top-4": ("top-1",),
     "top-1-abs": ("top-1", "top-1-abs"),

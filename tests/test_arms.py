@@ -130,7 +130,7 @@ def test_groups(rule, patched):
 @pytest.mark.parametrize("arm", ablation.PATCHES)
 def test_every_arm_trains(arm, patched, tmp_path):
     """Each trains with its flags, and not as the program without its patches does."""
-    if arm in (*GROUPS, "random-placement"):
+    if arm in (*GROUPS, "random-placement", "may-wait", "global-may-wait"):
         patched("lux_wrapper", ablation.PATCHES[arm])
         options = {"env_id": "patched_lux_wrapper:LuxVecEnv", "env_kwargs": STAGE}
         mine = trained(trajsep_ppo, tmp_path, ablation.ARMS[arm], **options)
@@ -149,6 +149,13 @@ def test_random_placement(patched):
     assert (usual["kind"] == obs["kind"]).all() and (again["position"] == obs["position"]).all()
     moved = (usual["position"] != obs["position"]).any(-1)
     assert moved[obs["kind"] == lux.FACTORY].mean() > 0.8
+
+
+def test_may_wait(patched):
+    """Factories may do nothing in the first step; without the patch none may."""
+    for module, may in ((lux, False), (patched("lux_wrapper", ["may-wait"]), True)):
+        obs, _ = module.LuxVecEnv(2, num_workers=0).reset(seed=1)
+        assert (obs["action_mask"][obs["kind"] == lux.FACTORY][:, lux.NOTHING] == may).all()
 
 
 def test_everything_shared_is_the_baseline(patched, tmp_path):

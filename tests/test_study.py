@@ -184,7 +184,7 @@ def test_components(tmp_path):
 
 def test_every_arm_has_its_place():
     arms = {arm for section in study.SECTIONS for arm in section.arms.split()}
-    assert arms == set(ablation.ARMS)
+    assert arms == set(ablation.ARMS) - {"may-wait", "global-may-wait"}  # in docs/results.md
     assert set(study.PUBLISHED) < arms and set(study.NAMES) < set(study.PUBLISHED)
     assert set(study.SHARED) < set(study.PUBLISHED)
     for section in study.SECTIONS:
