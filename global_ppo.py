@@ -186,8 +186,10 @@ def train(args, run_dir, device, checkpoint=None):
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
     signals = []  # received by this process
     stopped = []  # received by any process, known to all
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
 
     for update in range(global_step // rollout_steps + 1, num_updates + 1):
         if stopped:
@@ -334,8 +336,8 @@ def train(args, run_dir, device, checkpoint=None):
     envs.close()
     if RANK == 0:
         writer.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stopped := gather(signals):  # all processes wait here for the last checkpoint
         if RANK == 0:
             print(f"stopped at step {global_step}; continue: python {sys.argv[0]} --resume {run_dir}")
@@ -452,6 +454,7 @@ def check_args(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes the environments
     sys.path.insert(0, os.getcwd())  # --env-id is looked for here first, then beside this script
     args = tyro.cli(Args, console_outputs=RANK == 0)
     run_dir = Path("runs", f"{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")

@@ -1276,6 +1276,7 @@ class LuxMatch:
     def render(self):
         """A picture by the engine's own renderer, uint8 [400, 400, 3]."""
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
+        os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # else Ctrl-C does nothing from here on
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the font that the engine asks for may be missing
             return self.engine.render()
@@ -1547,9 +1548,11 @@ def _make_matches(parent, *args):
     """LuxMatches, in the parent process (its id) or in a worker."""
     matches = LuxMatches(*args)
     if os.getpid() != parent:
-        for number in (signal.SIGINT, signal.SIGTERM):  # sent to all; the parent decides when to end
-            signal.signal(number, signal.SIG_IGN)
+        # Signals are sent to all; from the start on the parent decides when to end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         matches.start()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         gc.collect()
         gc.freeze()  # what is there now stays, so garbage collection need not look at it
     return matches
@@ -1633,7 +1636,13 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         else:
             # Workers never touch torch or CUDA, so forking is safe where it is fast
             context = "fork" if sys.platform == "linux" else "spawn"
-            self.games = gym.vector.AsyncVectorEnv(make_matches, copy=False, context=context)
+            others = multiprocessing.active_children()
+            try:
+                self.games = gym.vector.AsyncVectorEnv(make_matches, copy=False, context=context)
+            except BaseException:  # Ctrl-C while they start
+                for process in set(multiprocessing.active_children()) - set(others):
+                    process.kill()
+                raise
             atexit.register(self.close)
 
     def reset(self, *, seed=None, options=None):

@@ -154,6 +154,22 @@ def test_stopped_at_random_moments(script, first, second, start, tmp_path):
     assert_as_undisturbed(run_dir, start(script.__file__, *ENDLESS, "--num-workers", 0, *last))
 
 
+@pytest.mark.parametrize(
+    "script, number, phase, episodes",
+    [(trajsep_ppo, SIGTERM, "sampled", 20), (global_ppo, SIGINT, "video", 1)],
+)
+def test_stopped_in_the_evaluation(script, number, phase, episodes, start, tmp_path):
+    """It ends there too, with the signal's code and not at its own end; workers say nothing."""
+    flags = "--no-cuda --num-envs 2 --num-minibatches 2 --total-timesteps 64 --capture-video".split()
+    process = start(script.__file__, *flags, "--num-workers", 2, "--eval-episodes", episodes)
+    seen = ""
+    while not re.search(rf"{phase}.*step=\d", seen):
+        seen += process.stderr.read(1) or pytest.fail(seen)
+    process.send_signal(number)
+    finish(process, 128 + number)
+    assert load(*tmp_path.glob("runs/*")) and not [*tmp_path.glob("runs/*/video.gif")]
+
+
 def test_two_processes(start, tmp_path):
     """Under torchrun, SIGTERM to its agent stops both after the same update; both continue."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
