@@ -3,7 +3,7 @@
     python global_ppo.py
 
 `--resume runs/<run>` continues a run, `--evaluate runs/<run>` plays it on held-out maps. For two processes
-write `torchrun --standalone --nproc-per-node 2` in place of `python`.
+write `OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2` in place of `python`.
 
 One shared encoder reads the map. The team has one reward (the sum over its entities), one value, advantage,
 ratio (the product over its entities) and entropy (the sum); in trajsep_ppo.py each group has its own.
@@ -223,6 +223,15 @@ def train(args, run_dir, device, checkpoint=None):
             # Rewards belong to the entities that acted: to the observation before the step.
             reward = group_sum(reward, step_obs)
             rewards[step] = reward  # (*)
+            # What the last observation before a time limit promises is part of the last reward.
+            limit = np.flatnonzero(np.repeat(truncated & ~terminated, B // num_envs))
+            if limit.size and "final_obs" in infos:
+                final = {key: x[limit] for key, x in to_tensors(infos["final_obs"], device).items()}
+                with torch.no_grad():
+                    _, value, team_value = agent(final)
+                lives = group_sum(torch.ones_like(value), final) > 0
+                promised = torch.where(lives, group_value(value, team_value, final), 0)
+                rewards[step, limit] += args.gamma * promised
             done = torch.as_tensor(terminated | truncated, device=device)
             dones[step] = done.repeat_interleave(B // num_envs)
             next_obs = to_tensors(env_obs, device)

@@ -3,7 +3,7 @@
     python trajsep_ppo.py --agent-reward-weight 0.8
 
 `--resume runs/<run>` continues a run, `--evaluate runs/<run>` plays it on held-out maps. For two processes
-write `torchrun --standalone --nproc-per-node 2` in place of `python`.
+write `OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2` in place of `python`.
 
 One shared encoder reads the map. Each group (a robot, a factory, or a factory with its robots) has a
 reward, value, advantage, ratio and entropy of its own, from birth to death; in global_ppo.py the team has.
@@ -236,6 +236,15 @@ def train(args, run_dir, device, checkpoint=None):
             # Rewards belong to the entities that acted: to the observation before the step.
             reward = group_sum(reward, step_obs)
             rewards[step] = share_reward(reward, active[step], args.agent_reward_weight)  # (*)
+            # What the last observation before a time limit promises is part of the last reward.
+            limit = np.flatnonzero(np.repeat(truncated & ~terminated, B // num_envs))
+            if limit.size and "final_obs" in infos:
+                final = {key: x[limit] for key, x in to_tensors(infos["final_obs"], device).items()}
+                with torch.no_grad():
+                    _, value, team_value = agent(final)
+                lives = group_sum(torch.ones_like(value), final) > 0
+                promised = torch.where(lives, group_value(value, team_value, final), 0)
+                rewards[step, limit] += args.gamma * promised
             done = torch.as_tensor(terminated | truncated, device=device)
             dones[step] = done.repeat_interleave(B // num_envs)
             next_obs = to_tensors(env_obs, device)

@@ -53,7 +53,8 @@ class ToyVecEnv:
     written into the arrays of the one before, so they must be copied.
 
     Every observation carries its step and its team in the first cell of the board. `diary` has for
-    each step the observation, and the actions and rewards [B, E] and ends of matches [B] after it.
+    each step the observation, and after it the actions and rewards [B, E], which matches ended or
+    were truncated [B], and the last observations of the latter.
     """
 
     metadata = {"name": "toy"}
@@ -76,10 +77,10 @@ class ToyVecEnv:
         self.live = self.rng.random(self.shape) < 2 * self.births
         return self._observe(), {}
 
-    def _observe(self):
+    def _arrays(self, live_slots):
+        """A new observation in which these slots are alive."""
         rng = self.rng
-        self.live[-1, -1, 0] = True  # at any time there is an entity
-        live = self.live[..., None]
+        live = live_slots[..., None]
         board = rng.integers(0, 101, (*self.shape[:2], SIZE, SIZE, 2)).astype(np.uint8)
         board[..., 0, 0, 0] = self.time
         board[..., 0, 0, 1] = np.arange(self.num_envs * PLAYERS).reshape(-1, PLAYERS)
@@ -91,14 +92,18 @@ class ToyVecEnv:
             group = np.where(KINDS == 1, group, rng.integers(0, 2, self.shape))
         mask = rng.random((*self.shape, ACTIONS)) < 0.6
         mask[..., 1] |= ~mask.any(-1)  # some have only one choice
-        obs = {
+        return {
             "board": board,
             "features": np.where(live, features, garbage),
             "position": np.where(live, position, 10**9),
-            "kind": np.where(self.live, KINDS, 0),
-            "group": np.where(self.live, group, rng.integers(0, SLOTS, self.shape)),
+            "kind": np.where(live_slots, KINDS, 0),
+            "group": np.where(live_slots, group, rng.integers(0, SLOTS, self.shape)),
             "action_mask": mask,
         }
+
+    def _observe(self):
+        self.live[-1, -1, 0] = True  # at any time there is an entity
+        obs = self._arrays(self.live)
         if self.time % 3 == 0:
             self.obs = obs
         for key, x in obs.items():
@@ -121,12 +126,20 @@ class ToyVecEnv:
         now.actions = of_teams(actions)
         now.rewards = of_teams(self.rewards)
         now.ended = np.repeat(ended, PLAYERS)
+        now.truncated = np.repeat(ended & by_time, PLAYERS)
 
         self.live = rng.random(self.shape) < np.where(self.live, 0.85, self.births)
+        final_live = self.live.copy()
+        final_live[0, 1] = False  # a team that is gone when its match is cut off
+        final = self._arrays(final_live)
+        now.obs_at_limit = {key: of_teams(x) for key, x in final.items()}
+        for x in final.values():
+            x[~(ended & by_time)] = 99  # nothing there means anything
+        infos = {"final_obs": final} if ended.any() else {}
         self.live[ended] = (rng.random(self.shape) < 2 * self.births)[ended]
         if self.time % 3 == 0:
             self.live[self.time % self.num_envs, self.time % PLAYERS] = False  # a whole team
-        return self._observe(), self.rewards, ended & ~by_time, ended & by_time, {}
+        return self._observe(), self.rewards, ended & ~by_time, ended & by_time, infos
 
     def close(self):
         pass
@@ -221,7 +234,8 @@ def learn(args, method, agent, diary, minibatches):
         yield update, "value", value
 
         # Reward: a group earns what its members earn, where positive rewards count more at first.
-        # It gets a share of it, and for the rest the mean over the team's groups in this step.
+        # It gets a share of it, and for the rest the mean over the team's groups in this step. Where
+        # its match was truncated and it would have lived on, the value of that counts as reward.
         reward = {}
         for t in range(start, end):
             for b in range(B):
@@ -233,6 +247,14 @@ def learn(args, method, agent, diary, minibatches):
                     share = args.agent_reward_weight if method.separate else 1
                     mean = sum(earned.values()) / len(earned)
                     reward[t, b, g] = share * earned[g] + (1 - share) * mean
+        at_limit = [SimpleNamespace(obs=now.obs_at_limit, actions=None) for now in diary[:end]]
+        rows = [(t, b) for t in range(start, end) for b in range(B) if diary[t].truncated[b]]
+        if rows:
+            with torch.no_grad():
+                promised = outputs(method, agent, at_limit, rows).value
+            for cell, x in promised.items():
+                if cell in reward or "shared-dones" in method.patches:
+                    reward[cell] = reward.get(cell, 0) + args.gamma * x.item()
         yield update, "reward", reward
 
         # Advantage: how much more than its value a cell turned out to be worth. It is the sum of
