@@ -19,7 +19,9 @@ channels, F entity features, A actions, H x W cells, h x w = H/8 x W/8 (rounded 
     value             [B, E]              two layers on hidden: the expected return of the entity
     team_value        [B]                 two layers on whole and the mean of hidden: the team's return
 
-It knows nothing of any game: sizes come from the spaces, and any board size works.
+It knows nothing of any game: sizes come from the spaces, and any board size works. Tiles of boards of up to
+16 x 16 cells have 2 x 2 cells. A game without a board leaves it out of the observation, and its positions too: then
+there is no map, whole, patch or place.
 """
 
 import numpy as np
@@ -27,7 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-TILE, PATCH = 8, 5
+PATCH = 5
 
 
 def layer_init(layer, std=np.sqrt(2)):
@@ -57,57 +59,61 @@ class HybridNet(nn.Module):
     """Actor and critic for all entities of a team.
 
     Args:
-        observation_space: of one match, a Dict whose "board" is [..., H, W, C] and "features" [..., E, F].
+        observation_space: of one match, a Dict whose "features" are [..., E, F] and "board", if there is one,
+            [..., H, W, C].
         num_actions: A.
         factory_kind: the value of "kind" that the second actor head serves (0 means an empty slot).
     """
 
     def __init__(self, observation_space, num_actions, factory_kind=1, channels=32, width=128):
         super().__init__()
-        board_channels = observation_space["board"].shape[-1]
         num_features = observation_space["features"].shape[-1]
         self.num_actions, self.factory_kind = num_actions, factory_kind
-        self.stem = layer_init(nn.Linear(board_channels * TILE**2, channels))
-        self.block = ResidualBlock(channels)
-        self.patch = layer_init(nn.Linear(board_channels * PATCH**2, 96))
-        self.near = layer_init(nn.Linear(96 + channels + num_features + num_actions, width))
-        self.far = layer_init(nn.Linear(2 * channels, width))
+        self.has_board = "board" in observation_space.keys()
+        of_place = of_whole = 0  # sizes of what is read off the board
+        if self.has_board:
+            *_, H, W, board_channels = observation_space["board"].shape
+            self.tile = 8 if max(H, W) > 16 else 2
+            of_place, of_whole = 96 + channels, 2 * channels
+            self.stem = layer_init(nn.Linear(board_channels * self.tile**2, channels))
+            self.block = ResidualBlock(channels)
+            self.patch = layer_init(nn.Linear(board_channels * PATCH**2, 96))
+        self.near = layer_init(nn.Linear(of_place + num_features + num_actions, width))
+        if self.has_board:
+            self.far = layer_init(nn.Linear(of_whole, width))
         self.trunk = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU())
         # All heads begin near zero: values that mean nothing yet would drown the first rewards in the advantages.
         self.actor = layer_init(nn.Linear(width, 2 * num_actions), std=0.01)
         self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01))
         self.team_critic = nn.Sequential(
-            layer_init(nn.Linear(width + 2 * channels, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01)
+            layer_init(nn.Linear(width + of_whole, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01)
         )
 
     def forward(self, obs):
         """Logits and values for B boards.
 
         Args:
-            obs: dict of tensors as in the table above: board [B, H, W, C], features [B, E, F],
-                position [B, E, 2], kind [B, E] (0 in an empty slot) and action_mask [B, E, A].
+            obs: dict of tensors as in the table above: features [B, E, F], kind [B, E] (0 in an empty slot)
+                and action_mask [B, E, A]; of a game with a board, board [B, H, W, C] and position [B, E, 2].
 
         Returns:
             logits [B, E, A], about -1e9 where an action is masked and 0 in empty slots; value [B, E], 0 in
             empty slots; team_value [B].
         """
-        board, kind = obs["board"], obs["kind"]
+        kind = obs["kind"]
         B, E = kind.shape
         live = kind.flatten().nonzero().squeeze(1)  # the M live entities, as row * E + slot
         row = live // E
-        x, y = obs["position"].flatten(0, 1).index_select(0, live).unbind(-1)
         features = obs["features"].flatten(0, 1).index_select(0, live)
         action_mask = obs["action_mask"].flatten(0, 1).index_select(0, live).bool()
-
-        map = self._map(board)
-        h, w = map.shape[2:]
-        whole = torch.cat([map.mean((2, 3)), F.max_pool2d(map, (h, w)).flatten(1)], -1)
-        # One flattened gather: reading map[row, :, x, y] would allocate a map-sized gradient per read.
-        cells = map.permute(0, 2, 3, 1).reshape(B * h * w, -1)
-        place = cells.index_select(0, (row * h + x // TILE) * w + y // TILE)
-        patch = F.relu(F.linear(self._patches(board, row, x, y), self.patch.weight / 100, self.patch.bias))
-        near = self.near(torch.cat([patch, place, features, action_mask], -1))
-        hidden = self.trunk(near + self.far(whole).index_select(0, row))
+        own = torch.cat([features, action_mask], -1)
+        if self.has_board:
+            x, y = obs["position"].flatten(0, 1).index_select(0, live).unbind(-1)
+            whole, place, patch = self._look(obs["board"], row, x, y)
+            near = self.near(torch.cat([patch, place, own], -1)) + self.far(whole).index_select(0, row)
+        else:
+            whole, near = features.new_zeros(B, 0), self.near(own)
+        hidden = self.trunk(near)
 
         is_factory = (kind.flatten().index_select(0, live) == self.factory_kind)[:, None]
         robot_logits, factory_logits = self.actor(hidden).split(self.num_actions, -1)
@@ -120,14 +126,26 @@ class HybridNet(nn.Module):
         team_value = self.team_critic(torch.cat([mean, whole], -1)).squeeze(-1)
         return logits.view(B, E, -1), value.view(B, E), team_value
 
+    def _look(self, board, row, x, y):
+        """What M entities, in these rows and cells, see of the boards: whole, place and patch, as above."""
+        map = self._map(board)
+        B, _, h, w = map.shape
+        whole = torch.cat([map.mean((2, 3)), F.max_pool2d(map, (h, w)).flatten(1)], -1)
+        # One flattened gather: reading map[row, :, x, y] would allocate a map-sized gradient per read.
+        cells = map.permute(0, 2, 3, 1).reshape(B * h * w, -1)
+        place = cells.index_select(0, (row * h + x // self.tile) * w + y // self.tile)
+        patch = F.relu(F.linear(self._patches(board, row, x, y), self.patch.weight / 100, self.patch.bias))
+        return whole, place, patch
+
     def _map(self, board):
         """The encoder: [B, channels, h, w], in channels_last layout."""
-        beyond = (0, 0, 0, -board.shape[2] % TILE, 0, -board.shape[1] % TILE)
+        tile = self.tile
+        beyond = (0, 0, 0, -board.shape[2] % tile, 0, -board.shape[1] % tile)
         board = F.pad(board, beyond) if any(beyond) else board
         B, H, W, C = board.shape
-        h, w = H // TILE, W // TILE
+        h, w = H // tile, W // tile
         # Tiles are put together as bytes: a quarter of the memory that floats would move.
-        tiles = board.view(B, h, TILE, w, TILE * C).transpose(2, 3).reshape(B, h, w, -1).float()
+        tiles = board.view(B, h, tile, w, tile * C).transpose(2, 3).reshape(B, h, w, -1).float()
         # The board is in percent; dividing the weights is cheaper than dividing every cell.
         map = F.relu(F.linear(tiles, self.stem.weight / 100, self.stem.bias))
         return self.block(map.permute(0, 3, 1, 2))

@@ -102,14 +102,19 @@ def convolution(p, name, x):
     return y
 
 
+def side_of_tile(board):
+    """Cells: tiles of small boards are smaller."""
+    return 8 if len(board) > 16 or len(board[0]) > 16 else 2
+
+
 def slow_map(p, board):
     """The encoder: [H, W, C] percent to [h, w, channels]."""
-    H, W, _ = board.shape
-    padded = np.pad(board / 100, ((0, -H % 8), (0, -W % 8), (0, 0)))
-    h, w = padded.shape[0] // 8, padded.shape[1] // 8
+    (H, W, _), side = board.shape, side_of_tile(board)
+    padded = np.pad(board / 100, ((0, -H % side), (0, -W % side), (0, 0)))
+    h, w = padded.shape[0] // side, padded.shape[1] // side
     x = np.zeros((h, w, len(p["stem.bias"])))
     for i, j in np.ndindex(h, w):
-        tile = padded[8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
+        tile = padded[side * i : side * i + side, side * j : side * j + side]
         x[i, j] = relu(linear(p, "stem", tile.ravel()))
     y = convolution(p, "block.conv2", relu(convolution(p, "block.conv1", x)))
     squeezed = relu(linear(p, "block.squeeze", y.mean((0, 1))))
@@ -118,10 +123,15 @@ def slow_map(p, board):
 
 
 def slow_hidden(p, board, map, whole, x, y, features, action_mask):
-    """What actor and critic share of the entity at (x, y)."""
-    patch = relu(linear(p, "patch", window(board / 100, x, y, 5).ravel()))
-    near = linear(p, "near", np.concatenate([patch, map[x // 8, y // 8], features, action_mask]))
-    z = linear(p, "trunk.1", relu(near + linear(p, "far", whole)))
+    """What actor and critic share of the entity at (x, y); or without a board, None."""
+    if board is None:
+        z = linear(p, "near", np.concatenate([features, action_mask]))
+    else:
+        patch = relu(linear(p, "patch", window(board / 100, x, y, 5).ravel()))
+        place = map[x // side_of_tile(board), y // side_of_tile(board)]
+        z = linear(p, "near", np.concatenate([patch, place, features, action_mask]))
+        z = z + linear(p, "far", whole)
+    z = linear(p, "trunk.1", relu(z))
     z = (z - z.mean()) / np.sqrt(z.var() + 1e-5)
     return relu(z * p["trunk.2.weight"] + p["trunk.2.bias"])
 
@@ -132,13 +142,15 @@ def slow_forward(p, obs):
     logits = np.zeros(obs["action_mask"].shape)
     value = np.zeros(obs["kind"].shape)
     team_value = np.zeros(len(obs["kind"]))
-    for b, board in enumerate(obs["board"]):
-        map = slow_map(p, board)
-        whole = np.concatenate([map.mean((0, 1)), map.max((0, 1))])
-        mean = np.zeros(len(p["far.bias"]))
+    for b, board in enumerate(obs.get("board", [None] * len(LIVE))):
+        map, whole = None, []
+        if board is not None:
+            map = slow_map(p, board)
+            whole = np.concatenate([map.mean((0, 1)), map.max((0, 1))])
+        mean = np.zeros(len(p["near.bias"]))
         entities = np.flatnonzero(obs["kind"][b])
         for e in entities:
-            x, y = obs["position"][b, e]
+            x, y = obs["position"][b, e] if "position" in obs else (None, None)
             mask = obs["action_mask"][b, e]
             hidden = slow_hidden(p, board, map, whole, x, y, obs["features"][b, e], mask)
             both = linear(p, "actor", hidden)
@@ -175,6 +187,17 @@ def test_entity_by_entity(H, W):
         assert x.abs().min() > 1e-4, "a number that every network gives"
     obs["kind"][:] = 0
     compare(net, obs)
+
+
+def test_without_a_board():
+    """Neither a board nor positions are asked for, and no layer is there for them."""
+    obs = observation(8, 8)
+    del obs["board"], obs["position"]
+    net = network(obs)
+    for x in compare(net, obs):
+        assert x.abs().min() > 1e-4
+    layers = {name.partition(".")[0] for name, _ in net.named_parameters()}
+    assert layers == {"near", "trunk", "actor", "critic", "team_critic"}
 
 
 # -- Gradients -----------------------------------------------------------------------------
