@@ -282,8 +282,6 @@ def write_tables(out):
 
 
 # Only names that the programs write are read: a folder may hold a person's copies too.
-
-
 def finished(out):
     """(folder, contents of run.json) of each training that has ended."""
     for path in sorted(out.glob("*/run.json")):

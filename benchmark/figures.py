@@ -79,32 +79,26 @@ def results(data, last):
 def comparison(data, last):
     """The first table of docs/results.md: means over seeds (lowest to highest), and their ratio."""
 
-    def reached(metric, level):
-        """Function: runs -> the step at which each seed has a level."""
+    def reached(runs, metric, level):
+        """The step at which each seed has a level."""
+        steps, seeds = plot.curves(runs, metric)
+        return [plot.crossing(steps, values, level) for values in seeds]
 
-        def steps_of(runs):
-            steps, seeds = plot.curves(runs, metric)
-            return [plot.crossing(steps, values, level) for values in seeds]
+    def final(runs, metric):
+        """What each seed has in the end."""
+        return plot.curves(runs, metric, [last])[1][:, 0]
 
-        return steps_of
-
-    def final(metric, over=None):
-        """Function: runs -> what each seed has in the end, or its ratio to another metric."""
-
-        def mean(runs, key):
-            return plot.curves(runs, key, [last])[1][:, 0]
-
-        return lambda runs: mean(runs, metric) / (mean(runs, over) if over else 1)
+    def ice(runs):
+        return final(runs, "ice_transferred") / final(runs, "starting_factories")
 
     number, share, step_text = "{:,.0f}".format, "{:.0%}".format, plot.step_text
-    ratio = ("ice_transferred", "starting_factories")
     measures = {
-        "steps to a mean length of 500": (step_text, reached("episode_length", 500)),
-        "steps to 95% full-length matches": (step_text, reached("full_length", 0.95)),
-        "steps to 10,000 ice per starting factory": (step_text, reached("ice_per_factory", 10000)),
-        "final ice per starting factory, mean of each team's": (number, final("ice_per_factory")),
-        "the same, mean ice over mean factories": (number, final(*ratio)),
-        "teams that lose a factory": (share, final("loses_factory")),
+        "steps to a mean length of 500": (step_text, lambda runs: reached(runs, "episode_length", 500)),
+        "steps to 95% full-length matches": (step_text, lambda runs: reached(runs, "full_length", 0.95)),
+        "steps to 10,000 ice per starting factory": (step_text, lambda runs: reached(runs, "ice_per_factory", 10000)),
+        "final ice per starting factory, mean of each team's": (number, lambda runs: final(runs, "ice_per_factory")),
+        "the same, mean ice over mean factories": (number, ice),
+        "teams that lose a factory": (share, lambda runs: final(runs, "loses_factory")),
     }
     rows = []
     for what, (text, measure) in measures.items():

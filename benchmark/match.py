@@ -93,16 +93,7 @@ def main_file(bot, folder=None):
     for name in names:
         if name in files:
             return files[name]
-    raise Refused(f"there is no main file in {bot} ({', '.join(names)})")
-
-
-class Log:
-    """Of a runner's bot: nothing on the terminal."""
-
-    def err(self, message, end="\n"):
-        pass
-
-    warn = info = err
+    raise Refused(f"there is neither a main file in {bot} ({', '.join(names)}) nor a checkpoint")
 
 
 class Process(BotProcess):
@@ -163,9 +154,8 @@ class Seat:
         if file != "idle":
             self.bot = Bot(file, player, PLAYERS.index(player), verbose=0)
             self.bot.time_per_step, self.bot.remainingOverageTime = turn_seconds, overage
-            self.bot.log, self.bot.proc = Log(), Process(self.bot.command, file)
-            if self.bot.is_python:
-                self.bot.proc.command = sys.executable  # "python" may be another one, or none
+            # "python" may be another one, or none
+            self.bot.proc = Process(sys.executable if self.bot.is_python else self.bot.command, file, verbose=0)
 
     async def act(self, engine, obs, reward, info):
         """Orders as the engine takes them, or None with the reason in `error`."""
@@ -395,8 +385,7 @@ def main():
     overage = "for all longer turns together (on Kaggle 60)"
     parser.add_argument("--overage", type=float, default=600, help=overage)
     parser.add_argument("--out", help="a CSV file: a row for each game and player")
-    replays = "a folder for replays: JSON, GIF, and HTML, which loads the viewer of s2vis.lux-ai.org from the web"
-    parser.add_argument("--replays", help=replays)
+    parser.add_argument("--replays", help="a folder for replays: GIF, JSON, and HTML, which needs the web")
     args = parser.parse_args()
     names = args.a, args.b
     try:
@@ -418,14 +407,16 @@ def main():
     except (Refused, OSError) as error:
         print(f"match.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nmatch.py: interrupted; no results are written", file=sys.stderr)
+        sys.exit(130)
     for index, name in enumerate(names):
         own = [rows[(game + index) % 2] for game, rows in enumerate(games)]
         print("\n".join(summary(own, name)))
     if args.out:
         print(f"written to {args.out}")
     if args.replays:
-        last = f" to {args.games - 1}" if args.games > 1 else ""
-        print(f"replays written to {args.replays}: 0{last}, as .gif, .json, and .html (needs the web)")
+        print(f"replays written to {args.replays}: of each game .gif, .json, and .html (needs the web)")
 
 
 def run(bots, names, args):

@@ -96,35 +96,16 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section(
-        "trajectories",
-        "separate default factories kinds robots cluster global",
-    ),
-    Section(
-        "groups",
-        "robots mod-2 mod-4 separate",
-    ),
-    Section(
-        "rules",
-        "separate nearest-heavy nearest-factory quadrants robots",
-    ),
-    Section(
-        "samples",
-        "separate top-4 top-2 top-1 top-1-abs top-1-return random-4 random-2 random-1",
-    ),
+    Section("trajectories", "separate default factories kinds robots cluster global"),
+    Section("groups", "robots mod-2 mod-4 separate"),
+    Section("rules", "separate nearest-heavy nearest-factory quadrants robots"),
+    Section("samples", "separate top-4 top-2 top-1 top-1-abs top-1-return random-4 random-2 random-1"),
     Section(
         "components",
         "separate shared-dones shared-entropy global-critic global-reward shared-ratio global-critic-reward",
     ),
-    Section(
-        "share",
-        "separate default share-75 share-50 global-reward",
-    ),
-    Section(
-        "lichen",
-        "default lichen",
-        stands_for={"default": "separate"},
-    ),
+    Section("share", "separate default share-75 share-50 global-reward"),
+    Section("lichen", "default lichen", stands_for={"default": "separate"}),
     Section(
         "ablation",
         "default no-positive-weight random-placement large-heads no-safe-masks",

@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from ablation import commit  # noqa: E402
 from helpers import scripted  # noqa: E402
 from luxai_s2 import LuxAI_S2  # noqa: E402
 from plot import Refused, named_or, start, table  # noqa: E402
@@ -112,8 +113,7 @@ def train(folder, *flags, processes=1, threads=None, script=ROOT / "trajsep_ppo.
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, script, "--eval-episodes", "1", *flags]
-    words = list(map(str, command))
-    result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    result = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr[-3000:])
     run_dir = max(Path(folder, "runs").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -124,11 +124,6 @@ def spread(values, digits=0):
     """Median (least to most)."""
     median, least, most = (f"{x:,.{digits}f}" for x in (np.median(values), min(values), max(values)))
     return f"{median} ({least} to {most})"
-
-
-def commit():
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def machine():

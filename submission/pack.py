@@ -105,6 +105,7 @@ def main():
         match.check_writable(out)
         with TemporaryDirectory() as folder:
             archive = pack(args.run, folder)
+            print("packed; the archive plays a match against itself first", flush=True)
             rows = prove(archive, args.steps)
             shutil.copy(archive, out)
     except (Refused, OSError) as error:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -435,7 +436,7 @@ def test_matches(tmp_path):
     assert bots[:2] == ["0 player_0 4 run", "0 player_1 4 idle"]
     assert bots[2:] == ["1 player_0 4 idle", "1 player_1 4 run"]
     assert "font" not in done.stderr
-    assert "replays written to replays: 0 to 1" in done.stdout and "needs the web" in done.stdout
+    assert "replays written to replays: " in done.stdout and "needs the web" in done.stdout
     for row in rows:
         idle = row["bot"] == "idle"
         assert row["error"] == "" and row["length"] == "20"
@@ -568,6 +569,11 @@ def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
             matches.main()
         captured = capsys.readouterr()
         assert stop.value.code == 2 and sentence in captured.err and captured.out == ""
+    monkeypatch.setattr(matches, "tqdm", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C
+    monkeypatch.setattr(sys, "argv", "match.py --a idle --b idle --steps 1 --games 1 --out games.csv".split())
+    with pytest.raises(SystemExit, match="130"):
+        matches.main()
+    assert "interrupted; no results are written" in capsys.readouterr().err
     assert Path("games.csv").read_text() == "no program"
 
 
