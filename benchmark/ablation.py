@@ -182,8 +182,7 @@ def programs(patches, folder):
     """
     if not patches:
         return ROOT
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # of any repository

@@ -105,7 +105,7 @@ def comparison(data, last):
         seeds = [measure(data[arm, "sampled"]) for arm in SCRIPTS]
         said = [f"{text(np.mean(x))} ({text(min(x))} to {text(max(x))})" for x in seeds]
         method, baseline = map(np.mean, seeds)
-        rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
+        rows.append([what, *said, f"{baseline / method:#.2g}" if 0 < method < np.inf else "-"])
     scripts = [f"`{script}`" for script, _ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 

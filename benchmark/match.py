@@ -81,7 +81,7 @@ def main_file(bot, folder=None):
     if path.name.endswith(".tar.gz"):
         try:
             shutil.unpack_archive(path, folder, "gztar")
-        except shutil.ReadError:
+        except Exception:  # a damaged file can raise anything
             raise Refused(f"{bot} is no archive")
         path = Path(folder)
     if path.is_file():

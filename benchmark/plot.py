@@ -28,6 +28,7 @@ sys.path.append(str(ROOT))  # last: an arm's own programs come first
 from trajsep_ppo import Refused  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "study"
+KEYS = ("arm", "seed", "global_step", "train_seconds", "policy", "match_seed", "player")
 METRICS = ("episode_length", "ice_transferred", "factories_alive")
 METRICS += ("ice_per_factory", "factories_alive_share", "starting_factories")
 # arm -> (label, colour of Okabe and Ito's palette, which the colour-blind can read, line style)
@@ -111,9 +112,12 @@ def load(path):
         raise Refused(f"there is no {path}; ablation.py makes it")
     rows_of = {}
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["arm"], row["policy"], int(row["seed"]), int(row["global_step"])
-            rows_of.setdefault(key, []).append(row)
+        rows = list(csv.DictReader(file))
+    if rows and (missing := set(KEYS + METRICS) - set(rows[0])):
+        raise Refused(f"{path} is no table of ablation.py, it has no {', '.join(sorted(missing))}")
+    for row in rows:
+        key = row["arm"], row["policy"], int(row["seed"]), int(row["global_step"])
+        rows_of.setdefault(key, []).append(row)
     last = max((step for *_, step in rows_of), default=0)
     data, left_out = {}, set()
     for (arm, policy, seed, step), rows in sorted(rows_of.items()):

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import luxai_s2.env  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from plot import named_or, start  # noqa: E402
+from plot import Refused, named_or, start  # noqa: E402
 from throughput import commit, machine, memory_of  # noqa: E402
 
 import lux_wrapper as lux  # noqa: E402
@@ -249,6 +249,8 @@ def main(
         script: which one is trained in soak-training and kill.
         out: the folder, instead of runs/reliability.
     """
+    if steps is not None and steps < 80:
+        raise Refused("--steps must be at least 80")
     files = {part: f"{file_of(part, script)}.json" for part in parts}
     out = named_or("runs/reliability", out, files.values())
     out.mkdir(parents=True, exist_ok=True)
@@ -256,6 +258,7 @@ def main(
     for part in parts:
         measure, number = PARTS[part]
         path = out / files[part]
+        print(f"measuring {path.stem}", flush=True)
 
         def keep(result):
             path.write_text(json.dumps(result, indent=1, default=np.generic.item))

@@ -414,9 +414,10 @@ def main(
     measures["before"] = partial(before, against)
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:
+        print(f"measuring {part}", flush=True)
         result = measures[part]() | {"machine": machine(), "commit": commit()}
         (out / f"{part}.json").write_text(json.dumps(result, indent=1))
-        print(f"{part} is measured: {out / part}.json", flush=True)
+        print(f"written to {out / part}.json", flush=True)
     sections = ["# Throughput"]
     for part, report in REPORTS.items():
         if (out / f"{part}.json").exists():

@@ -61,7 +61,10 @@ if __name__ == "__main__":
     args = parser.parse_args()
     text = page()
     if args.out:
-        args.out.write_text(text)
+        try:
+            args.out.write_text(text)
+        except OSError as error:
+            parser.error(str(error))
         print(f"written to {args.out}")
     else:
         print(text, end="")

@@ -145,6 +145,9 @@ def test_a_patched_arm_and_ones_own(tmp_path):
     repository = tmp_path / "repository"
     subprocess.run(["git", "init", "-q", repository], check=True)
     out = repository / "runs" / "out"
+    note = out / "top-1-abs__1" / "programs" / "notes.txt"
+    note.parent.mkdir(parents=True)
+    note.touch()
     flags = ["--arm", "no-norm=trajsep_ppo.py --no-norm-adv", "--arm", "x=global_ppo.py"]
     flags += ["--arms", "top-1-abs", "--seeds", "1", "--matches", "1", "--schedule", "256"]
     command = [sys.executable, ablation.__file__, *flags, f"--flags={TINY}", "--out", out]
@@ -155,7 +158,7 @@ def test_a_patched_arm_and_ones_own(tmp_path):
     assert args["norm_adv"] is False
     assert run["patches"] == "top-1 top-1-abs" and run["command"].startswith(ablation.SEPARATE)
     args = torch.load(out / "top-1-abs__1" / "checkpoint_256.pt", weights_only=True)["args"]
-    assert args["top_samples"] == 1 and len(rows_of(out / "ablation.csv")) == 6
+    assert note.exists() and args["top_samples"] == 1 and len(rows_of(out / "ablation.csv")) == 6
 
 
 def test_one_sentence_for_what_is_wrong(tmp_path, capfd, monkeypatch):
@@ -176,7 +179,10 @@ def test_one_sentence_for_what_is_wrong(tmp_path, capfd, monkeypatch):
     with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         ablation.main(arms=("cluster",), seeds=(1,), out=tmp_path / "out", flags="--gamma 2")
     assert "--gamma must be between 0 and 1" in capfd.readouterr().out  # the end of the log
-    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", str(tmp_path)])
+    (tmp_path / "ablation.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(trajsep_ppo.Refused, match="is no table of ablation.py, it has no arm, "):
+        plot.main((tmp_path,), tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", "nowhere"])
     with pytest.raises(SystemExit) as stop:
         plot.start(plot.main)
     said = capfd.readouterr().err
@@ -236,6 +242,8 @@ def test_a_report_of_what_was_measured(tmp_path):
     """A person's copies in the folder are no measurements."""
     shutil.copy(ROOT / "benchmark" / "reliability" / "kill.json", tmp_path / "kill.json")
     shutil.copy(tmp_path / "kill.json", tmp_path / "kill copy.json")
+    with pytest.raises(trajsep_ppo.Refused, match="--steps must be at least 80"):
+        reliability.main(steps=8, out=tmp_path)
     reliability.main(parts=(), out=tmp_path)
     assert (tmp_path / "report.md").read_text().count("20 of 20") == 1
 
@@ -378,7 +386,7 @@ def test_comparison_of_known_numbers(tmp_path):
     never = "never (never to never)"
     full_length = table["steps to 95% full-length matches"]
     assert full_length[:2] == ["2,995 (1,997 to 3,994)", never]
-    assert table["steps to 10,000 ice per starting factory"][0] == never
+    assert table["steps to 10,000 ice per starting factory"] == [never, never, "-"]
     # A quarter of 10,100, 10,200 and 5,600 ice.
     row = ["2,538 (2,525 to 2,550)", "1,400 (1,400 to 1,400)", "0.55"]
     assert table["final ice per starting factory, mean of each team's"] == row
