@@ -169,7 +169,11 @@ class Seat:
         if orders is None:
             self.error = f"turn {engine.env_steps}: {await self._failure()}"
             return None
-        queues = {name: np.array(order) for name, order in orders.items() if isinstance(order, list)}
+        try:
+            queues = {name: np.array(order) for name, order in orders.items() if isinstance(order, list)}
+        except ValueError:  # lists of lists of different lengths
+            self.error = f"turn {engine.env_steps}: these are no orders: {str(orders)[:200]}"
+            return None
         return orders | queues
 
     async def _failure(self):
@@ -180,6 +184,8 @@ class Seat:
                 await asyncio.wait_for(asyncio.gather(process.wait(), self.bot.proc.reader), 60)
         if process.returncode is not None:
             return f"ended with exit code {process.returncode}"
+        if process.stdout.at_eof():
+            return "closed its output"
         if self.bot.proc.answer is None or self.bot.remainingOverageTime <= 0:
             return f"was late: {self.seconds[-1]:.1f} s"
         if self.bot.proc.too_long:

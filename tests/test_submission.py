@@ -473,6 +473,7 @@ FAILING = {  # program, reason of its loss
     "late": ("import time\nfor line in open(0): time.sleep(60)", "was late: "),
     "no JSON": ("for line in open(0): print('?', flush=True)", "its answer is no JSON object: ?"),
     "no text": ("import os\nfor line in open(0): os.write(1, b'\\xff\\n')", "its answer is no JSON object: "),
+    "ragged orders": ("for line in open(0): print('{\"a\": [[1, 2], [3]]}', flush=True)", "these are no orders: {'a'"),
     "too long": (LONG_ANSWERS, "its answer has more than 1,000 bytes"),
     "no factory, long answers": (LONG_ANSWERS, "turn 8: it has placed no factory"),
     "no factory, long lines": (LONG_LINES, "turn 8: it has placed no factory"),
