@@ -476,8 +476,9 @@ def main(
         except ValueError as error:
             raise Refused(f"`{command} {flags}` is no command: {error}")
     tables = [out / name for name in ("ablation.csv", "runs.csv")]
-    if any(path.exists() and len(path.read_text().splitlines()) > 1 for path in tables) and not [*finished(out)]:
-        raise Refused(f"{out} holds tables of trainings that are not there, they would be lost; name another --out")
+    filled = [path for path in tables if path.exists() and path.read_text().count("\n") > 1]
+    if filled and not any(finished(out)):
+        raise Refused(f"{filled[0]} would be lost, its trainings are not there; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     work, complete = Work(commands, out, schedule, matches, first_map, flags), 0
     jobs = queue(commands, seeds)

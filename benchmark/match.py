@@ -62,7 +62,11 @@ LONGEST = 2**26  # bytes of an answer
 
 
 def main_file(bot, folder=None):
-    """Path of a bot's main file, or "idle". A run, or an archive, is laid out in `folder`, which is empty.
+    """Path of a bot's main file, or "idle".
+
+    Args:
+        bot: as on the command line.
+        folder: an empty one, where a run or an archive is laid out.
 
     Raises:
         Refused: if there is none.
@@ -97,9 +101,10 @@ def main_file(bot, folder=None):
 
 
 class Process(BotProcess):
-    """The runner's process of a bot, for lines of any length: `answer` is what it wrote last, or None before it has."""
+    """The runner's process of a bot, for lines of any length."""
 
-    answer, too_long, stderr_end = None, False, b""
+    answer, too_long = None, False  # what it wrote last; None while it has not
+    stderr_end = b""
 
     async def start(self):
         folder, name = os.path.split(self.file_path)

@@ -269,7 +269,8 @@ def main(
         print(f"{path.stem}: {'passed' if result['passed'] else 'FAILED'}: {line}", flush=True)
         failed += [] if result["passed"] else [path.stem]
     lines = ["# Reliability\n"]
-    for name in sorted({file_of(part, script) for part in PARTS for script in SCRIPTS}.union(MEASURED_BEFORE)):
+    names = {file_of(part, script) for part in PARTS for script in SCRIPTS}
+    for name in sorted(names.union(MEASURED_BEFORE)):
         path = out / f"{name}.json"
         result = json.loads(path.read_text()) if path.exists() else {}
         if "line" in result:  # finished

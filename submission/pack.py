@@ -1,7 +1,7 @@
 """Pack a trained run into an archive for Kaggle, and prove by a match that it plays.
 
     python submission/pack.py runs/<run>
-    python submission/pack.py runs/<run> --out bot.tar.gz    # an archive that is there is replaced only by its name
+    python submission/pack.py runs/<run> --out bot.tar.gz    # replaces one of this name
 
 The archive holds main.py, hybrid_model.py, lux_wrapper.py and model.pt, the run's weights and arguments. It is unpacked
 into an empty folder, and plays there against itself on the official engine.

@@ -23,8 +23,9 @@ import plot  # noqa: E402
 import study  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
-NAMES = ("README.md", "benchmark/README.md", "submission/README.md")
-PAGES = {path: path.read_text() for path in [*(ROOT / name for name in NAMES), *sorted((ROOT / "docs").glob("*.md"))]}
+PATHS = [ROOT / folder / "README.md" for folder in (".", "benchmark", "submission")]
+PATHS += sorted((ROOT / "docs").glob("*.md"))
+PAGES = {path: path.read_text() for path in PATHS}
 SCRIPTS = {"trajsep_ppo.py": trajsep_ppo, "global_ppo.py": global_ppo}
 
 
@@ -109,9 +110,8 @@ def test_commands(page, command):
     elif program == "git" and rest[0] == "diff":
         assert rest[:2] == ["diff", "--no-index"] and all((ROOT / name).exists() for name in rest[2:])
     else:
-        assert program in ("python3", "tensorboard") or command.startswith(("kaggle competitions", "git clone")), (
-            command
-        )
+        known = ("python3", "tensorboard", "kaggle competitions", "git clone")
+        assert command.startswith(known), command
 
 
 def numbers(first_cell):
