@@ -2,9 +2,11 @@
 
     python benchmark/ablation.py
     python benchmark/ablation.py --arms default global --seeds 1 2
-    python benchmark/plot.py --results runs/study
+    python benchmark/ablation.py --arm "no-norm=trajsep_ppo.py --no-norm-adv" --seeds 1 2 --out runs/no-norm
+    python benchmark/plot.py --results runs/study runs/no-norm
 
 An arm is a command, and patches from benchmark/arms/ for a copy of the programs (see PATCHES).
+A person's own has a name and a command, whose program lies beside trajsep_ppo.py.
 
 The two main arms, `default` and `global`, come first, then the others, each seed by seed, so the
 tables are useful whenever it is stopped. The same command continues it: finished trainings and
@@ -27,6 +29,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -40,7 +43,10 @@ from typing import Optional
 import numpy as np
 import torch
 import tyro
+from plot import Refused, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trajsep_ppo import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 PATCH_FOLDER = ROOT / "benchmark" / "arms"
@@ -142,10 +148,33 @@ def queue(arms, seeds=None):
     """All (arm, seed): the main arms first, seed by seed, then the others, seed by seed."""
 
     def seeds_of(arm):
-        return seeds or range(FIRST_SEED, FIRST_SEED + SEEDS[arm])
+        return seeds or range(FIRST_SEED, FIRST_SEED + SEEDS.get(arm, 3))
 
-    jobs = [(arm, seed) for arm in arms for seed in seeds_of(arm)]
-    return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], list(ARMS).index(job[0])))
+    jobs, order = [(arm, seed) for arm in arms for seed in seeds_of(arm)], [*ARMS, *arms]
+    return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], order.index(job[0])))
+
+
+def commands_of(arms, own):
+    """Arm -> command, of arms of the study and of a person's own, each "name=command".
+
+    Raises:
+        Refused: if an arm is not known, or an own one cannot be.
+    """
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise Refused(f"no arm {unknown[0]}; there are {', '.join(ARMS)}, and your own: --arm NAME=COMMAND")
+    commands = {arm: ARMS[arm] for arm in arms}
+    for text in own:
+        name, _, command = text.partition("=")
+        script = command.split(" ")[0]
+        if not re.fullmatch(r"[\w.-]+", name) or not command:
+            example = '--arm "no-norm=trajsep_ppo.py --no-norm-adv"'
+            raise Refused(f"--arm {text}: a name and a command are needed, as in {example}")
+        if name in ARMS or name in commands:
+            raise Refused(f"there is an arm {name} already; give yours another name")
+        if not script.endswith(".py") or not (ROOT / script).is_file():
+            raise Refused(f"--arm {name}: there is no program {script} beside trajsep_ppo.py")
+        commands[name] = command
+    return commands
 
 
 def programs(patches, folder):
@@ -156,8 +185,7 @@ def programs(patches, folder):
     """
     if not patches:
         return ROOT
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # of any repository
@@ -195,15 +223,13 @@ def play(script, agent, envs, greedy, first_map=0):
     return metrics
 
 
-def evaluate(folder, script, wanted, num_matches, first_map):
+def evaluate(script, wanted, num_matches, first_map):
     """Evaluate checkpoints in the current folder, each `wanted` (step, policy), into a file each.
 
     Args:
-        folder: of the programs.
-        script: the one that made the checkpoints, without its ".py".
+        script: the program that made the checkpoints, without its ".py".
     """
     torch.set_num_threads(1)
-    sys.path.insert(0, folder)
     script, envs = importlib.import_module(script), None
     for step, policy in wanted:
         checkpoint = torch.load(f"checkpoint_{step}.pt", map_location="cpu", weights_only=True)
@@ -244,11 +270,10 @@ def write(path, text):
 def write_tables(out):
     """Write ablation.csv and runs.csv of all that is trained and evaluated."""
     runs, rows = [], []
-    for path in out.glob("*__*/run.json"):
-        run = json.loads(path.read_text())
+    for folder, run in finished(out):
         runs.append(run)
-        for one in path.parent.glob("evaluation_*.json"):
-            rows += [{"arm": run["arm"], "seed": run["seed"]} | row for row in json.loads(one.read_text())]
+        for path in evaluations(folder):
+            rows += [{"arm": run["arm"], "seed": run["seed"]} | row for row in json.loads(path.read_text())]
     for name, columns, table in (("runs.csv", RUN_COLUMNS, runs), ("ablation.csv", COLUMNS, rows)):
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -258,21 +283,43 @@ def write_tables(out):
         write(out / name, text.getvalue())
 
 
+# Only names that the programs write are read: a folder may hold a person's copies too.
+def finished(out):
+    """(folder, contents of run.json) of each training that has ended."""
+    for path in sorted(out.glob("*/run.json")):
+        run = json.loads(path.read_text())
+        if path.parent.name == f"{run['arm']}__{run['seed']}":
+            yield path.parent, run
+
+
+def runs_of(folder):
+    """Folders of the runs of the training in this folder, the newest last."""
+    runs = [path for path in folder.glob("runs/*") if re.fullmatch(r".+__\d+__\d+", path.name)]
+    return sorted(runs, key=lambda path: int(path.name.split("__")[-1]))
+
+
+def evaluations(folder):
+    """Paths of the rows of all evaluations of the training in this folder."""
+    paths = folder.glob("evaluation_*.json")
+    return [path for path in paths if re.fullmatch(r"evaluation_\d+_(sampled|greedy)", path.stem)]
+
+
 def saved(folder):
     """Checkpoints kept of the training in this folder, global step -> path."""
-    return {int(path.stem.split("_")[1]): path for path in folder.glob("checkpoint_*.pt")}
+    return {int(path.stem.split("_")[1]): path for path in checkpoints(folder)}
 
 
 def keep(folder):
     """Give the checkpoints of a training a second name, as it removes all but its last two."""
-    for path in folder.glob("runs/*/checkpoint_*.pt"):
-        with contextlib.suppress(FileExistsError, FileNotFoundError):  # kept, or removed just now
-            os.link(path, folder / path.name)
+    for run in runs_of(folder):
+        for path in checkpoints(run):
+            with contextlib.suppress(FileExistsError, FileNotFoundError):  # kept, or removed just now
+                os.link(path, folder / path.name)
 
 
 def logged(folder):
     """Means over all updates of LOSSES, as the training in this folder logged them."""
-    (run_dir,) = folder.glob("runs/*")
+    *_, run_dir = runs_of(folder)
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     values = {key: [x.value for x in events.Scalars(f"losses/{key}")] for key in LOSSES}
     return {key: f"{np.mean(all_updates):.4g}" for key, all_updates in values.items()}
@@ -295,10 +342,10 @@ def commit():
 class Work:
     """Trains and evaluates. `stop` ends it, with the processes that it has started."""
 
-    def __init__(self, out, schedule, matches, first_map, flags):
-        self.out, self.flags, self.schedule = out.resolve(), flags, schedule
+    def __init__(self, commands, out, schedule, matches, first_map, flags):
+        self.commands, self.out, self.flags, self.schedule = commands, out.resolve(), flags, schedule
         self.matches, self.first_map = matches, first_map
-        self.stopped, self.children = False, set()
+        self.stopped, self.started, self.children = False, False, set()
 
     def stop(self):
         self.stopped = True
@@ -312,7 +359,7 @@ class Work:
             "arm": arm,
             "seed": seed,
             "patches": " ".join(PATCHES.get(arm, ())),
-            "command": f"{ARMS[arm]} --seed {seed} {saving} {self.flags}".strip(),
+            "command": f"{self.commands[arm]} --seed {seed} {saving} {self.flags}".strip(),
             "maps": f"{self.first_map} to {self.first_map + self.matches - 1}",
         }
 
@@ -333,6 +380,7 @@ class Work:
     def run(self, command, folder, name):
         """Run a command in a folder, its output in the file `name` there."""
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.started = True
         with open(folder / name, "w") as log:
             child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
             self.children.add(child)
@@ -348,8 +396,10 @@ class Work:
             raise Failed("\n  ".join([f"{name} ended with exit code {child.returncode}:", *end]))
 
     def train(self, task, folder):
-        shutil.rmtree(folder, ignore_errors=True)  # a training that was cut off
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in [folder, *runs_of(folder)]:  # of a training that was cut off
+            for path in [*checkpoints(place), *evaluations(place)]:
+                path.unlink()
         script, *flags = shlex.split(task["command"])
         run = task | {"commit": commit()}
         say(task["arm"], task["seed"], f"training, see {folder}")
@@ -381,10 +431,9 @@ class Work:
         if wanted:
             say(arm, task["seed"], f"{len(wanted)} evaluations")
             script = task["command"].split(".py")[0]
-            patched = str(programs(task["patches"].split(), folder / "programs"))
-            how = json.dumps([patched, script, wanted, self.matches, self.first_map])
-            code = f"import sys; sys.path.append({str(ROOT / 'benchmark')!r}); import ablation; "
-            code += f"ablation.evaluate(*{how})"
+            places = [str(programs(task["patches"].split(), folder / "programs")), str(ROOT / "benchmark")]
+            how = json.dumps([script, wanted, self.matches, self.first_map])
+            code = f"import sys; sys.path[:0] = {places}; import ablation; ablation.evaluate(*{how})"
             self.run([sys.executable, "-c", code], folder, "evaluation.log")
         for step in paths.keys() - {last}:
             paths[step].unlink()
@@ -395,7 +444,8 @@ def say(arm, seed, what):
 
 
 def main(
-    arms: tuple[str, ...] = tuple(ARMS),
+    arms: tuple[str, ...] = (),
+    arm: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     seeds: Optional[tuple[int, ...]] = None,
     out: Path = ROOT / "runs" / "study",
     parallel: int = os.cpu_count() or 1,
@@ -407,7 +457,8 @@ def main(
     """Work through the queue.
 
     Args:
-        arms: which of the arms.
+        arms: which arms of the study; by default all, but none beside --arm.
+        arm: an arm of your own, NAME=COMMAND in quotes; may be given more than once.
         seeds: of all these arms; by default 11 to 15 for the main ones, 11 to 13 for the others.
         out: folder of the tables and the trainings.
         parallel: trainings or evaluations at a time, each with one thread.
@@ -417,21 +468,29 @@ def main(
             instead of the arms' own; the last checkpoint always is.
         flags: more flags for every training, in quotes.
     """
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        sys.exit(f"ablation.py: error: no arm {unknown[0]}; there are {', '.join(ARMS)}")
+    commands = commands_of(arms or (() if arm else ARMS), arm)
     if min(parallel, matches) < 1:
-        sys.exit("ablation.py: error: --parallel and --matches must be at least 1")
-    for arm in arms if "--env-kwargs" in flags else ():
-        if "--env-kwargs" in ARMS[arm]:  # the second one would replace it
-            sys.exit(f"ablation.py: error: {arm} has --env-kwargs of its own")
+        raise Refused("--parallel and --matches must be at least 1")
+    for name, command in commands.items():
+        if "--env-kwargs" in flags and "--env-kwargs" in command:  # the second one would replace it
+            raise Refused(f"{name} has --env-kwargs of its own")
+        try:
+            shlex.split(f"{command} {flags}")
+        except ValueError as error:
+            raise Refused(f"`{command} {flags}` is no command: {error}")
+    tables = [out / name for name in ("ablation.csv", "runs.csv")]
+    filled = [path for path in tables if path.exists() and path.read_text().count("\n") > 1]
+    if filled and not any(finished(out)):
+        raise Refused(f"{filled[0]} would be lost, its trainings are not there; name another --out")
     out.mkdir(parents=True, exist_ok=True)
-    work, complete = Work(out, schedule, matches, first_map, flags), 0
-    jobs = queue(arms, seeds)
+    work, complete = Work(commands, out, schedule, matches, first_map, flags), 0
+    jobs = queue(commands, seeds)
     pool = ThreadPoolExecutor(parallel)
     try:
         for done in as_completed([pool.submit(work.do, *job) for job in jobs]):
             complete += done.result()
             write_tables(out)
+            print(f"{complete} of {len(jobs)} runs are complete in {out}", flush=True)
     except KeyboardInterrupt:
         print("ablation.py: interrupted; the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -439,7 +498,9 @@ def main(
         work.stop()
         pool.shutdown()
         write_tables(out)
-    print(f"{complete} of {len(jobs)} runs are complete in {out}")
+    if not work.started:
+        print("all of it was there already; with another --out it is made again")
+    print(f"written to {' and '.join(map(str, tables))}")
     if complete < len(jobs):
         sys.exit(f"ablation.py: error: {len(jobs) - complete} of {len(jobs)} runs failed, see above")
 
@@ -447,4 +508,4 @@ def main(
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell starts it in the background
         signal.signal(number, signal.default_int_handler)
-    tyro.cli(main)
+    start(main)

@@ -1,7 +1,8 @@
 """The bands of the README's table of metrics: quantiles of what healthy trainings and a sick one logged.
 
-    python benchmark/bands.py                               # of healthy_run/scalars.csv
-    python benchmark/bands.py runs/<a> runs/<b> runs/<c>    # read these runs into it first
+    python benchmark/bands.py                                           # of healthy_run/scalars.csv
+    python benchmark/bands.py runs/<a> runs/<b> runs/<c>                # of these runs
+    python benchmark/bands.py runs/<a> runs/<b> runs/<c> --out FILE     # and keep their scalars
 
 The runs are `trajsep_ppo.py` with `--seed 11`, with `--seed 12`, and with `--learning-rate 0.03
 --total-timesteps 16384`, in this order. Bands are 5% to 95% quantiles over the first two, and over the
@@ -9,12 +10,14 @@ last one from step 8,192 on.
 """
 
 import csv
-import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
-from plot import table
+import tyro
+from plot import Refused, start, table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CSV = Path(__file__).resolve().parent / "healthy_run" / "scalars.csv"
 RUNS = ("seed 11", "seed 12", "learning rate 0.03")
@@ -26,39 +29,56 @@ BANDS = {  # column -> its runs, and its first and last step
 }
 
 
-def read(folders):
-    """Write all scalars that the runs have logged to CSV, a row for each."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def read(runs):
+    """All scalars that the runs have logged: rows of run, tag, global_step, value.
 
-    with open(CSV, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("run", "tag", "global_step", "value"))
-        for name, folder in zip(RUNS, folders, strict=True):
-            events = EventAccumulator(folder, size_guidance={"scalars": 0}).Reload()
-            for tag in sorted(events.Tags()["scalars"]):
-                scalars = events.Scalars(tag)
-                writer.writerows((name, tag, x.step, f"{x.value:.5g}") for x in scalars)
+    Raises:
+        Refused: if these are not three folders of runs.
+    """
+    if len(runs) != len(RUNS):
+        raise Refused(f"name three runs: {', '.join(RUNS)}, in this order; got {len(runs)}")
+    for folder in runs:
+        if not any(folder.glob("events.out.tfevents.*")):
+            raise Refused(f"there is no run in {folder}: it has no TensorBoard events")
+    rows = []
+    for name, folder in zip(RUNS, runs):
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+        for tag in sorted(events.Tags()["scalars"]):
+            rows += [(name, tag, x.step, f"{x.value:.5g}") for x in events.Scalars(tag)]
+    return rows
 
 
-def main(folders):
-    if folders:
-        read(folders)
+def main(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Optional[Path] = None):
+    """Print the bands.
+
+    Args:
+        runs: three runs to take instead of the kept scalars.
+        out: a CSV file to write the scalars of these runs to.
+    """
+    if runs or out:
+        scalars = read(runs)
+    else:
+        with open(CSV, newline="") as file:
+            _, *scalars = csv.reader(file)
     values = defaultdict(list)  # (run, tag) -> (step, value)
-    with open(CSV, newline="") as file:
-        for row in csv.DictReader(file):
-            pair = int(row["global_step"]), float(row["value"])
-            values[row["run"], row["tag"]].append(pair)
+    for run, tag, step, value in scalars:
+        values[run, tag].append((int(step), float(value)))
     rows = []
     for tag in sorted({tag for _, tag in values}):
         cells = [f"`{tag}`"]
-        for runs, first, last in BANDS.values():
-            all_runs = [pair for run in runs for pair in values[run, tag]]
-            inside = [value for step, value in all_runs if first <= step <= last]
+        for of_runs, first, last in BANDS.values():
+            pairs = [pair for run in of_runs for pair in values[run, tag]]
+            inside = [value for step, value in pairs if first <= step <= last]
             band = np.quantile(inside, [0.05, 0.95]) if inside else ()
             cells.append(" to ".join(f"{bound:.3g}" for bound in band) or "-")
         rows.append(cells)
     print(table(["metric", *BANDS], rows))
+    if out:
+        with open(out, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("run", "tag", "global_step", "value"), *scalars])
+        print(f"written to {out}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    start(main)

@@ -1,7 +1,8 @@
 """Draw the README's pictures, print its tables of results and matches and the first of docs/results.md.
 
-    python benchmark/figures.py                            # docs/result.png, docs/network.png
-    python benchmark/figures.py --checkpoint runs/<run>    # and docs/trajectories.png, from a match of this run
+    python benchmark/figures.py                            # result.png and network.png in runs/figures
+    python benchmark/figures.py --checkpoint runs/<run>    # and trajectories.png, from a match of this run
+    python benchmark/figures.py --out docs                 # those of the README
 
 The result is from benchmark/study: both scripts, on maps that were never looked at while flags were
 chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
@@ -10,12 +11,12 @@ chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches o
 import csv
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Optional
 
 import matplotlib
 import numpy as np
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
@@ -27,7 +28,7 @@ from plot import plt  # noqa: E402
 import lux_wrapper as lux  # noqa: E402
 import trajsep_ppo  # noqa: E402
 
-DOCS = ROOT / "docs"
+warnings.filterwarnings("ignore", "The system font")  # of pygame, which falls back to another
 SAMPLES = 2000
 SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
@@ -78,39 +79,33 @@ def results(data, last):
 def comparison(data, last):
     """The first table of docs/results.md: means over seeds (lowest to highest), and their ratio."""
 
-    def reached(metric, level):
-        """Function: runs -> the step at which each seed has a level."""
+    def reached(runs, metric, level):
+        """The step at which each seed has a level."""
+        steps, seeds = plot.curves(runs, metric)
+        return [plot.crossing(steps, values, level) for values in seeds]
 
-        def steps_of(runs):
-            steps, seeds = plot.curves(runs, metric)
-            return [plot.crossing(steps, values, level) for values in seeds]
+    def final(runs, metric):
+        """What each seed has in the end."""
+        return plot.curves(runs, metric, [last])[1][:, 0]
 
-        return steps_of
-
-    def final(metric, over=None):
-        """Function: runs -> what each seed has in the end, or its ratio to another metric."""
-
-        def mean(runs, key):
-            return plot.curves(runs, key, [last])[1][:, 0]
-
-        return lambda runs: mean(runs, metric) / (mean(runs, over) if over else 1)
+    def ice(runs):
+        return final(runs, "ice_transferred") / final(runs, "starting_factories")
 
     number, share, step_text = "{:,.0f}".format, "{:.0%}".format, plot.step_text
-    ratio = ("ice_transferred", "starting_factories")
     measures = {
-        "steps to a mean length of 500": (step_text, reached("episode_length", 500)),
-        "steps to 95% full-length matches": (step_text, reached("full_length", 0.95)),
-        "steps to 10,000 ice per starting factory": (step_text, reached("ice_per_factory", 10000)),
-        "final ice per starting factory, mean of each team's": (number, final("ice_per_factory")),
-        "the same, mean ice over mean factories": (number, final(*ratio)),
-        "teams that lose a factory": (share, final("loses_factory")),
+        "steps to a mean length of 500": (step_text, lambda runs: reached(runs, "episode_length", 500)),
+        "steps to 95% full-length matches": (step_text, lambda runs: reached(runs, "full_length", 0.95)),
+        "steps to 10,000 ice per starting factory": (step_text, lambda runs: reached(runs, "ice_per_factory", 10000)),
+        "final ice per starting factory, mean of each team's": (number, lambda runs: final(runs, "ice_per_factory")),
+        "the same, mean ice over mean factories": (number, ice),
+        "teams that lose a factory": (share, lambda runs: final(runs, "loses_factory")),
     }
     rows = []
     for what, (text, measure) in measures.items():
         seeds = [measure(data[arm, "sampled"]) for arm in SCRIPTS]
         said = [f"{text(np.mean(x))} ({text(min(x))} to {text(max(x))})" for x in seeds]
         method, baseline = map(np.mean, seeds)
-        rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
+        rows.append([what, *said, f"{baseline / method:#.2g}" if 0 < method < np.inf else "-"])
     scripts = [f"`{script}`" for script, _ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 
@@ -205,10 +200,23 @@ def recorded(checkpoint, match, steps, moment):
     return np.array(kinds), np.array(paid), picture
 
 
-def draw_trajectories(run, path, match=3, steps=300, moment=150):
+def newest(run):
+    """The newest checkpoint of a run, or the checkpoint of this name.
+
+    Raises:
+        Refused: if there is none.
+    """
+    path = (trajsep_ppo.checkpoints(run) or [run])[-1]
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        trajsep_ppo.Args(**checkpoint["args"])
+    except Exception:  # a damaged file can raise anything
+        raise trajsep_ppo.Refused(f"{path} is neither a checkpoint nor a run with one")
+    return checkpoint
+
+
+def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
     """A match as the engine draws it, and the trajectories of a team: lives and rewards by slot."""
-    newest = (trajsep_ppo.checkpoints(run) or [run])[-1]
-    checkpoint = torch.load(newest, map_location="cpu", weights_only=True)
     kinds, paid, picture = recorded(checkpoint, match, steps, moment)
     layout = {"width_ratios": (1, 1.75), "layout": "constrained"}
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), **layout)
@@ -269,22 +277,27 @@ def matches(folder):
     return plot.table(head, rows)
 
 
-def main(checkpoint: Optional[Path] = None):
+def main(checkpoint: Optional[Path] = None, out: Optional[Path] = None):
     """Draw everything, and print the tables.
 
     Args:
         checkpoint: a run, or one of its checkpoints, of which to draw a match.
+        out: folder of the pictures, instead of runs/figures.
     """
-    DOCS.mkdir(exist_ok=True)
+    files = ["result.png", "network.png"] + ["trajectories.png"] * (checkpoint is not None)
+    out = plot.named_or("runs/figures", out, files)
+    content = newest(checkpoint) if checkpoint else None
     data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
-    draw_result(data, last, DOCS / "result.png")
-    draw_network(DOCS / "network.png")
-    if checkpoint:
+    out.mkdir(parents=True, exist_ok=True)
+    draw_result(data, last, out / "result.png")
+    draw_network(out / "network.png")
+    if content:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        draw_trajectories(checkpoint, DOCS / "trajectories.png")
+        draw_trajectories(content, out / "trajectories.png")
     print(results(data, last), comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
+    print(f"written to {out}: {', '.join(files)}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    plot.start(main)

@@ -1,12 +1,14 @@
 """Matches between two bots of Lux AI Season 2, by the official engine and the official runner's own pieces.
 
     python benchmark/match.py --a submission --b idle --games 20
+    python benchmark/match.py --a runs/<run> --b submission
     python benchmark/match.py --a submission --b <folder> --games 20 --out games.csv --replays replays
 
 A bot is a folder with a main file, such a file (main.py, main.js, Main.java, or a program called
-main.out or main.exe), or `idle`, which places its factories and then does nothing. Every map is
-played twice, with the sides exchanged. The engine validates all orders. Bots are asked one after the
-other, and have the time that the official runner gives.
+main.out or main.exe), a run or one of its checkpoints, an archive of submission/pack.py, or `idle`,
+which places its factories and then does nothing. Every map is played twice, with the sides
+exchanged. The engine validates all orders. Bots are asked one after the other, and have the time that
+the official runner gives.
 
 The command line `luxai-s2` does the same for one match; it starts on Python 3.10 only.
 """
@@ -20,9 +22,12 @@ import functools
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections import Counter, deque
+import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -32,31 +37,36 @@ from tqdm import tqdm
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore", "The system font")  # pygame falls back to another
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "submission")]
 
 import luxai_s2.env  # noqa: E402
 from luxai_runner.bot import Bot  # noqa: E402
 from luxai_runner.ext_to_command import ext_to_command  # noqa: E402
+from luxai_runner.process import BotProcess  # noqa: E402
 from luxai_runner.utils import to_json  # noqa: E402
 
 from lux_wrapper import PLAYERS, early_phase_action  # noqa: E402
+from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
 VIEWER = """<!DOCTYPE html>
 <meta charset="utf-8">
 <title>Lux AI Season 2</title>
 <script>window.episode = EPISODE</script>
 <script type="module" crossorigin src="https://s2vis.lux-ai.org/index.js"></script>
-<div id="root"></div>
+<div id="root">The viewer is loaded from https://s2vis.lux-ai.org; offline, see the GIF beside this page.</div>
 """
-STDERR_LINES = 5  # of a bot that fails, the last ones are shown
+STDERR_LINES, STDERR_BYTES = 5, 4000  # of a bot that fails, the last ones are shown
+LONGEST = 2**26  # bytes of an answer
 
 
-class Refused(Exception):
-    """What a person asked for cannot work, and why, in one sentence."""
-
-
-def main_file(bot):
+def main_file(bot, folder=None):
     """Path of a bot's main file, or "idle".
+
+    Args:
+        bot: as on the command line.
+        folder: an empty one, where a run or an archive is laid out.
 
     Raises:
         Refused: if there is none.
@@ -68,6 +78,16 @@ def main_file(bot):
         return bot
     if not path.exists():
         raise Refused(f"there is no bot at {bot}")
+    if path.suffix == ".pt" or (path.is_dir() and checkpoints(path)):
+        from pack import write_bot  # which plays matches itself
+
+        return write_bot(path, folder)
+    if path.name.endswith(".tar.gz"):
+        try:
+            shutil.unpack_archive(path, folder, "gztar")
+        except Exception:  # a damaged file can raise anything
+            raise Refused(f"{bot} is no archive")
+        path = Path(folder)
     if path.is_file():
         if path.suffix not in ext_to_command:
             endings = ", ".join(ext_to_command)
@@ -77,21 +97,40 @@ def main_file(bot):
     for name in names:
         if name in files:
             return files[name]
-    raise Refused(f"there is no main file in {bot} ({', '.join(names)})")
+    raise Refused(f"there is neither a main file in {bot} ({', '.join(names)}) nor a checkpoint")
 
 
-class Lines(deque):
-    """The log of a runner's bot: the last lines, and nothing on the terminal."""
+class Process(BotProcess):
+    """The runner's process of a bot, for lines of any length."""
 
-    identifier, verbosity = "", 0
+    answer, too_long = None, False  # what it wrote last; None while it has not
+    stderr_end = b""
 
-    def err(self, message, end="\n"):
-        self.append(message.rstrip())
+    async def start(self):
+        folder, name = os.path.split(self.file_path)
+        command = [f"./{name}"] if self.is_binary else [self.command, name.removesuffix(".java")]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), asyncio.subprocess.PIPE)
+        start = asyncio.create_subprocess_exec(*command, cwd=folder, limit=LONGEST, **pipes)
+        self._agent_process = await start
+        self.reader = asyncio.create_task(self._read_stderr())
 
-    warn = err
+    async def _read_stderr(self):
+        while some := await self._agent_process.stderr.read(2**16):
+            self.stderr_end = (self.stderr_end + some)[-STDERR_BYTES:]
 
-    def info(self, message, end="\n"):
-        pass
+    async def write(self, message):
+        self.answer = None
+        self._agent_process.stdin.write(message.encode())
+        try:
+            answer = await self._agent_process.stdout.readline()
+        except ValueError:
+            self.too_long, answer = True, b""
+        self.answer = answer.decode(errors="replace")
+        return self.answer, ""
+
+    def last_lines(self):
+        """The end of what it wrote on stderr."""
+        return "\n".join(self.stderr_end.decode(errors="replace").splitlines()[-STDERR_LINES:])
 
 
 class Engine(luxai_s2.env.LuxAI_S2):
@@ -120,9 +159,8 @@ class Seat:
         if file != "idle":
             self.bot = Bot(file, player, PLAYERS.index(player), verbose=0)
             self.bot.time_per_step, self.bot.remainingOverageTime = turn_seconds, overage
-            self.bot.log, self.bot.proc.log = Lines(maxlen=STDERR_LINES), Lines(maxlen=STDERR_LINES)
-            if self.bot.is_python:
-                self.bot.proc.command = sys.executable  # "python" may be another one, or none
+            # "python" may be another one, or none
+            self.bot.proc = Process(sys.executable if self.bot.is_python else self.bot.command, file, verbose=0)
 
     async def act(self, engine, obs, reward, info):
         """Orders as the engine takes them, or None with the reason in `error`."""
@@ -136,7 +174,11 @@ class Seat:
         if orders is None:
             self.error = f"turn {engine.env_steps}: {await self._failure()}"
             return None
-        queues = {name: np.array(order) for name, order in orders.items() if isinstance(order, list)}
+        try:
+            queues = {name: np.array(order) for name, order in orders.items() if isinstance(order, list)}
+        except ValueError:  # lists of lists of different lengths
+            self.error = f"turn {engine.env_steps}: these are no orders: {str(orders)[:200]}"
+            return None
         return orders | queues
 
     async def _failure(self):
@@ -144,18 +186,16 @@ class Seat:
         process = self.bot.proc._agent_process
         if process.stdout.at_eof():  # it has crashed
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._end(), 60)
+                await asyncio.wait_for(asyncio.gather(process.wait(), self.bot.proc.reader), 60)
         if process.returncode is not None:
             return f"ended with exit code {process.returncode}"
-        if self.bot.remainingOverageTime <= 0:
+        if process.stdout.at_eof():
+            return "closed its output"
+        if self.bot.proc.answer is None or self.bot.remainingOverageTime <= 0:
             return f"was late: {self.seconds[-1]:.1f} s"
-        return " ".join(self.bot.log)[:200]
-
-    async def _end(self):
-        """Wait for the exit code and the last lines."""
-        process = self.bot.proc._agent_process
-        while process.returncode is None or not process.stderr.at_eof():
-            await asyncio.sleep(0.01)
+        if self.bot.proc.too_long:
+            return f"its answer has more than {LONGEST:,} bytes"
+        return f"its answer is no JSON object: {self.bot.proc.answer.strip()[:200]}"
 
 
 @contextlib.contextmanager
@@ -186,6 +226,7 @@ def play(
     steps=1000,
     limits=(9, 600),
     replay=None,
+    names=None,
 ):
     """Play a match.
 
@@ -195,6 +236,7 @@ def play(
         steps: when it ends at the latest, placement not counted.
         limits: seconds for a turn, and for all longer turns together; the official runner's.
         replay: path without suffix, for a .json and .html of the official viewer and a .gif.
+        names: what the bots are called, if not by their files.
 
     Returns:
         A dict for each player: player, bot, seed, result, lichen, length, ice, factories, robots,
@@ -203,12 +245,13 @@ def play(
     factories = {"MIN_FACTORIES": min_factories, "MAX_FACTORIES": max_factories}
     engine = Engine(map_size=map_size, max_episode_length=steps, **factories)
     seats = [Seat(file, player, *limits) for file, player in zip(files, PLAYERS)]
+    names = dict(zip(PLAYERS, names or files))
     with counted(seats):
-        rewards = asyncio.run(_play(engine, seats, seed, replay))
-    return [_row(engine, seat, seed, rewards) for seat in seats]
+        rewards = asyncio.run(_play(engine, seats, seed, replay, names))
+    return [_row(engine, seat, seed, rewards, names) for seat in seats]
 
 
-async def _play(engine, seats, seed, replay):
+async def _play(engine, seats, seed, replay, bot_names):
     """Play it; the rewards at the end: lichen, or -1000 for a bot that failed or lost all factories."""
     bots = [seat.bot for seat in seats if seat.bot]
     try:
@@ -237,18 +280,20 @@ async def _play(engine, seats, seed, replay):
                     why = " ".join([*reasons, str(orders[seat.player])][0].split())[-200:]
                     what = f"turn {engine.env_steps - 1}: the engine did not take its orders"
                     seat.error = f"{what}: {why}"
+                if placing and engine.state.real_env_steps == 0 and not engine.state.factories[seat.player]:
+                    seat.error = seat.error or f"turn {engine.env_steps - 1}: it has placed no factory"
             obs = to_json(engine.state.get_change_obs(seen))
             seen, done = step_obs["player_0"], any(terminations.values())
             if replay:
                 record["observations"].append(obs)
                 record["actions"].append(to_json(orders))
-                if engine.state.real_env_steps % 4 == 0:
+                if done or engine.state.real_env_steps % 4 == 0:
                     frames.append(Image.fromarray(engine.render()).quantize(64))
     finally:
         for bot in bots:
             await bot.proc.cleanup()
     if replay:
-        record["metadata"] = {"seed": seed, "players": {seat.player: seat.file for seat in seats}}
+        record["metadata"] = {"seed": seed, "players": bot_names}
         text = json.dumps(record)
         Path(f"{replay}.json").write_text(text)
         Path(f"{replay}.html").write_text(VIEWER.replace("EPISODE", text))
@@ -257,7 +302,7 @@ async def _play(engine, seats, seed, replay):
     return rewards
 
 
-def _row(engine, seat, seed, rewards):
+def _row(engine, seat, seed, rewards, names):
     state, player = engine.state, seat.player
     other = PLAYERS[1 - PLAYERS.index(player)]
     mined = state.stats[player]["generation"]["ice"]
@@ -265,7 +310,7 @@ def _row(engine, seat, seed, rewards):
     seconds = seat.seconds or [0]
     return {
         "player": player,
-        "bot": seat.file,
+        "bot": names[player],
         "seed": seed,
         "result": ("draw", "win", "loss")[int(np.sign(rewards[player] - rewards[other]))],
         "lichen": int(state.board.lichen[np.isin(state.board.lichen_strains, strains)].sum()),
@@ -275,7 +320,7 @@ def _row(engine, seat, seed, rewards):
         "robots": len(state.units[player]),
         "refused": seat.refused,
         "error": seat.error,
-        "stderr": "\n".join(seat.bot.proc.log) if seat.bot else "",
+        "stderr": seat.bot.proc.last_lines() if seat.bot else "",
         "turn_mean": round(float(np.mean(seconds)), 4),
         "turn_p99": round(float(np.percentile(seconds, 99)), 4),
         "turn_max": round(float(np.max(seconds)), 4),
@@ -324,9 +369,21 @@ def summary(rows, name):
             yield from (f"      {text}" for text in row["stderr"].splitlines())
 
 
+def check_writable(path):
+    """Before much time is spent, and without touching a file that is there.
+
+    Raises:
+        Refused: if no file can be written at this path.
+    """
+    path = Path(path)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Refused(f"{path} cannot be written; is its folder there?")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--a", required=True, help="a bot: a folder, a file, or idle")
+    what = "a bot: a folder, a file, a run, a checkpoint, an archive of pack.py, or idle"
+    parser.add_argument("--a", required=True, help=what)
     parser.add_argument("--b", required=True, help="its opponent")
     parser.add_argument("--games", type=int, default=20)
     parser.add_argument("--map-size", type=int, default=48)
@@ -339,30 +396,41 @@ def main():
     overage = "for all longer turns together (on Kaggle 60)"
     parser.add_argument("--overage", type=float, default=600, help=overage)
     parser.add_argument("--out", help="a CSV file: a row for each game and player")
-    replays = "a folder for replays: JSON, HTML (with the viewer of s2vis.lux-ai.org), and GIF"
-    parser.add_argument("--replays", help=replays)
+    parser.add_argument("--replays", help="a folder for replays: GIF, JSON, and HTML, which needs the web")
     args = parser.parse_args()
+    names = args.a, args.b
     try:
-        bots = main_file(args.a), main_file(args.b)
         if min(args.games, args.parallel, args.steps) < 1:
             raise Refused("--games, --parallel and --steps must be at least 1")
-        if args.replays:
-            Path(args.replays).mkdir(parents=True, exist_ok=True)
-        with open(args.out or os.devnull, "w", newline="") as file:  # first: it may be refused
-            games = run(bots, args)
-            writer = csv.DictWriter(file, ["game", *games[0][0]], lineterminator="\n")
-            writer.writeheader()
-            for game, rows in enumerate(games):
-                writer.writerows({"game": game, **row} for row in rows)
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            bots = [main_file(*bot) for bot in zip(names, (one, other))]
+            if args.out:
+                check_writable(args.out)
+            if args.replays:
+                Path(args.replays).mkdir(parents=True, exist_ok=True)
+            games = run(bots, names, args)
+        if args.out:
+            with open(args.out, "w", newline="") as file:
+                writer = csv.DictWriter(file, ["game", *games[0][0]], lineterminator="\n")
+                writer.writeheader()
+                for game, rows in enumerate(games):
+                    writer.writerows({"game": game, **row} for row in rows)
     except (Refused, OSError) as error:
-        print(f"\nmatch.py: error: {error}", file=sys.stderr)
+        print(f"match.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    for index, name in enumerate((args.a, args.b)):
+    except KeyboardInterrupt:
+        print("\nmatch.py: interrupted; no results are written", file=sys.stderr)
+        sys.exit(130)
+    for index, name in enumerate(names):
         own = [rows[(game + index) % 2] for game, rows in enumerate(games)]
         print("\n".join(summary(own, name)))
+    if args.out:
+        print(f"written to {args.out}")
+    if args.replays:
+        print(f"replays written to {args.replays}: of each game .gif, .json, and .html (needs the web)")
 
 
-def run(bots, args):
+def run(bots, names, args):
     """The rows of `play` for each game. In every second one the second bot is player_0."""
     options = {key: getattr(args, key) for key in ("map_size", "min_factories", "max_factories", "steps")}
     one = functools.partial(play, **options, limits=(args.turn_seconds, args.overage))
@@ -370,8 +438,9 @@ def run(bots, args):
         games = {}
         for game in range(args.games):
             replay = args.replays and str(Path(args.replays, str(game)))
-            sides = bots[:: -1 if game % 2 else 1]
-            games[pool.submit(one, sides, args.seed + game // 2, replay=replay)] = game
+            order = -1 if game % 2 else 1
+            sides = {"files": bots[::order], "names": names[::order], "seed": args.seed + game // 2}
+            games[pool.submit(one, **sides, replay=replay)] = game
         finished = {}
         try:
             for future in tqdm(as_completed(games), total=args.games, unit="game"):

@@ -1,15 +1,15 @@
 """Draw the factory placement of one map: the board, the score of every cell, the chosen cells.
 
-python benchmark/placement.py --seed 7        # writes benchmark/placement.png
+python benchmark/placement.py --seed 7        # writes runs/placement.png
 """
 
 import sys
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
-import tyro
 from luxai_s2 import LuxAI_S2
-from plot import plt
+from plot import named_or, plt, start
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,13 +17,15 @@ sys.path.insert(0, str(ROOT))
 from lux_wrapper import PLAYERS, early_phase_action, placement_score  # noqa: E402
 
 
-def main(seed: int = 7, path: Path = ROOT / "benchmark" / "placement.png"):
+def main(seed: int = 7, out: Optional[Path] = None):
     """Play the placement phase of one season-2 map (48 x 48) and draw it.
 
     Args:
         seed: map seed.
-        path: the picture to write.
+        out: the picture to write, instead of runs/placement.png.
     """
+    path = named_or("runs/placement.png", out, [""])
+    path.parent.mkdir(parents=True, exist_ok=True)
     engine = LuxAI_S2(map_size=48, MIN_FACTORIES=2, MAX_FACTORIES=5, verbose=0)
     obs = engine.reset(seed=seed)[0]["player_0"]
     board = {key: obs["board"][key].copy() for key in ("rubble", "ice", "ore")}
@@ -56,4 +58,4 @@ def main(seed: int = 7, path: Path = ROOT / "benchmark" / "placement.png"):
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    start(main)

@@ -1,23 +1,34 @@
-"""Tabulate the matches that benchmark/ablation.py evaluated; what the other programs share to read and draw them.
+"""Tabulate and draw what benchmark/ablation.py evaluated; what the other programs share to start, read and draw.
 
     python benchmark/plot.py --results runs/study
+    python benchmark/plot.py --results runs/study runs/gamma --out runs/both
 
-It reads ablation.csv in --results and writes ablation.md beside it. Any part of the data will do:
-missing arms are left out, and trainings whose last checkpoint is not evaluated yet.
+It reads ablation.csv in each folder of --results, and writes the tables, ablation.md, and one picture
+of all arms, ablation.png. Any part of the data will do: missing arms are left out, and trainings
+whose last checkpoint is not evaluated yet.
 """
 
 import csv
+import itertools
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Optional
 
 import matplotlib
 import numpy as np
 import tyro
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402, F401
+import matplotlib.pyplot as plt  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "study"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # last: an arm's own programs come first
+
+from trajsep_ppo import Refused  # noqa: E402
+
+RESULTS = ROOT / "benchmark" / "study"
+KEYS = ("arm", "seed", "global_step", "train_seconds", "policy", "match_seed", "player")
 METRICS = ("episode_length", "ice_transferred", "factories_alive")
 METRICS += ("ice_per_factory", "factories_alive_share", "starting_factories")
 # arm -> (label, colour of Okabe and Ito's palette, which the colour-blind can read, line style)
@@ -62,25 +73,63 @@ ARMS = {
     "random-placement": ("separate, factories placed at random", "#CC79A7", (0, (5, 5))),
     "large-heads": ("separate, heads that begin with gain 1", "#D55E00", (0, (5, 5))),
 }
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "black")
+PANELS = {"episode_length": "episode length (steps)", "ice_transferred": "ice transferred (per team)"}
+
+
+def start(main):
+    """Run a program with its command line; what is refused is one sentence, and the exit code 2."""
+    try:
+        tyro.cli(main)
+    except (Refused, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def named_or(default, out, files):
+    """The folder `out`, which a person has named, or `default` if it has none of these files yet.
+
+    Raises:
+        Refused: if it has one.
+    """
+    for path in [Path(default, file) for file in files] if out is None else []:
+        if path.exists():
+            raise Refused(f"{path} is there already; `--out {default}` writes it again")
+    return out or Path(default)
 
 
 def load(path):
-    """Read ablation.csv.
+    """Read ablation.csv, and say which trainings are not evaluated to the end.
 
     Returns:
         (arm, policy) -> seed -> global step -> metric -> an array over matches, each the mean of its
         two players; and the last step.
+
+    Raises:
+        Refused: if it is not there, or has no matches.
     """
+    if not Path(path).exists():
+        raise Refused(f"there is no {path}; ablation.py makes it")
     rows_of = {}
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["arm"], row["policy"], int(row["seed"]), int(row["global_step"])
-            rows_of.setdefault(key, []).append(row)
+        rows = list(csv.DictReader(file))
+    if rows and (missing := set(KEYS + METRICS) - set(rows[0])):
+        raise Refused(f"{path} is no table of ablation.py, it has no {', '.join(sorted(missing))}")
+    for row in rows:
+        key = row["arm"], row["policy"], int(row["seed"]), int(row["global_step"])
+        rows_of.setdefault(key, []).append(row)
     last = max((step for *_, step in rows_of), default=0)
-    data = {}
+    data, left_out = {}, set()
     for (arm, policy, seed, step), rows in sorted(rows_of.items()):
         if (arm, "sampled", seed, last) in rows_of:
             data.setdefault((arm, policy), {}).setdefault(seed, {})[step] = metrics_of(rows)
+        else:
+            left_out.add(f"{arm} seed {seed}")
+    if left_out:
+        who = ", ".join(sorted(left_out))
+        print(f"{path}: not evaluated at {last:,} steps and left out: {who}", file=sys.stderr)
+    if not data:
+        raise Refused(f"no training is evaluated to its end in {path}")
     return data, last
 
 
@@ -169,16 +218,26 @@ def speed_row(runs, last, label, steps):
     return [label, str(len(runs)), *cells]
 
 
+def arms_of(data):
+    """The arms with data: those of the study in its order, then a person's own."""
+    arms = {arm for arm, policy in data if policy == "sampled"}
+    return [arm for arm in ARMS if arm in arms] + sorted(arms - set(ARMS))
+
+
+def label_of(arm):
+    return ARMS[arm][0] if arm in ARMS else arm
+
+
 def markdown(data, last):
     """All tables."""
-    sampled = {arm: data[arm, "sampled"] for arm in ARMS if (arm, "sampled") in data}
+    sampled = {arm: data[arm, "sampled"] for arm in arms_of(data)}
     steps = common(*sampled.values())
-    final = [final_row(runs, last, ARMS[arm][0]) for arm, runs in sampled.items()]
-    speed = [speed_row(runs, last, ARMS[arm][0], steps) for arm, runs in sampled.items()]
+    final = [final_row(runs, last, label_of(arm)) for arm, runs in sampled.items()]
+    speed = [speed_row(runs, last, label_of(arm), steps) for arm, runs in sampled.items()]
     likeliest = []
     for arm in sampled:
         runs = {seed: run for seed, run in data.get((arm, "greedy"), {}).items() if last in run}
-        likeliest += [final_row(runs, last, ARMS[arm][0])] if runs else []
+        likeliest += [final_row(runs, last, label_of(arm))] if runs else []
     head = ["arm", "seeds", "episode length", "ice transferred", "ice per starting factory"]
     head += ["factories alive", "share of factories alive"]
     speed_head = ["arm", "seeds", "10% full-length by", "95% full-length by", "mean length 500"]
@@ -207,21 +266,84 @@ trainings and evaluations.
     return text
 
 
-def main(results: Path = RESULTS):
-    """Tabulate.
+# -- Picture -------------------------------------------------------------------------------
+
+
+def styles(arms):
+    """(colour, line style) of each of these arms: its own, or one that none before it has."""
+    lines = itertools.chain(["-", "--", ":", "-."], ((0, (dash, 2)) for dash in itertools.count(6)))
+    new = ((colour, line) for line in lines for colour in COLOURS)
+    chosen = []
+    for arm in arms:
+        style = ARMS[arm][1:] if arm in ARMS else None
+        while style is None or style in chosen:
+            style = next(new)
+        chosen.append(style)
+    return chosen
+
+
+def draw(lines, path, columns=3):
+    """Length and ice against environment steps.
 
     Args:
-        results: folder of ablation.csv, where the tables go too.
+        lines: label -> colour, line style, steps [T], and metric -> mean, low and high, each [T].
     """
-    if not (results / "ablation.csv").exists():
-        sys.exit(f"plot.py: error: there is no {results / 'ablation.csv'}; ablation.py makes it")
-    data, last = load(results / "ablation.csv")
-    if not data:
-        sys.exit(f"plot.py: error: there are no matches in {results / 'ablation.csv'}")
-    text = markdown(data, last)
-    (results / "ablation.md").write_text(text)
-    print(text)
+    size = (9, 3.1 + 0.2 * -(-len(lines) // columns))
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
+    last = max(max(steps) for _, _, steps, _ in lines.values())
+    for axis, (metric, title) in zip(axes, PANELS.items()):
+        for label, (colour, style, steps, values) in lines.items():
+            mean, low, high = values[metric]
+            x = np.array(steps) / 1000
+            axis.plot(x, mean, ls=style, color=colour, lw=1.6, label=label)
+            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+            if len(x) == 1:  # a line has no length
+                axis.plot(x, mean, "o", color=colour, clip_on=False)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
+    legend = {"loc": "outside lower center", "ncols": columns, "frameon": False, "fontsize": 9}
+    figure.legend(*axes[0].get_legend_handles_labels(), **legend)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def lines_of(loaded):
+    """What `draw` takes, of all arms of some folders: folder -> what `load` returns."""
+    found = [(folder, arm) for folder, (data, _) in loaded.items() for arm in arms_of(data)]
+    times = Counter(arm for _, arm in found)
+    lines = {}
+    for (folder, arm), style in zip(found, styles([arm for _, arm in found])):
+        runs = loaded[folder][0][arm, "sampled"]
+        values = {}
+        for metric in PANELS:
+            steps, seeds = curves(runs, metric)
+            values[metric] = seeds.mean(0), seeds.min(0), seeds.max(0)
+        label = label_of(arm) + (f" ({folder})" if times[arm] > 1 else "")
+        lines[label] = (*style, steps, values)
+    return lines
+
+
+def main(results: tuple[Path, ...] = (RESULTS,), out: Optional[Path] = None):
+    """Tabulate and draw; lines are means over the seeds, bands their range.
+
+    Args:
+        results: folders with an ablation.csv each.
+        out: folder of ablation.md and ablation.png, instead of runs/plot.
+    """
+    out = named_or("runs/plot", out, ("ablation.md", "ablation.png"))
+    loaded = {folder: load(folder / "ablation.csv") for folder in results}
+    parts = []
+    for folder, (data, last) in loaded.items():
+        parts += [f"Of `{folder}`:\n"] * (len(loaded) > 1) + [markdown(data, last)]
+    text, lines = "\n".join(parts), lines_of(loaded)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "ablation.md").write_text(text)
+    draw(lines, out / "ablation.png", columns=2)
+    print(text, f"written to {out / 'ablation.md'} and {out / 'ablation.png'}", sep="\n")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    start(main)

@@ -3,7 +3,7 @@
     python benchmark/reliability.py                              # everything, some hours
     python benchmark/reliability.py --parts kill --kills 3 --script global_ppo
 
-Each part prints its result and keeps it in benchmark/reliability/, as JSON and as a line in
+Each part prints its result and keeps it in runs/reliability, or in --out, as JSON and as a line in
 report.md. The exit code is 1 if a part missed its goal. What breaks a training is in the tests.
 
     part            what it measures                                      goal
@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 import luxai_s2.env  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import tyro  # noqa: E402
+from plot import Refused, named_or, start  # noqa: E402
 from throughput import commit, machine, memory_of  # noqa: E402
 
 import lux_wrapper as lux  # noqa: E402
@@ -223,6 +223,13 @@ PARTS = {  # part -> its function, and its environment steps
     "soak-training": (soak_training, 204_800),
     "kill": (kill, 4096),
 }
+SCRIPTS = ("trajsep_ppo", "global_ppo")
+MEASURED_BEFORE = ("faults", "saving")  # by earlier versions of this program
+
+
+def file_of(part, script):
+    """Name of the file of a part, without its suffix."""
+    return part if script == "trajsep_ppo" else f"{part}-{script}"
 
 
 def main(
@@ -231,42 +238,50 @@ def main(
     kills: int = 20,
     seed: int = 1,
     script: Literal["trajsep_ppo", "global_ppo"] = "trajsep_ppo",
-    out: Path = ROOT / "benchmark" / "reliability",
+    out: Optional[Path] = None,
 ):
-    """Measure, print and keep in the folder `out`.
+    """Measure, print and keep in a folder.
 
     Args:
         steps: environment steps of a part, whole rollouts, instead of its own number.
         kills: trainings that are killed.
         seed: of random actions and of the moments of kills.
         script: which one is trained in soak-training and kill.
+        out: the folder, instead of runs/reliability.
     """
+    if steps is not None and steps < 80:
+        raise Refused("--steps must be at least 80")
+    files = {part: f"{file_of(part, script)}.json" for part in parts}
+    out = named_or("runs/reliability", out, files.values())
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for part in parts:
         measure, number = PARTS[part]
-        name = part if script == "trajsep_ppo" else f"{part}-{script}"
+        path = out / files[part]
+        print(f"measuring {path.stem}", flush=True)
 
         def keep(result):
-            text = json.dumps(result, indent=1, default=np.generic.item)
-            (out / f"{name}.json").write_text(text)
+            path.write_text(json.dumps(result, indent=1, default=np.generic.item))
 
         options = SimpleNamespace(steps=steps or number, kills=kills, seed=seed, script=script)
         result, line = measure(options, keep)
         keep(result | {"line": line, "machine": machine(), "commit": commit()})
-        print(f"{name}: {'passed' if result['passed'] else 'FAILED'}: {line}", flush=True)
-        failed += [] if result["passed"] else [name]
+        print(f"{path.stem}: {'passed' if result['passed'] else 'FAILED'}: {line}", flush=True)
+        failed += [] if result["passed"] else [path.stem]
     lines = ["# Reliability\n"]
-    for path in sorted(out.glob("*.json")):
-        result = json.loads(path.read_text())
+    names = {file_of(part, script) for part in PARTS for script in SCRIPTS}
+    for name in sorted(names.union(MEASURED_BEFORE)):
+        path = out / f"{name}.json"
+        result = json.loads(path.read_text()) if path.exists() else {}
         if "line" in result:  # finished
             verdict = "passed" if result["passed"] else "**failed**"
-            lines.append(f"- {path.stem}: {verdict}. {result['line']}")
+            lines.append(f"- {name}: {verdict}. {result['line']}")
             lines.append(f"  ({result['machine']}; commit {result['commit']})")
     (out / "report.md").write_text("\n".join(lines) + "\n")
+    print(f"written to {out}: {', '.join([*files.values(), 'report.md'])}")
     if failed:
         sys.exit(f"reliability.py: error: missed the goal: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    start(main)

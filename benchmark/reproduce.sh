@@ -12,17 +12,17 @@ out="${1:-runs/reproduced}"
 mkdir -p "$out"
 
 python benchmark/ablation.py --out "$out/study"
-python benchmark/plot.py --results "$out/study"
+python benchmark/plot.py --results "$out/study" --out "$out/study"
 python benchmark/study.py --results "$out/study" --out "$out/docs"
 neurips="--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 40"
 python benchmark/ablation.py --arms default --schedule 102400 --flags="$neurips" --seeds 11 12 13 --out "$out/neurips"
-python benchmark/plot.py --results "$out/neurips"
+python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
 
-python benchmark/throughput.py  # writes to benchmark/throughput/
+python benchmark/throughput.py --out "$out/throughput"
 python benchmark/reliability.py --out "$out/reliability"
-python benchmark/placement.py --path "$out/placement.png"
+python benchmark/placement.py --out "$out/placement.png"
 if python -c "import magent2" 2> "$out/magent2.log"; then
-    python examples/battle/compare.py --seeds 3 --steps 16384 --out "$out/battle" --work "$out/work/battle"
+    python examples/battle/compare.py --out "$out/battle" --work "$out/work/battle"
 else
     echo "no magent2: pip install -r examples/battle/requirements.txt, and start this again for the battle"
 fi

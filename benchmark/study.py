@@ -1,6 +1,7 @@
 """Make docs/study.md: every arm of the authors' study, theirs beside ours, and their orders.
 
-    python benchmark/study.py
+    python benchmark/study.py               # in runs/study_page
+    python benchmark/study.py --out docs    # the page itself
 
 It reads ablation.csv and runs.csv in --results (benchmark/ablation.py makes them), fills in
 study_page.md, and writes study.md and a picture for each of its tables, study/<table>.png, to
@@ -14,11 +15,9 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
-import matplotlib
 import numpy as np
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmark"))
 from ablation import ARMS, FIRST_MAP, LOSSES, PATCH_FOLDER, PATCHES  # noqa: E402
 from figures import SAMPLES, interval, resampled  # noqa: E402
 from plot import ARMS as STYLES  # noqa: E402
-from plot import common, crossing, curves, load, plt, step_text, table  # noqa: E402
+from plot import PANELS, Refused, common, crossing, curves, draw, load, named_or, start, step_text, table  # noqa: E402
 
 PAGE = ROOT / "benchmark" / "study_page.md"
 # What the authors report after 102,400 steps (3_results.tex of their thesis): final ice per team and
@@ -97,35 +96,16 @@ class Section(NamedTuple):
 
 
 SECTIONS = (
-    Section(
-        "trajectories",
-        "separate default factories kinds robots cluster global",
-    ),
-    Section(
-        "groups",
-        "robots mod-2 mod-4 separate",
-    ),
-    Section(
-        "rules",
-        "separate nearest-heavy nearest-factory quadrants robots",
-    ),
-    Section(
-        "samples",
-        "separate top-4 top-2 top-1 top-1-abs top-1-return random-4 random-2 random-1",
-    ),
+    Section("trajectories", "separate default factories kinds robots cluster global"),
+    Section("groups", "robots mod-2 mod-4 separate"),
+    Section("rules", "separate nearest-heavy nearest-factory quadrants robots"),
+    Section("samples", "separate top-4 top-2 top-1 top-1-abs top-1-return random-4 random-2 random-1"),
     Section(
         "components",
         "separate shared-dones shared-entropy global-critic global-reward shared-ratio global-critic-reward",
     ),
-    Section(
-        "share",
-        "separate default share-75 share-50 global-reward",
-    ),
-    Section(
-        "lichen",
-        "default lichen",
-        stands_for={"default": "separate"},
-    ),
+    Section("share", "separate default share-75 share-50 global-reward"),
+    Section("lichen", "default lichen", stands_for={"default": "separate"}),
     Section(
         "ablation",
         "default no-positive-weight random-placement large-heads no-safe-masks",
@@ -295,28 +275,16 @@ def orders(study, section):
     return table([*first, "final ice, ours", "pace, ours"], rows), verdicts
 
 
-def draw(study, arms, steps, path):
+def draw_section(study, arms, steps, path):
     """Length and ice of some arms against environment steps, with their intervals."""
-    size = (9, 3.1 + 0.2 * -(-len(arms) // 3))
-    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
-    panels = {"episode_length": "episode length (steps)", "ice_transferred": "ice transferred (per team)"}
-    x = np.array(steps) / 1000
-    for axis, (metric, title) in zip(axes, panels.items()):
-        for arm in arms:
-            _, colour, style = STYLES[arm]
-            low, high = interval(study.samples(arm, metric, steps))
+    lines = {}
+    for arm in arms:
+        values = {}
+        for metric in PANELS:
             mean = curves(study.runs[arm], metric, steps)[1].mean(0)
-            axis.plot(x, mean, ls=style, color=colour, lw=1.6, label=arm)
-            axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-        axis.set_title(title, fontsize=10)
-        axis.set(xlabel="thousand environment steps", xlim=(0, study.last / 1000), ylim=(0, None))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
-    legend = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 9}
-    figure.legend(*axes[0].get_legend_handles_labels(), **legend)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+            values[metric] = mean, *interval(study.samples(arm, metric, steps))
+        lines[arm] = (*STYLES[arm][1:], steps, values)
+    draw(lines, path)
 
 
 def block(study, section):
@@ -395,30 +363,31 @@ def page(data, last, trainings):
     return PAGE.read_text().format_map(blocks | facts | losses)
 
 
-def main(results: Path = ROOT / "benchmark" / "study", out: Path = ROOT / "docs"):
+def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = None):
     """Make the page.
 
     Args:
         results: folder of ablation.csv and runs.csv.
-        out: folder of study.md and of study/, the pictures.
+        out: folder of study.md and of study/, the pictures, instead of runs/study_page.
     """
-    for name in ("ablation.csv", "runs.csv"):
-        if not (results / name).exists():
-            sys.exit(f"study.py: error: there is no {results / name}; ablation.py makes it")
+    out = named_or("runs/study_page", out, ("study.md", "study"))
     data, last = load(results / "ablation.csv")
-    if not data:
-        what = "no training is evaluated to its end"
-        sys.exit(f"study.py: error: {what} in {results / 'ablation.csv'}")
+    if not (results / "runs.csv").exists():
+        raise Refused(f"there is no {results / 'runs.csv'}; ablation.py makes it")
+    study = Study(data, last)
+    if not set(study.runs) & set(ARMS):
+        raise Refused(f"{results} has no arm of the study, only {names(study.runs)}; plot.py draws these")
     with open(results / "runs.csv", newline="") as file:
         trainings = list(csv.DictReader(file))
+    text = page(data, last, trainings)
     (out / "study").mkdir(parents=True, exist_ok=True)
-    (out / "study.md").write_text(page(data, last, trainings))
-    study = Study(data, last)
+    (out / "study.md").write_text(text)
     for section in SECTIONS:
         if arms := [arm for arm in section.arms.split() if arm in study.runs]:
-            draw(study, arms, study.steps(arms), out / "study" / f"{section.name}.png")
+            draw_section(study, arms, study.steps(arms), out / "study" / f"{section.name}.png")
     print(components(data, last))
+    print(f"written to {out / 'study.md'} and {out / 'study'}")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    start(main)

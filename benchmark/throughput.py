@@ -3,7 +3,7 @@
     python benchmark/throughput.py
 
 It takes about 15 minutes and needs a machine on which nothing else runs. The report is printed and
-kept, with its numbers, in benchmark/throughput/. Speeds compare within one machine at one time, so
+kept, with its numbers, in runs/throughput, or in --out. Speeds compare within one machine at one time, so
 ratios come from runs in turns (those of `entities` from one run of each size). A part can be run
 alone, which keeps the results of the others:
 
@@ -34,15 +34,14 @@ from pathlib import Path
 from typing import Literal, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmark" / "throughput"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import tyro  # noqa: E402
+from ablation import commit  # noqa: E402
 from helpers import scripted  # noqa: E402
 from luxai_s2 import LuxAI_S2  # noqa: E402
-from plot import table  # noqa: E402
+from plot import Refused, named_or, start, table  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 import lux_wrapper as lux  # noqa: E402
@@ -107,13 +106,14 @@ def memory_of(pid):
     return size / 1024 + sum(map(memory_of, children))
 
 
-def train(folder, *flags, processes=1, script=ROOT / "trajsep_ppo.py"):
+def train(folder, *flags, processes=1, threads=None, script=ROOT / "trajsep_ppo.py"):
     """Run a script as its users do; environment steps/s of its training, as it logs them itself."""
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*launcher, script, "--eval-episodes", "1", *flags]
-    result = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True, text=True)
+    result = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr[-3000:])
     run_dir = max(Path(folder, "runs").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -124,11 +124,6 @@ def spread(values, digits=0):
     """Median (least to most)."""
     median, least, most = (f"{x:,.{digits}f}" for x in (np.median(values), min(values), max(values)))
     return f"{median} ({least} to {most})"
-
-
-def commit():
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def machine():
@@ -273,12 +268,10 @@ def torchrun(repeats=3, steps=8192):
     some, twice = ("--total-timesteps", steps), ("--num-envs", 32, "--total-timesteps", 2 * steps)
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
-            os.environ["OMP_NUM_THREADS"] = "1"
-            speeds["one process, one thread"].append(train(folder, *alone, *some))
-            two = partial(train, folder, *alone, processes=2)
+            speeds["one process, one thread"].append(train(folder, *alone, *some, threads=1))
+            two = partial(train, folder, *alone, processes=2, threads=1)
             speeds["two processes, a thread each"].append(two(*some))
             speeds["two processes, twice the matches"].append(two(*twice))
-            del os.environ["OMP_NUM_THREADS"]
             speeds["no torchrun, default flags"].append(train(folder, *some))
     return dict(speeds)
 
@@ -401,31 +394,39 @@ PARTS = ("training", "wrapper", "torchrun", "entities")
 def main(
     parts: tuple[Literal["training", "wrapper", "torchrun", "entities", "before"], ...] = PARTS,
     against: Optional[str] = None,
+    out: Optional[Path] = None,
 ):
     """Measure, print and keep.
 
     Args:
         parts: what to measure.
         against: the commit that the part `before` compares with.
+        out: folder of the report and of each part's numbers, instead of runs/throughput.
     """
-    if "before" in parts and against is None:
-        sys.exit("throughput.py: error: the part `before` needs --against <commit>")
+    if "before" in parts:
+        if against is None:
+            raise Refused("the part `before` needs --against <commit>")
+        known = ["git", "cat-file", "-e", f"{against}^{{commit}}"]
+        if subprocess.run(known, cwd=ROOT, capture_output=True).returncode:
+            raise Refused(f"there is no commit {against}")
+    out = named_or("runs/throughput", out, [f"{part}.json" for part in parts])
     measures = {"training": training, "wrapper": wrapper, "torchrun": torchrun, "entities": entities}
     measures["before"] = partial(before, against)
-    OUT.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for part in parts:
+        print(f"measuring {part}", flush=True)
         result = measures[part]() | {"machine": machine(), "commit": commit()}
-        (OUT / f"{part}.json").write_text(json.dumps(result, indent=1))
-        print(f"{part} is measured", flush=True)
+        (out / f"{part}.json").write_text(json.dumps(result, indent=1))
+        print(f"written to {out / part}.json", flush=True)
     sections = ["# Throughput"]
     for part, report in REPORTS.items():
-        if (OUT / f"{part}.json").exists():
-            result = json.loads((OUT / f"{part}.json").read_text())
+        if (out / f"{part}.json").exists():
+            result = json.loads((out / f"{part}.json").read_text())
             where = f"{result['machine']}; commit {result['commit']}."
             sections.append(f"## {part}\n\n{report(result)}\n\n{where}")
-    (OUT / "report.md").write_text("\n\n".join(sections) + "\n")
-    print("\n\n".join(sections))
+    (out / "report.md").write_text("\n\n".join(sections) + "\n")
+    print(*sections, f"written to {out / 'report.md'}", sep="\n\n")
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    start(main)

@@ -1,8 +1,10 @@
-"""Write docs/diff.md: every hunk in which the two scripts differ, with its explanation.
+"""Make docs/diff.md: every hunk in which the two scripts differ, with its explanation.
 
-python docs/diff.py
+python docs/diff.py                       # prints it
+python docs/diff.py --out docs/diff.md    # writes it
 """
 
+import argparse
 import subprocess
 from pathlib import Path
 
@@ -13,7 +15,7 @@ COMMAND = "git diff --no-index --unified=0 global_ppo.py trajsep_ppo.py"
 INTRODUCTION = """# The diff, hunk by hunk
 
 `global_ppo.py` and `trajsep_ppo.py` are the same program. These are all the lines in which they differ, except
-for their docstrings, from the baseline (`-`) to the method (`+`). `python docs/diff.py` writes this page.
+for their docstrings, from the baseline (`-`) to the method (`+`). `python docs/diff.py` makes this page.
 
 ```bash
 git diff --no-index global_ppo.py trajsep_ppo.py
@@ -54,5 +56,15 @@ def page():
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page())
-    print(f"wrote {PAGE}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="the file to write it to, in place of printing it")
+    args = parser.parse_args()
+    text = page()
+    if args.out:
+        try:
+            args.out.write_text(text)
+        except OSError as error:
+            parser.error(str(error))
+        print(f"written to {args.out}")
+    else:
+        print(text, end="")

@@ -26,6 +26,7 @@ from lux_wrapper import (  # noqa: E402
     PLAYERS,
     LuxEncoder,
     LuxOptions,
+    checked_options,
     early_phase_action,
     read_observation,
 )
@@ -45,7 +46,7 @@ def load_model(path):
     """
     content = torch.load(path, map_location="cpu", weights_only=True)
     args, weights = content["args"], content["model"]
-    options = LuxOptions(**args["env_kwargs"], group_by=args.get("group_by", "entity"))
+    options = checked_options(**args["env_kwargs"] | {"group_by": "entity"})  # only learning needs groups
     network = HybridNet(LuxEncoder(options).empty_obs(), NUM_ACTIONS)
     network.load_state_dict(weights)
     if not all(x.isfinite().all() for x in weights.values()):
@@ -94,15 +95,17 @@ class Player:
 
     def read(self, obs):
         """The whole observation of a turn. The first one comes whole, then maps come as cells that have changed."""
-        board = obs["board"]
+        board, maps = obs["board"], {}
         for name in MAPS:
             if isinstance(changes := board.get(name, {}), dict):
+                maps[name] = self.maps[name].copy()
                 for cell, value in changes.items():
                     x, y = cell.split(",")
-                    self.maps[name][int(x), int(y)] = value
+                    maps[name][int(x), int(y)] = value
             else:
-                self.maps[name] = np.array(changes)
-        return {**obs, "board": {**board, **self.maps}}
+                maps[name] = np.array(changes)
+        self.maps = maps  # all of them at once: a turn that cannot be read changes none
+        return {**obs, "board": {**board, **maps}}
 
     def orders(self, obs, player):
         """Official orders of one player, as LuxEncoder and `early_phase_action` give them."""

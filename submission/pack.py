@@ -1,7 +1,7 @@
 """Pack a trained run into an archive for Kaggle, and prove by a match that it plays.
 
     python submission/pack.py runs/<run>
-    python submission/pack.py runs/<run> --out submission.tar.gz
+    python submission/pack.py runs/<run> --out bot.tar.gz    # replaces one of this name
 
 The archive holds main.py, hybrid_model.py, lux_wrapper.py and model.pt, the run's weights and arguments. It is unpacked
 into an empty folder, and plays there against itself on the official engine.
@@ -33,6 +33,8 @@ def write_model(run, path):
     Raises:
         Refused: if there is none, or if it holds no network of this game.
     """
+    if not Path(run).exists():
+        raise Refused(f"there is no {run}")
     *_, checkpoint = checkpoints(run) or [Path(run)]
     if checkpoint.is_dir():
         raise Refused(f"there is no checkpoint in {run}")
@@ -41,7 +43,20 @@ def write_model(run, path):
         torch.save({key: content[key] for key in ("args", "model")}, path)
         load_model(path)
     except Exception as error:  # a damaged file can raise anything
-        raise Refused(f"{checkpoint} holds no network for this game ({' '.join(str(error).split())[:120]})")
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise Refused(f"{checkpoint} holds no network for this game ({why})")
+
+
+def write_bot(run, folder):
+    """Write the files of a run's bot into a folder; the path of its main file.
+
+    Raises:
+        Refused: as `write_model` does.
+    """
+    write_model(run, Path(folder, "model.pt"))
+    for file in FILES:
+        shutil.copy(ROOT / file, folder)
+    return str(Path(folder, "main.py"))
 
 
 def pack(run, folder):
@@ -52,9 +67,7 @@ def pack(run, folder):
     """
     contents = Path(folder, "contents")
     contents.mkdir()
-    write_model(run, contents / "model.pt")
-    for file in FILES:
-        shutil.copy(ROOT / file, contents)
+    write_bot(run, contents)
     archive = Path(shutil.make_archive(Path(folder, "archive"), "gztar", contents))
     if (size := archive.stat().st_size) > LARGEST:
         raise Refused(f"the archive has {size:,} bytes, more than {LARGEST:,}")
@@ -80,18 +93,25 @@ def prove(archive, steps=1000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="folder of a run, or a checkpoint")
-    parser.add_argument("--out", default="submission.tar.gz", help="the archive")
+    parser.add_argument("--out", help="the archive, instead of submission.tar.gz")
     parser.add_argument("--steps", type=int, default=1000, help="length of the match that proves it")
     args = parser.parse_args()
+    out = Path(args.out or "submission.tar.gz")
     try:
+        if args.steps < 1:
+            raise Refused("--steps must be at least 1")
+        if args.out is None and out.exists():
+            raise Refused(f"{out} is there already; `--out {out}` replaces it")
+        match.check_writable(out)
         with TemporaryDirectory() as folder:
             archive = pack(args.run, folder)
+            print("packed; the archive plays a match against itself first", flush=True)
             rows = prove(archive, args.steps)
-            shutil.copy(archive, args.out)
+            shutil.copy(archive, out)
     except (Refused, OSError) as error:
         print(f"pack.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{args.out}: {Path(args.out).stat().st_size:,} bytes; a match against itself:")
+    print(f"written to {out}: {out.stat().st_size:,} bytes; a match against itself:")
     for row in rows:
         print(match.line(row))
 

@@ -1,17 +1,26 @@
 """The ablation: its queue, that it continues where it was stopped, the numbers of its tables."""
 
 import csv
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import ablation
+import bands
+import compare
 import figures
 import numpy as np
+import placement
 import plot
 import pytest
+import reliability
+import study
+import throughput
 import torch
 
 import trajsep_ppo
@@ -70,30 +79,45 @@ def rows_of(path):
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
+COPIES = ("checkpoint_64 copy.pt", "checkpoint_64_best.pt", "checkpoint_x.pt")
+
+
 def test_interrupted_and_resumed(tmp_path, capfd):
-    out = tmp_path / "out"
+    """What is done is kept; a person's copies in the folders are neither read nor removed."""
+    out, folder = tmp_path / "out", tmp_path / "out" / "global__3"
+    folder.mkdir(parents=True)
+    for name in COPIES:
+        (folder / name).touch()
+    blocked = folder / "evaluation_192_sampled.json.tmp"
+    os.mkfifo(blocked)  # so the third evaluation does not end
     command = [sys.executable, ROOT / "benchmark/ablation.py", "--arms", "global", "--seeds", "3"]
     command += [f"--flags={TINY}", "--out", out, "--matches", "2", "--schedule", "64", "100", "192"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out / "global__3" / "evaluation_64_sampled.json").exists():
-        assert process.poll() is None
+    while not (folder / "evaluation_128_sampled.json").exists():
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert "interrupted" in process.communicate(timeout=600)[1] and process.returncode == 130
+    blocked.unlink()
     rows = rows_of(out / "ablation.csv")
-    assert len(rows) % 4 == 0 and 4 <= len(rows) < 20  # 2 matches x 2 players an evaluation
+    assert len(rows) == 8  # 2 matches x 2 players an evaluation
     (run,) = rows_of(out / "runs.csv")
     assert (run["arm"], run["seed"], run["steps"]) == ("global", "3", "256")
     assert run["maps"] == "2000 to 2001"
     assert 0 <= float(run["clipfrac"]) <= 1 >= float(run["explained_variance"])
+    (run_dir,) = folder.glob("runs/*")
+    shutil.copy(folder / "evaluation_64_sampled.json", folder / "evaluation_64_sampled copy.json")
+    shutil.copy(run_dir / "checkpoint_256.pt", run_dir / "checkpoint_256 copy.pt")
+    shutil.copytree(folder, f"{folder} copy")
 
     options = {"arms": ("global",), "seeds": (3,), "out": out, "flags": TINY}
     options |= {"matches": 2, "schedule": (64, 100, 192)}
     capfd.readouterr()
     ablation.main(**options)
-    assert "training" not in capfd.readouterr().out  # the training is not made again
+    said = capfd.readouterr().out
+    assert "training" not in said and "already" not in said  # the training is not made again
     again, text = rows_of(out / "ablation.csv"), (out / "ablation.csv").read_text()
-    assert [row for row in again if row in rows] == rows
+    assert again[:8] == rows
     # 100 is not a checkpoint's step, 128 is the next one.
     steps = [64, 64, 64, 64, *[128] * 4, *[192] * 4, *[256] * 8]
     assert [int(row["global_step"]) for row in again] == steps
@@ -101,10 +125,12 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     teams = [(row["match_seed"], row["player"]) for row in again[:4]]
     assert teams == [("2000", "0"), ("2000", "1"), ("2001", "0"), ("2001", "1")]
     assert all(row[key] for row in again for key in ablation.COLUMNS)
-    assert [path.name for path in out.glob("*/checkpoint_*.pt")] == ["checkpoint_256.pt"]
+    kept = {path.name for path in folder.glob("checkpoint_*.pt")}
+    assert kept == {"checkpoint_256.pt", *COPIES}
 
     ablation.main(**options)
-    assert "1 of 1 runs are complete" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "1 of 1 runs are complete" in said and "already; with another --out it is made again" in said
     assert (out / "ablation.csv").read_text() == text
     others = {"flags": (SMALL, "command"), "matches": (3, "maps"), "first_map": (2, "maps")}
     for name, (value, what) in others.items():
@@ -114,28 +140,142 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     assert (out / "ablation.csv").read_text() == text
 
 
-def test_a_patched_arm(tmp_path):
-    """The patched program is trained and evaluated, also inside of a repository."""
+def test_a_patched_arm_and_ones_own(tmp_path):
+    """The patched program is trained and evaluated, also inside of a repository; so is a person's command."""
     repository = tmp_path / "repository"
     subprocess.run(["git", "init", "-q", repository], check=True)
     out = repository / "runs" / "out"
-    ablation.main(arms=("top-1-abs",), seeds=(1,), out=out, matches=1, flags=TINY, schedule=(256,))
-    (run,) = rows_of(out / "runs.csv")
+    note = out / "top-1-abs__1" / "programs" / "notes.txt"
+    note.parent.mkdir(parents=True)
+    note.touch()
+    flags = ["--arm", "no-norm=trajsep_ppo.py --no-norm-adv", "--arm", "x=global_ppo.py"]
+    flags += ["--arms", "top-1-abs", "--seeds", "1", "--matches", "1", "--schedule", "256"]
+    command = [sys.executable, ablation.__file__, *flags, f"--flags={TINY}", "--out", out]
+    subprocess.run(command, check=True)
+    own, run, _ = rows_of(out / "runs.csv")
+    assert own["arm"] == "no-norm" and own["patches"] == ""
+    args = torch.load(out / "no-norm__1" / "checkpoint_256.pt", weights_only=True)["args"]
+    assert args["norm_adv"] is False
     assert run["patches"] == "top-1 top-1-abs" and run["command"].startswith(ablation.SEPARATE)
     args = torch.load(out / "top-1-abs__1" / "checkpoint_256.pt", weights_only=True)["args"]
-    assert args["top_samples"] == 1 and len(rows_of(out / "ablation.csv")) == 2
+    assert note.exists() and args["top_samples"] == 1 and len(rows_of(out / "ablation.csv")) == 6
 
 
-def test_one_sentence_for_what_is_wrong(tmp_path, capfd):
-    with pytest.raises(SystemExit, match="no arm everything; there are default, global"):
-        ablation.main(arms=("everything",))
-    with pytest.raises(SystemExit, match="there is no .*ablation.csv; ablation.py makes it"):
-        plot.main(tmp_path)
-    with pytest.raises(SystemExit, match="lichen has --env-kwargs of its own"):
-        ablation.main(arms=("lichen",), out=tmp_path / "out", flags=SMALL)
+def test_one_sentence_for_what_is_wrong(tmp_path, capfd, monkeypatch):
+    own = "no-norm=trajsep_ppo.py"
+    for options, sentence in (
+        ({"arms": ("everything",)}, "no arm everything; there are default, global"),
+        ({"arms": ("lichen",), "flags": SMALL}, "lichen has --env-kwargs of its own"),
+        ({"flags": "--exp-name 'a"}, "is no command: No closing quotation"),
+        ({"arm": ("trajsep_ppo.py --gamma 1",)}, "a name and a command are needed"),
+        ({"arm": ("a/b=trajsep_ppo.py",)}, "a name and a command are needed"),
+        ({"arm": ("default=trajsep_ppo.py",)}, "there is an arm default already"),
+        ({"arm": (own, own)}, "there is an arm no-norm already"),
+        ({"arm": ("mine=my_ppo.py",)}, "there is no program my_ppo.py beside"),
+    ):
+        with pytest.raises(trajsep_ppo.Refused, match=sentence):
+            ablation.main(out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         ablation.main(arms=("cluster",), seeds=(1,), out=tmp_path / "out", flags="--gamma 2")
     assert "--gamma must be between 0 and 1" in capfd.readouterr().out  # the end of the log
+    (tmp_path / "ablation.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(trajsep_ppo.Refused, match="is no table of ablation.py, it has no arm, "):
+        plot.main((tmp_path,), tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--results", "nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        plot.start(plot.main)
+    said = capfd.readouterr().err
+    assert stop.value.code == 2 and "ablation.csv; ablation.py makes it" in said and said.count("\n") == 1
+
+
+def test_nothing_is_overwritten_that_was_not_named(tmp_path, monkeypatch):
+    """Neither what earlier calls wrote, nor what the repository holds."""
+    monkeypatch.chdir(tmp_path)
+    committed = [path for name in ("benchmark", "docs") for path in (ROOT / name).rglob("*.*")]
+    before = [path.stat().st_mtime_ns for path in committed]
+    for program, name in (
+        (plot, "plot/ablation.md"),
+        (plot, "plot/ablation.png"),
+        (study, "study_page/study.md"),
+        (figures, "figures/network.png"),
+        (placement, "placement.png"),
+        (throughput, "throughput/entities.json"),
+        (reliability, "reliability/kill.json"),
+    ):
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        with pytest.raises(trajsep_ppo.Refused, match=f"runs/{name} is there already; `--out runs/"):
+            program.main()
+        assert path.read_bytes() == b""
+        path.unlink()
+    shutil.copytree(ROOT / "benchmark" / "neurips_clean", "tables")
+    for options in ({"runs": (Path("a"),)}, {"runs": (Path("a"),) * 3}, {"out": Path("a")}):
+        with pytest.raises(trajsep_ppo.Refused, match="three runs|no run in a"):
+            bands.main(**options)
+    with pytest.raises(trajsep_ppo.Refused, match="ablation.csv would be lost, its trainings are not there"):
+        ablation.main(out=Path("tables"))
+    for program in ("bands", "placement"):
+        command = [sys.executable, ROOT / "benchmark" / f"{program}.py", "--help"]
+        subprocess.run(command, check=True, capture_output=True)
+    for program in (ROOT / "benchmark" / "bands.py", ROOT / "docs" / "diff.py"):
+        done = subprocess.run([sys.executable, program, "--mistyped"], capture_output=True)
+        assert done.returncode == 2
+    assert [path.stat().st_mtime_ns for path in committed] == before
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "tables"}
+
+
+def test_bands_of_ones_own_runs(tmp_path, capsys):
+    """They are read, and kept only where it is said."""
+    for number, name in enumerate("abc"):
+        with trajsep_ppo.SummaryWriter(tmp_path / name) as writer:
+            writer.add_scalar("charts/SPS", number, 10000)
+    runs = tuple(tmp_path / name for name in "abc")
+    bands.main(runs, tmp_path / "scalars.csv")
+    row = "| `charts/SPS` | - | 0.05 to 0.95 | - | 2 to 2 |"
+    assert row in capsys.readouterr().out
+    assert [row["value"] for row in rows_of(tmp_path / "scalars.csv")] == ["0", "1", "2"]
+
+
+def test_a_report_of_what_was_measured(tmp_path):
+    """A person's copies in the folder are no measurements."""
+    shutil.copy(ROOT / "benchmark" / "reliability" / "kill.json", tmp_path / "kill.json")
+    shutil.copy(tmp_path / "kill.json", tmp_path / "kill copy.json")
+    with pytest.raises(trajsep_ppo.Refused, match="--steps must be at least 80"):
+        reliability.main(steps=8, out=tmp_path)
+    reliability.main(parts=(), out=tmp_path)
+    assert (tmp_path / "report.md").read_text().count("20 of 20") == 1
+
+
+def test_battle(tmp_path, monkeypatch, capsys):
+    """Without magent2 a sentence; what is there already is said; copies are neither read nor removed."""
+    args = compare.Args(out=tmp_path / "out", work=tmp_path / "work")
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(trajsep_ppo.Refused, match="pip install -r examples/battle/requirements.txt"):
+        compare.main(args)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: True)
+    args.out = ROOT / "benchmark" / "battle"
+    compare.main(args)
+    assert "already; another --out and --work make it again" in capsys.readouterr().out
+
+    def popen(command, cwd, **_):
+        for name in ("a__1__2", "a__1__2 copy"):
+            (cwd / "runs" / name).mkdir(parents=True)
+        for name in ("a__1__2/checkpoint_512.pt", "a__1__2/checkpoint_512 copy.pt", "a__1__2 copy/checkpoint_1024.pt"):
+            (cwd / "runs" / name).touch()
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(compare.subprocess, "Popen", popen)
+    folder = args.work / "global_ppo_1"
+    folder.mkdir(parents=True)
+    for name in COPIES:
+        (folder / name).touch()
+    assert compare.train(args, "global_ppo", 1, 512) == folder
+    assert {path.name for path in folder.glob("*.pt")} == {"checkpoint_512.pt", *COPIES}
+    with pytest.raises(trajsep_ppo.Refused, match="holds a training with other flags"):
+        compare.train(args, "global_ppo", 1, 1024)
 
 
 def test_lost_checkpoints(tmp_path, capfd, monkeypatch):
@@ -184,7 +324,7 @@ def test_tables_of_known_numbers(tmp_path, capfd):
     slow = {1: {1024: [200] * 10, 2048: [200] * 10, 4096: [200, 600] * 5}}
     cut_off = {1: {1024: full}}  # its last checkpoint is not evaluated yet
     made_up(tmp_path, {"default": default, "global": slow, "separate": slow, "cluster": cut_off})
-    plot.main(tmp_path)
+    plot.main((tmp_path,), tmp_path)
     cells, section = {}, ""  # (section, first cell) -> the other cells
     for line in (tmp_path / "ablation.md").read_text().splitlines():
         section = line if line.startswith("## ") else section
@@ -203,7 +343,30 @@ def test_tables_of_known_numbers(tmp_path, capfd):
     assert " | ".join(cells[speed, name]) == row
     assert cells[speed, "global trajectory"][1:5] == ["never"] * 4
     assert cells["## Final policy, most likely actions", name][1] == "1,000 (0; 0)"
-    assert "by cluster" not in capfd.readouterr().out
+    captured = capfd.readouterr()
+    assert "by cluster" not in captured.out and "left out: cluster seed 1\n" in captured.err
+
+
+def test_one_picture_of_several_folders(tmp_path, monkeypatch, capsys):
+    """Each arm has a label and a look of its own, and an arm with one checkpoint is a point."""
+    curve, point = {1: {1024: [200] * 10, 2048: [1000] * 10}}, {1: {2048: [500] * 10}}
+    for name, arms in (("a", {"default": curve, "mine": point, "top-2": curve}), ("b", {"default": curve})):
+        (tmp_path / name).mkdir()
+        made_up(tmp_path / name, arms)
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    plot.main((tmp_path / "a", tmp_path / "b"), tmp_path / "out")
+    assert "| mine | 1 | 500 (0; -) |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "ablation.png").stat().st_size > 10_000
+    (figure,) = drawn
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    default, other = plot.ARMS["default"][0], plot.ARMS["top-2"][0]
+    assert labels == [f"{default} ({tmp_path / 'a'})", other, "mine", f"{default} ({tmp_path / 'b'})"]
+    lines = [line for line in figure.axes[0].lines if line.get_marker() == "None"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 4
+    (marked,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert marked.get_xydata().tolist() == [[2.048, 500]] and marked.get_color() == lines[2].get_color()
+    assert len(set(map(str, plot.styles([f"arm {number}" for number in range(99)])))) == 99
 
 
 def test_comparison_of_known_numbers(tmp_path):
@@ -223,7 +386,7 @@ def test_comparison_of_known_numbers(tmp_path):
     never = "never (never to never)"
     full_length = table["steps to 95% full-length matches"]
     assert full_length[:2] == ["2,995 (1,997 to 3,994)", never]
-    assert table["steps to 10,000 ice per starting factory"][0] == never
+    assert table["steps to 10,000 ice per starting factory"] == [never, never, "-"]
     # A quarter of 10,100, 10,200 and 5,600 ice.
     row = ["2,538 (2,525 to 2,550)", "1,400 (1,400 to 1,400)", "0.55"]
     assert table["final ice per starting factory, mean of each team's"] == row

@@ -152,11 +152,18 @@ def test_losses(tmp_path, monkeypatch):
 
 
 def test_one_sentence_for_what_is_wrong(tmp_path):
-    with pytest.raises(SystemExit, match="there is no .*ablation.csv; ablation.py makes it"):
-        study.main(tmp_path, tmp_path)
-    made_up(tmp_path, {})
-    with pytest.raises(SystemExit, match="no training is evaluated to its end in .*ablation.csv"):
-        study.main(tmp_path, tmp_path)
+    out = tmp_path / "out"
+    with pytest.raises(study.Refused, match="there is no .*ablation.csv; ablation.py makes it"):
+        study.main(tmp_path, out)
+    with pytest.raises(study.Refused, match="no training is evaluated to its end in .*ablation.csv"):
+        made_up(tmp_path, {})
+    made_up(tmp_path, {"mine": ARMS["separate"]})
+    with pytest.raises(study.Refused, match="no arm of the study, only `mine`"):
+        study.main(tmp_path, out)
+    (tmp_path / "runs.csv").unlink()
+    with pytest.raises(study.Refused, match="there is no .*runs.csv"):
+        study.main(tmp_path, out)
+    assert not out.exists()
 
 
 def test_pairs_and_verdicts():

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -239,6 +240,17 @@ def test_malformed_turns(capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_half_a_turn(capfd):
+    """The maps of a turn are taken whole, or not at all."""
+    game, player = Game(), bot.Player()
+    game.place(player, Idle())
+    before = {name: x.copy() for name, x in player.maps.items()}
+    line = broken(game.line(), "obs/board/ice", {"0,0": 7, "1,1": 7})
+    assert player.answer(broken(line, "obs/board/rubble", {"0,0": 7, "99,99": 7})) == {}
+    assert "no orders" in capfd.readouterr().err
+    assert all(np.array_equal(player.maps[name], x) for name, x in before.items())
+
+
 def test_malformed_first_turn(capfd):
     """Without the first turn there is no map; but a bid is made, or the match would be lost."""
     player, game = bot.Player(), Game()
@@ -249,15 +261,16 @@ def test_malformed_first_turn(capfd):
 
 
 def test_arguments_of_a_model(tmp_path):
-    """The encoder's options are those of the training."""
+    """The encoder's options are those of the training, but for the groups, which only learning needs."""
     game = {"max_robots": 9, "reward": "lichen", "safe_masks": False}
-    for args, group_by in (
-        (trajsep_ppo.Args(env_kwargs=game, group_by="cluster"), "cluster"),
-        (global_ppo.Args(env_kwargs=game), "entity"),
+    for args in (
+        trajsep_ppo.Args(env_kwargs=game, group_by="cluster"),
+        trajsep_ppo.Args(env_kwargs=game, group_by="a patch's own"),
+        global_ppo.Args(env_kwargs=game),
     ):
-        run = make_run(tmp_path / group_by, args)
+        run = make_run(tmp_path / f"{len(os.listdir(tmp_path))}", args)
         _, options = bot.load_model(run / "checkpoint_512.pt")
-        assert options == lux.LuxOptions(**game, group_by=group_by)
+        assert options == lux.LuxOptions(**game)
 
 
 NOT_FINITE = {"critic.2.bias": torch.tensor([np.nan])}
@@ -330,26 +343,62 @@ def test_archive(tmp_path, monkeypatch):
     files = {"hybrid_model.py", "lux_wrapper.py", "main.py", "model.pt"}
     assert set(os.listdir(folder)) == files
     assert torch.load(folder / "model.pt", weights_only=True).keys() == {"args", "model"}
-    for row in matches.play([matches.main_file(folder)] * 2, seed=3, steps=25, limits=(600, 600)):
+    bots = []
+    for name in ("submission.tar.gz", "run/checkpoint_512.pt"):  # match.py plays these as they are, and the run
+        (tmp_path / name[-2:]).mkdir()
+        bots.append(matches.main_file(tmp_path / name, tmp_path / name[-2:]))
+        assert set(os.listdir(tmp_path / name[-2:])) == files
+    for row in matches.play(bots, seed=3, steps=25, limits=(600, 600)):
         assert row["error"] + row["stderr"] == "" and row["refused"] == 0
         assert row["length"] == 25 and row["robots"] > 0
 
 
+EDITED = {  # arguments that a person has edited
+    "no arguments": None,
+    "a list": [1, 2],
+    "no options": {"env_kwargs": None},
+    "a number": {"env_kwargs": {"max_robots": "9"}},
+    "too many": {"env_kwargs": {"max_robots": 10**9}},
+    "unknown": {"env_kwargs": {"weather": 1}},
+}
+
+
 def test_pack_refuses(tmp_path, monkeypatch, capsys):
     """What cannot play, in one sentence, and makes no archive."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "copies")
+    (tmp_path / "copies" / "checkpoint_512.pt").rename(tmp_path / "copies" / "checkpoint_512 copy.pt")
+    (make_run(tmp_path / "damaged") / "checkpoint_512.pt").write_bytes(MODEL.read_bytes()[:100_000])
     make_run(tmp_path / "good")
     make_run(tmp_path / "other", model=parameters_at_start() | {"a": torch.zeros(9)})
+    for name, args in EDITED.items():
+        make_run(tmp_path / name, args=args)
     monkeypatch.setattr(packing, "LARGEST", 1000)
     for name, sentence in (
-        ("empty", "there is no checkpoint in"),
+        ("nowhere", "there is no nowhere"),
+        ("empty", "there is no checkpoint in empty"),
+        ("copies", "there is no checkpoint in copies"),
+        ("damaged", "holds no network for this game"),
         ("other", "holds no network for this game"),
+        *((name, "holds no network for this game") for name in EDITED),
         ("good", "bytes, more than 1,000"),
+        ("good --steps 0", "--steps must be at least 1"),
+        ("good --out nowhere/x.tar.gz", "nowhere/x.tar.gz cannot be written"),
     ):
+        run, *options = name.split(" --")
+        options = [word for option in options for word in f"--{option}".split()]
+        monkeypatch.setattr(sys, "argv", ["pack.py", run, *options])
         with pytest.raises(SystemExit) as stop:
-            run_pack(monkeypatch, tmp_path / name, tmp_path / "x.tar.gz")
-        assert stop.value.code == 2 and sentence in capsys.readouterr().err
-        assert not (tmp_path / "x.tar.gz").exists()
+            packing.main()
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and sentence in said and said.count("\n") == 1
+        assert not (tmp_path / "submission.tar.gz").exists()
+    (tmp_path / "submission.tar.gz").touch()
+    monkeypatch.setattr(sys, "argv", ["pack.py", "nowhere"])
+    with pytest.raises(SystemExit):
+        packing.main()
+    assert "submission.tar.gz is there already; `--out submission.tar.gz` replaces it" in capsys.readouterr().err
 
     (tmp_path / "empty" / "main.py").write_text("for line in open(0): print('{}')")
     archive = shutil.make_archive(tmp_path / "x", "gztar", tmp_path / "empty")
@@ -374,16 +423,20 @@ def test_kaggle():
 
 
 def test_matches(tmp_path):
-    """The program: both sides of every map, rows, replays and the result."""
-    command = [sys.executable, matches.__file__, "--a", ROOT / "submission", "--b", "idle"]
+    """The program: both sides of every map, rows, replays and the result; a run plays as it is."""
+    shutil.copy(MODEL, make_run(tmp_path / "run") / "checkpoint_1024.pt")
+    (tmp_path / "run" / "checkpoint_2048 copy.pt").touch()
+    command = [sys.executable, matches.__file__, "--a", "run", "--b", "idle"]
     command += "--games 2 --parallel 2 --seed 4 --steps 20 --map-size 32 --max-factories 2".split()
     command += "--overage 6000 --out games.csv --replays replays".split()
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     with open(tmp_path / "games.csv") as file:
         rows = list(csv.DictReader(file))
-    bots = [f"{row['game']} {row['player']} {row['seed']} {Path(row['bot']).name}" for row in rows]
-    assert bots[:2] == ["0 player_0 4 main.py", "0 player_1 4 idle"]
-    assert bots[2:] == ["1 player_0 4 idle", "1 player_1 4 main.py"]
+    bots = [f"{row['game']} {row['player']} {row['seed']} {row['bot']}" for row in rows]
+    assert bots[:2] == ["0 player_0 4 run", "0 player_1 4 idle"]
+    assert bots[2:] == ["1 player_0 4 idle", "1 player_1 4 run"]
+    assert "font" not in done.stderr
+    assert "replays written to replays: " in done.stdout and "needs the web" in done.stdout
     for row in rows:
         idle = row["bot"] == "idle"
         assert row["error"] == "" and row["length"] == "20"
@@ -409,9 +462,21 @@ time.sleep(2)
 sys.stderr.write("one\\ntwo\\n")
 sys.exit(3)
 """
+LONG_ANSWERS = f"""import sys
+for line in open(0):
+    print({BID % "AlphaStrike"} + " " * 300_000, flush=True)"""
+LONG_LINES = f"""import sys
+for line in open(0):
+    print("x" * 300_000, "the end", file=sys.stderr, flush=True)
+    print({BID % "AlphaStrike"}, flush=True)"""
 FAILING = {  # program, reason of its loss
     "late": ("import time\nfor line in open(0): time.sleep(60)", "was late: "),
-    "no JSON": ("for line in open(0): print('?', flush=True)", "cannot parse action"),
+    "no JSON": ("for line in open(0): print('?', flush=True)", "its answer is no JSON object: ?"),
+    "no text": ("import os\nfor line in open(0): os.write(1, b'\\xff\\n')", "its answer is no JSON object: "),
+    "ragged orders": ("for line in open(0): print('{\"a\": [[1, 2], [3]]}', flush=True)", "these are no orders: {'a'"),
+    "too long": (LONG_ANSWERS, "its answer has more than 1,000 bytes"),
+    "no factory, long answers": (LONG_ANSWERS, "turn 8: it has placed no factory"),
+    "no factory, long lines": (LONG_LINES, "turn 8: it has placed no factory"),
     "wrong orders": (f"for line in open(0): print({BID % 'X'}, flush=True)", "invalid faction name X"),
     "crashed": (SLOW_CRASH, "ended with exit code 3"),
 }
@@ -419,15 +484,19 @@ FAILING = {  # program, reason of its loss
 
 @pytest.mark.parametrize("name", FAILING)
 @pytest.mark.parametrize("player", [0, 1])
-def test_bots_that_fail(name, player, tmp_path):
+def test_bots_that_fail(name, player, tmp_path, monkeypatch):
     """They lose, whichever side they play, with the reason."""
     text, reason = FAILING[name]
+    if name == "too long":
+        monkeypatch.setattr(matches, "LONGEST", 1000)
     (tmp_path / "main.py").write_text(text)
     files = [matches.main_file(tmp_path), "idle"][:: -1 if player else 1]
     limits = (0.2, 0.2) if name == "late" else (600, 600)  # they count the start of Python too
     rows = matches.play(files, seed=1, limits=limits)
     assert rows[player]["result"] == "loss" and rows[1 - player]["result"] == "win"
     assert reason in rows[player]["error"] and rows[1 - player]["error"] == ""
+    if name == "no factory, long lines":
+        assert rows[player]["stderr"].endswith("x the end")
     if name == "crashed":
         assert rows[player]["stderr"].splitlines()[-2:] == ["one", "two"]
         first = f"   failed in the game on map 1 as player_{player}, turn 0: ended with exit code 3"
@@ -439,7 +508,9 @@ def test_both_fail(tmp_path):
     files = tmp_path / "X.py", tmp_path / "Y.py"
     for file in files:
         file.write_text(f"for line in open(0): print({BID % file.stem}, flush=True)")
-    rows = matches.play([str(file) for file in files], seed=1, limits=(600, 600))
+    stage = {"min_factories": 3, "max_factories": 3, "replay": tmp_path / "replay"}
+    rows = matches.play([str(file) for file in files], seed=1, limits=(600, 600), **stage)
+    assert (tmp_path / "replay.gif").exists()
     assert [row["result"] for row in rows] == ["draw", "draw"]
     assert [row["error"].split()[-1] for row in rows] == ["X", "Y"]
 
@@ -465,7 +536,8 @@ def test_who_wins():
     seats = [matches.Seat("idle", player, 9, 600) for player in lux.PLAYERS]
     for lichen, results in (([5, 3], ["win", "loss"]), ([4, 4], ["draw", "draw"])):
         engine.state.board.lichen[:2, 0] = lichen
-        rows = [matches._row(engine, seat, 0, dict(zip(lux.PLAYERS, lichen))) for seat in seats]
+        told = dict(zip(lux.PLAYERS, lichen)), dict(zip(lux.PLAYERS, "ab"))
+        rows = [matches._row(engine, seat, 0, *told) for seat in seats]
         assert [row["result"] for row in rows] == results
         assert [row["lichen"] for row in rows] == lichen
 
@@ -477,16 +549,18 @@ def test_wilson():
 
 
 def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
-    """What cannot work is said before the first game, also that a bot cannot be started."""
+    """What cannot work is said before the first game, also that a bot cannot be started; no file is lost."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("empty")
     os.mkdir("bot")
-    for file in ("text.txt", "bot/main.out"):
+    for file in ("text.txt", "bot/main.out", "games.csv", "damaged.tar.gz", "damaged.pt"):
         Path(file).write_text("no program")
     for options, sentence in (
-        (["idle", "--out", "nowhere/games.csv"], "No such file or directory"),
+        (["idle", "--out", "nowhere/games.csv"], "nowhere/games.csv cannot be written"),
         (["idle", "--games", "0"], "--games, --parallel and --steps must be at least 1"),
-        (["bot"], "Permission denied"),
+        (["bot", "--out", "games.csv"], "Permission denied"),
+        (["damaged.tar.gz"], "damaged.tar.gz is no archive"),
+        (["damaged.pt"], "holds no network for this game"),
         (["nowhere"], "nowhere"),
         (["empty"], "empty"),
         (["text.txt"], "text.txt"),
@@ -496,6 +570,12 @@ def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
             matches.main()
         captured = capsys.readouterr()
         assert stop.value.code == 2 and sentence in captured.err and captured.out == ""
+    monkeypatch.setattr(matches, "tqdm", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C
+    monkeypatch.setattr(sys, "argv", "match.py --a idle --b idle --steps 1 --games 1 --out games.csv".split())
+    with pytest.raises(SystemExit, match="130"):
+        matches.main()
+    assert "interrupted; no results are written" in capsys.readouterr().err
+    assert Path("games.csv").read_text() == "no program"
 
 
 def test_main_files(tmp_path):

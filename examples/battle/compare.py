@@ -7,7 +7,7 @@ They learn by self-play. Their checkpoints then fight two opponents that never l
 that are not masked (`random`), and one that trajsep_ppo.py trained before, with another seed and fewer steps
 (`frozen`). The army with more soldiers at the end has won; a draw counts half.
 
-Started again, it continues; only trainings that were not finished begin again.
+Started again, it continues; only trainings that were not finished begin again. All of it again: with other folders.
 
     written to --out
     battle.csv      a row for every battle: script, seed, step, seconds trained, opponent, won, kills, survivors, length
@@ -16,7 +16,10 @@ Started again, it continues; only trainings that were not finished begin again.
 Checkpoints and logs lie in --work.
 """
 
+import contextlib
 import csv
+import importlib.util
+import io
 import itertools
 import os
 import shutil
@@ -33,11 +36,12 @@ import torch
 import tyro
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(HERE), str(ROOT)]
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmark")]
 
-from battle_env import BattleVecEnv  # noqa: E402
+from ablation import runs_of, write  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
+from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -52,7 +56,7 @@ COLUMNS = ("script", "seed", "global_step", "train_seconds", "opponent", "won", 
 
 @dataclass
 class Args:
-    out: Path = ROOT / "benchmark" / "battle"
+    out: Path = ROOT / "runs" / "battle"
     """folder of the results"""
     work: Path = ROOT / "runs" / "battle"
     """folder of the trainings"""
@@ -60,7 +64,7 @@ class Args:
     """trainings of each script"""
     jobs: int = 2
     """trainings at a time, with one thread each"""
-    steps: int = 65536
+    steps: int = 16384
     """environment steps of a training"""
     frozen_steps: int = 8192
     """environment steps of the training of the frozen opponent"""
@@ -75,32 +79,49 @@ def steps_of(path):
     return int(path.stem.split("_")[1])
 
 
+def is_done(args, script, seed, steps):
+    """Whether a training has been run; and its folder and its command.
+
+    Raises:
+        Refused: if one with other flags has been run there.
+    """
+    folder = args.work / f"{script}_{seed}"
+    command = f"{script}.py --seed {seed} --total-timesteps {steps} {FLAGS}"
+    command += f" --env-id battle_env:BattleVecEnv --env-kwargs map_size {args.map_size}"
+    done = (folder / "done").exists()
+    if done and (folder / "done").read_text() != command:
+        raise Refused(f"{folder} holds a training with other flags; name another --work and --out")
+    return done, folder, command
+
+
 def train(args, script, seed, steps):
     """Run a training unless it has been run; returns a folder with all its checkpoints."""
-    folder = args.work / f"{script}_{seed}"
-    if (folder / "done").exists():
+    done, folder, command = is_done(args, script, seed, steps)
+    if done:
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [path for place in (folder, *runs_of(folder)) for path in checkpoints(place)]:
+        path.unlink()  # of a training that was cut off
     shutil.copy(HERE / "battle_env.py", folder)  # --env-id is looked for in the current folder
-    command = f"{ROOT / script}.py --seed {seed} --total-timesteps {steps} {FLAGS}"
-    command += f" --env-id battle_env:BattleVecEnv --env-kwargs map_size {args.map_size}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    print(f"{time.strftime('%H:%M:%S')} {script} seed {seed}: training, see {folder / 'log'}", flush=True)
+    words = command.split()
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, *command.split()], cwd=folder, stdout=log, stderr=log, env=environment
+            [sys.executable, ROOT / words[0], *words[1:]], cwd=folder, stdout=log, stderr=log, env=environment
         )
         running = True
         while running:
             running = process.poll() is None
-            for path in folder.glob("runs/*/checkpoint_*.pt"):
+            for path in [path for run in runs_of(folder) for path in checkpoints(run)]:
                 wanted = steps_of(path) <= COARSE or steps_of(path) % COARSE == 0
                 if wanted and not (folder / path.name).exists():
-                    os.link(path, folder / path.name)  # stays when the script removes its own
+                    with contextlib.suppress(FileNotFoundError):  # removed just now
+                        os.link(path, folder / path.name)  # stays when the script removes its own
             time.sleep(0.1)
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}; see {folder / 'log'}")
-    (folder / "done").touch()
+    (folder / "done").write_text(command)
     return folder
 
 
@@ -112,6 +133,8 @@ def random_policy(seed=0):
 
 def trained_policy(path, seed=0):
     """A player that samples from the policy of a checkpoint."""
+    from battle_env import BattleVecEnv  # here: --help works without magent2
+
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     envs = BattleVecEnv(1, map_size=checkpoint["args"]["env_kwargs"]["map_size"])
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
@@ -128,6 +151,8 @@ def trained_policy(path, seed=0):
 
 def fight(player, opponent, battles, map_size):
     """Fight each battle once, half of them from either side; a dict of arrays [battles]."""
+    from battle_env import BattleVecEnv
+
     envs = BattleVecEnv(battles, map_size=map_size, held_out=True, opponent=opponent)
     obs, _ = envs.reset(seed=0)
     results, going = {}, np.ones(battles, bool)
@@ -145,9 +170,9 @@ def measure(args, script, seed):
     """Train, then fight both opponents with every checkpoint; a row for each battle."""
     torch.set_num_threads(1)
     folder = train(args, script, seed, args.steps)
-    frozen = max((args.work / "{}_{}".format(*FROZEN)).glob("checkpoint_*.pt"), key=steps_of)
+    *_, frozen = checkpoints(args.work / "{}_{}".format(*FROZEN))
     rows = []
-    for path in sorted(folder.glob("checkpoint_*.pt"), key=steps_of):
+    for path in checkpoints(folder):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         about = {"script": script, "seed": seed, "global_step": steps_of(path)}
         about["train_seconds"] = round(checkpoint["train_seconds"])
@@ -184,20 +209,45 @@ def draw(rows, path):
     plt.close(figure)
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args, description=__doc__)
+def main(args):
+    """Train, fight, and write the table and the picture after each training.
+
+    Raises:
+        Refused: if magent2 is missing, or trainings with other flags are there.
+    """
+    if not importlib.util.find_spec("magent2"):
+        raise Refused("the battle needs magent2: pip install -r examples/battle/requirements.txt")
     args.work, table = args.work.resolve(), args.out / "battle.csv"
-    args.out.mkdir(parents=True, exist_ok=True)
     rows = list(csv.DictReader(table.open())) if table.exists() else []
-    train(args, *FROZEN, args.frozen_steps)
     measured = {(x["script"], int(x["seed"])) for x in rows}
-    runs = itertools.product(range(1, args.seeds + 1), SCRIPTS)
+    runs = [(name, seed) for seed, name in itertools.product(range(1, args.seeds + 1), SCRIPTS)]
+    missing = [run for run in runs if run not in measured]
+    for run in runs:
+        is_done(args, *run, args.steps)  # before anything is written
+    is_done(args, *FROZEN, args.frozen_steps)
+    if not missing:
+        print(f"all of it is in {table} already; another --out and --work make it again")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    train(args, *FROZEN, args.frozen_steps)
     with ProcessPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(measure, args, name, seed) for seed, name in runs if (name, seed) not in measured]
-        for job in as_completed(jobs):
+        jobs = [pool.submit(measure, args, *run) for run in missing]
+        for number, job in enumerate(as_completed(jobs), start=len(runs) - len(missing) + 1):
             rows = sorted(rows + job.result(), key=lambda x: (x["script"], int(x["seed"]), int(x["global_step"])))
-            with open(table, "w") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write(table, text.getvalue())
             draw(rows, args.out / "battle.png")
+            print(f"{number} of {len(runs)} trainings have fought, see {table} and battle.png", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (Refused, OSError) as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:  # a training has failed
+        sys.exit(f"compare.py: error: {error}")
