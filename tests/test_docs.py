@@ -98,7 +98,11 @@ def test_commands(page, command):
     if program == "pip":
         assert (ROOT / rest[rest.index("-r") + 1]).is_file()
     elif program == "python" and rest[0] in SCRIPTS:
-        tyro.cli(SCRIPTS[rest[0]].Args, args=[word for word in rest[1:] if word != "--help"])
+        flags = [word for word in rest[1:] if word != "--help"]
+        args = tyro.cli(SCRIPTS[rest[0]].Args, args=flags)
+        changed = [key for key, x in vars(args).items() if x != getattr(SCRIPTS[rest[0]].Args(), key)]
+        named = {*changed} & {"exp_name", "evaluate", "resume"}
+        assert not changed or named, "--exp-name tells the run from others"
     elif program == "python" and rest[0] == "-m":
         assert rest[1] == "pytest" and (ROOT / rest[-1]).exists()
     elif program == "python":
