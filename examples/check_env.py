@@ -121,7 +121,7 @@ class Checker:
             self.replay(env, self.reset(env), start, played, f"{clause}, in an environment that has played too")
             clause = "actions of empty slots must not matter"
             self.replay(env, self.reset(env), start, played, clause, change_empty=True)
-            self.check_seeds(start, played)
+            self.check_seeds(steps)
             if hasattr(env, "state"):
                 self.check_state(env, rng)
         self.close(env)
@@ -206,12 +206,16 @@ class Checker:
         self.high = obs["features"][live].max(0, initial=-np.inf).clip(min=self.high)
         return obs
 
+    def choose(self, obs, rng):
+        """Random actions that are allowed, and any in empty slots."""
+        allowed = obs["action_mask"] & self.possible | (obs["kind"] == 0)[..., None]
+        return (rng.random(allowed.shape) * allowed).argmax(-1)
+
     def play(self, env, obs, steps, rng):
         """Play on at random; the first SAME steps as (actions, next observation, rewards, which matches ended)."""
         played = []
         for _ in range(steps):
-            allowed = obs["action_mask"] & self.possible | (obs["kind"] == 0)[..., None]  # any action in empty slots
-            actions = (rng.random(allowed.shape) * allowed).argmax(-1)
+            actions = self.choose(obs, rng)
             obs, rewards, over = self.step(env, obs, actions)
             played += [(actions, obs, rewards, over)] if len(played) < SAME else []
         return played
@@ -318,20 +322,24 @@ class Checker:
         wrong = "some entities have fewer actions than others by single_action_space, and their action_mask allows more"
         self.warn(self.seen["impossible"], f"{wrong}: they will choose actions that they do not have")
 
-    def check_seeds(self, start, played):
+    def check_seeds(self, steps):
         """Warn if options that choose other matches do not."""
         wrong = {
             "first_match": "all processes of torchrun play the same matches, so more of them learn nothing more",
             "held_out": 'evaluation plays matches of the training, so that what it calls "held-out" is not',
         }
         for option, value in (("first_match", self.num_envs), ("held_out", True)):
-            env = self.make(**{option: value})
-            obs = self.reset(env)
-            others = [obs, *[x[1] for x in self.play(env, obs, len(played), np.random.default_rng(0))]]
-            pairs = zip(others, [start, *[x[1] for x in played]])
-            same = all(fine.all() for x, y in pairs for fine in agreement(x, y))
-            self.warn(same, f"{option} has no effect: {wrong[option]}")
-            self.close(env)
+            envs, rng = [self.make(first_match=0), self.make(**{option: value})], np.random.default_rng(0)
+            obs, other = (self.reset(env) for env in envs)
+            for _ in range(steps):
+                if not all(same.all() for same in agreement(obs, other)):
+                    break
+                actions = self.choose(obs, rng)
+                obs, other = (self.call_step(env, actions.copy())[0] for env in envs)
+            else:
+                self.warn(True, f"{option} had no effect in {steps} steps: {wrong[option]}")
+            for env in envs:
+                self.close(env)
 
     def check_state(self, env, rng):
         """Expect matches to go on after load_state as they did after state."""
