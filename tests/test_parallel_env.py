@@ -1,6 +1,7 @@
 """PettingZoo's games, and Gymnasium's with tuples, as environments: what a game does, and what the arrays show."""
 
 import importlib
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Sequence, Tuple
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path[:0] = [str(EXAMPLES / "pettingzoo"), str(EXAMPLES / "gymnasium")]
 
-from parallel_env import HELD_OUT, ParallelVecEnv  # noqa: E402
+from parallel_env import ParallelVecEnv  # noqa: E402
 from tuple_env import as_parallel  # noqa: E402
 
 
@@ -156,10 +157,10 @@ def test_seeds():
         return np.array(found).T
 
     all_seeds = seeds(4)
-    assert len(np.unique(all_seeds)) == 16 and all_seeds.min() >= HELD_OUT
+    assert len(np.unique(all_seeds)) == 16 and all_seeds.min() >= 2**20
     assert (seeds(4) == all_seeds).all() and (seeds(2, first_match=2) == all_seeds[2:]).all()
     assert not np.isin(seeds(4, seed=2), all_seeds).any()
-    assert seeds(4, held_out=True).max() < HELD_OUT and len(np.unique(seeds(4, held_out=True))) == 16
+    assert seeds(4, held_out=True).max() < 2**20 and len(np.unique(seeds(4, held_out=True))) == 16
 
 
 def test_board_and_position():
@@ -275,6 +276,17 @@ def test_tuples():
     game.reset()
     game.step({"agent_0": 1, "agent_1": 1})
     assert game.agents == []
+
+
+def test_page():
+    """The game of examples/README.md can be made from there, and what the page links to is there."""
+    page = (EXAMPLES / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    pytest.importorskip("pettingzoo.butterfly.knights_archers_zombies_v11", exc_type=ImportError)
+    exec(lines, names := {})
+    assert names["MyVecEnv"](2).reset(seed=1)[0]["kind"].tolist() == [[[1] * 4]] * 2
+    for target in re.findall(r"\]\(([^)#]+)", page):
+        assert "://" in target or (EXAMPLES / target).exists(), target
 
 
 GAMES = [  # module, name, its package, steps

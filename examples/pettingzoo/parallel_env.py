@@ -3,7 +3,7 @@
 import gymnasium as gym
 import numpy as np
 
-HELD_OUT = 2**20  # games with smaller seeds are kept for evaluation
+SEEDS = (2**20, 2**31), (0, 2**20)  # of games for training, and of those that are held out
 
 
 def without_mask(space):
@@ -23,8 +23,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         team, kind: functions of an agent's name; by default all agents are of one.
         board, position: functions of a game, [H, W, C] in percent (uint8), and of a game and an agent, (x, y).
         before_reset: called with a game, for what its seed leaves open.
-        group_by: "entity", or "cluster": the agents of one kind share a trajectory.
-        num_workers: ignored; held_out, first_match, render_mode: as in LuxVecEnv.
+        num_workers: ignored; the rest is as in LuxVecEnv, a "cluster" being the agents of one kind in a team.
     """
 
     # fmt: off
@@ -37,8 +36,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
             self.games = [make(**options) for _ in range(num_envs)]
         except Exception as error:  # a game may raise anything
             raise ValueError(f"make fails with the options {options}: {type(error).__name__}: {error}") from error
-        self.num_envs, self.first_match = num_envs, first_match
-        self.seeds = (0, HELD_OUT) if held_out else (HELD_OUT, 2**31)
+        self.num_envs, self.first_match, self.seeds = num_envs, first_match, SEEDS[bool(held_out)]
         self.board = board or (lambda game: np.zeros((1, 1, 1), np.uint8))
         self.position, self.before_reset = position or (lambda game, agent: 0), before_reset or (lambda game: None)
         game, agents = self.games[0], getattr(self.games[0], "possible_agents", None)
@@ -118,7 +116,6 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         return self.obs, rewards, terminated, truncated, infos
 
     def render(self):
-        """Pictures of the matches, a tuple of N arrays [height, width, 3] uint8."""
         return tuple(game.render() for game in self.games)
 
     def _begin(self, matches):
