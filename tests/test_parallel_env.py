@@ -165,18 +165,20 @@ def test_seeds():
 
 def test_board_and_position():
     """Every team sees the board; before_reset comes before each match, and render_mode goes to the game."""
-    begun = []
+    begun, closed = [], []
     env, obs = arena(
         board=lambda game: np.full((3, 2, 1), 10 * game.time, np.uint8),
         position=lambda game, agent: (game.possible_agents.index(agent), game.time % 2),
         before_reset=begun.append,
         team=str,
+        close=lambda: closed.extend(env.games),
         render_mode="rgb_array",
     )
     obs, *_ = env.step(first_allowed(obs))
     assert obs["board"].shape == (1, 3, 3, 2, 1) and (obs["board"] == 10).all()
     assert obs["position"][0, :2, 0].tolist() == [[0, 1], [1, 1]]
-    assert begun == env.games and env.games[0].render_mode == "rgb_array"
+    env.close()
+    assert begun == env.games == closed and env.games[0].render_mode == "rgb_array"
 
 
 def spaces(**changed):

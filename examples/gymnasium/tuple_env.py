@@ -21,7 +21,7 @@ class TupleEnv:
         spaces = game.observation_space, game.action_space
         if not all(isinstance(space, gym.spaces.Tuple) for space in spaces):
             raise ValueError(f"the spaces must be a Tuple with a part for each agent, not {spaces[0]} and {spaces[1]}")
-        self.game, self.render = game, game.render
+        self.game, self.render, self.close = game, game.render, game.close
         self.possible_agents = [f"agent_{i}" for i in range(len(game.action_space))]
         self.metadata = {"name": game.spec.id.split("/")[-1] if game.spec else type(game).__name__}
 

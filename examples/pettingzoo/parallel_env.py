@@ -7,7 +7,6 @@ SEEDS = (2**20, 2**31), (0, 2**20)  # of games for training, and of those that a
 
 
 def without_mask(space):
-    """The space of what is observed beside an action mask."""
     masked = isinstance(space, gym.spaces.Dict) and set(space) == {"observation", "action_mask"}
     return space["observation"] if masked else space
 
@@ -19,7 +18,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
     slot. An action mask may be in the observation, beside "observation", or in the infos.
 
     Args:
-        make: a function from the options to a game; a ValueError says if that does not fit, in play a RuntimeError.
+        make: a function from the options (and render_mode) to a game; a ValueError says if that does not fit.
         team, kind: functions of an agent's name; by default all agents are of one.
         board, position: functions of a game, [H, W, C] in percent (uint8), and of a game and an agent, (x, y).
         before_reset: called with a game, for what its seed leaves open.
@@ -29,9 +28,8 @@ class ParallelVecEnv(gym.vector.VectorEnv):
     # fmt: off
     def __init__(
         self, num_envs, make, team=None, kind=None, board=None, position=None, before_reset=None, num_workers=None,
-        held_out=False, first_match=0, group_by="entity", render_mode=None, **options,
+        held_out=False, first_match=0, group_by="entity", **options,
     ):  # fmt: on
-        options |= {"render_mode": render_mode} if render_mode else {}
         try:
             self.games = [make(**options) for _ in range(num_envs)]
         except Exception as error:  # a game may raise anything
@@ -60,8 +58,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         view = self.board(game)
         P, E, K, F = len(teams), max(map(len, teams.values())), len(kinds), max(map(len, self.scales.values()))
         (p, e), k = np.array([*self.slots.values()]).T, np.array([self.kinds[agent] for agent in self.slots])
-        labels = np.hstack([np.eye(K)[k - 1], np.eye(E)[e]])
-        labels = labels[:, ~labels.all(0)]  # the only kind, or slot, needs none
+        labels = np.hstack([np.eye(K)[k - 1][:, K == 1 :], np.eye(E)[e][:, E == 1 :]])  # one alone needs none
         A = max(game.action_space(agent).n for agent in agents)
         boxes = {
             "board": (0, 100, (P, *view.shape), view.dtype),
@@ -118,6 +115,10 @@ class ParallelVecEnv(gym.vector.VectorEnv):
     def render(self):
         return tuple(game.render() for game in self.games)
 
+    def close_extras(self, **kwargs):
+        for game in self.games:
+            game.close()
+
     def _begin(self, matches):
         for i in matches:
             self.played[i] += 1
@@ -136,11 +137,10 @@ class ParallelVecEnv(gym.vector.VectorEnv):
             if agent not in self.slots:
                 raise RuntimeError(f"{agent} is not in the game's possible_agents: it must declare all who may come")
             slot, space, n = self.slots[agent], game.observation_space(agent), game.action_space(agent).n
-            seen, mask = obs.get(agent), infos.get(agent, {}).get("action_mask")
+            seen, mask = obs.get(agent), infos.get(agent, {}).get("action_mask", np.ones(n))
             if seen is not None and without_mask(space) is not space:
                 seen, mask = seen["observation"], seen["action_mask"]
-            mask = np.ones(n, bool) if mask is None else np.asarray(mask).astype(bool)
-            if seen is None or mask.shape != (n,) or not mask.any():
+            if seen is None or np.shape(mask) != (n,) or not np.any(mask):
                 raise RuntimeError(f"{agent} must observe something, and have {n} actions, one of them not masked")
             flat = gym.spaces.flatten(without_mask(space), seen) / self.scales[agent]
             if not np.isfinite(flat).all():
