@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from check_env import Checker, check_env
+from check_env import ARRAYS, Checker, check_env
 from helpers import entities
 from toy_env import COLOURS, LENGTH, SIZE, ToyVecEnv
 
@@ -277,6 +277,39 @@ def test_silent_about_the_toy(make_env):
     checker = Checker(make_env, num_envs=4)
     checker.check(200)
     assert checker.problems == {} and checker.warnings == []
+
+
+JUNK = [
+    None,
+    True,
+    1,
+    "text",
+    [],
+    {},
+    (),
+    object(),
+    np.float32(1),
+    np.array("a"),
+    np.array([None] * 3),
+    np.zeros((3, 1)),
+]
+ATTRIBUTES = "metadata num_envs single_observation_space single_action_space step state"
+PLACES = {"reset": lambda junk: changed("reset", lambda env, x: (junk, {}))}
+PLACES |= {key: partial(lambda key, junk: shown(key, lambda env, x: junk), key) for key in ARRAYS}
+PLACES |= {name: partial(lambda name, junk: stepped(name, lambda env, x: junk), name) for name in RESULT}
+PLACES |= {
+    f"infos {key}": partial(lambda key, junk: stepped("infos", lambda env, x: x | {key: junk}), key)
+    for key in ("_episode", "episode", "final_obs")
+}
+PLACES |= {f"episode {key}": partial(lambda key, junk: episode(key, lambda x: junk), key) for key in "lr"}
+PLACES |= {f"env.{name}": partial(lambda name, junk: built(**{name: junk}), name) for name in ATTRIBUTES.split()}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_junk_anywhere_is_no_traceback(place):
+    """Whatever stands in the place of an array, a dict or a method, it is a broken clause in a sentence."""
+    for junk in JUNK:
+        assert check_env(PLACES[place](junk), steps=LENGTH), junk
 
 
 def test_an_exception_has_its_line():
