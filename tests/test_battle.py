@@ -56,8 +56,8 @@ def first_allowed(obs):
 def test_keeps_the_contract(options):
     """All clauses, with deaths and ends by time."""
 
-    def make_env(num_envs):
-        return BattleVecEnv(num_envs, map_size=16, max_steps=40, **options)
+    def make_env(num_envs, **given):
+        return BattleVecEnv(num_envs, map_size=16, max_steps=40, **given | options)
 
     assert check_env(make_env, steps=100) == []
 
@@ -159,6 +159,9 @@ def test_ends_and_metrics():
             assert (episode["won"] == (1 + np.sign(left - left[::-1])) / 2).all()
             np.testing.assert_allclose(episode["r"], returns[match], atol=1e-3)
             assert (after["kind"][match] == 1).all(), "the next battle has begun"
+            if truncated[match]:  # whoever was left is seen a last time
+                last = infos["final_obs"]["features"][match, ..., COLUMN["time"]] * infos["final_obs"]["kind"][match]
+                assert (last.sum(-1) == left).all() and infos["_final_obs"][match]
             returns[match] = 0
             finished.append(left.min())
     assert min(finished) == 0 < max(finished), "some battles end with an army, some by time"

@@ -3,12 +3,14 @@
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from check_env import check_env
+import torch
+from check_env import ARRAYS, Checker, check_env
 from helpers import entities
 from toy_env import COLOURS, LENGTH, SIZE, ToyVecEnv
 
@@ -59,7 +61,7 @@ def shown(key, change):
     return changed("_observe", lambda env, obs: obs | {key: change(env, obs[key])})
 
 
-def stepped(name, change):
+def stepped(name, change, base=Toy):
     """A toy in which `change(env, x)` replaces one part of what a step returns."""
 
     def replaced(env, parts):
@@ -67,7 +69,7 @@ def stepped(name, change):
         parts[name] = change(env, parts[name])
         return tuple(parts.values())
 
-    return changed("step", replaced)
+    return changed("step", replaced, base)
 
 
 def put(key, live, value):
@@ -78,6 +80,21 @@ def put(key, live, value):
         return x
 
     return shown(key, written)
+
+
+def listed(x):
+    return x.tolist()
+
+
+def without_close():
+    """An environment that has what the toy has, except for close."""
+    hidden = Toy(3)
+    return type("Shy", (), {**vars(hidden), "metadata": Toy.metadata, "reset": hidden.reset, "step": hidden.step})()
+
+
+class NoSeed(Toy):
+    def reset(self):
+        return super().reset(seed=1)
 
 
 def episode(key, change):
@@ -98,6 +115,9 @@ def without(key):
 def noise(x):
     """A board that no seed decides."""
     return np.random.default_rng().integers(0, 100, x.shape, np.uint8)
+
+
+Truncated = changed("step", lambda env, x: (*x[:2], x[3], x[2], x[4]))
 
 
 class Impatient(Toy):
@@ -143,6 +163,53 @@ class Nosy(Toy):
 
 
 BROKEN = [
+    ("the call with (3, num_workers=0, first_match=0, group_by='entity')", lambda num_envs: Toy(num_envs)),
+    ("the call with", partial(Toy, sise=8)),
+    ("there must be a method close", lambda num_envs, **_: without_close()),
+    ("reset must return a tuple of two", changed("reset", lambda env, x: x[0])),
+    ("reset(seed=1) must not fail, and raised TypeError: NoSeed.reset() got an unexpected", NoSeed),
+    ("reset(seed=1) must not fail, and raised KeyError", changed("reset", lambda env, x: {}["there"])),
+    ("step(actions) must not fail, and raised ZeroDivisionError", changed("step", lambda env, x: 1 // 0)),
+    ("close() must not fail, and raised FileNotFoundError", changed("close", lambda env, x: open("/no/such/file"))),
+    ("step must return a tuple of five", changed("step", lambda env, x: x[:4])),
+    ("step must return a tuple of five", changed("step", lambda env, x: None)),
+    ("num_envs must be the number", changed("__init__", lambda env, _: env.__dict__.pop("num_envs") and None)),
+    (
+        "single_observation_space must be",
+        changed("__init__", lambda env, _: vars(env).pop("single_observation_space") and None),
+    ),
+    ("an observation must be a dict", changed("_observe", lambda env, obs: list(obs.values()))),
+    ("board must be a NumPy array, not a list", shown("board", lambda env, x: listed(x))),
+    ("kind must be a NumPy array, not a Tensor", shown("kind", lambda env, x: torch.from_numpy(x))),
+    ("extra must be a NumPy array, not a str", changed("_observe", lambda env, obs: obs | {"extra": "text"})),
+    ("rewards must be a NumPy array, not a list", stepped("rewards", lambda env, x: listed(x))),
+    ("rewards must be a NumPy array, not a float", stepped("rewards", lambda env, x: 1.0)),
+    ("terminated must be a NumPy array, not a list", stepped("terminated", lambda env, x: listed(x))),
+    ("truncated must be a NumPy array, not a bool", stepped("truncated", lambda env, x: False)),
+    ("truncated must be an array of N bools", stepped("truncated", lambda env, x: x[:1])),
+    ("infos must be a dict, not a NoneType", stepped("infos", lambda env, x: None)),
+    ("infos must be a dict, not a list", stepped("infos", lambda env, x: [{}] * 3)),
+    ('infos["_episode"] must be true', stepped("infos", lambda env, x: x | {"_episode": [True]})),
+    ('infos["episode"] must hold "l", "r"', stepped("infos", lambda env, x: x and x | {"episode": [1, 2, 3]})),
+    ('infos["episode"] must hold "l", "r"', episode("l", lambda length: "ten")),
+    ('infos["episode"] must hold "l", "r"', episode("l", lambda length: 10)),
+    ('infos["episode"]["l"] must be the steps', episode("l", lambda length: length[:, None])),
+    ('infos["_final_obs"] must be an array', stepped("infos", lambda env, x: x | {"final_obs": env.obs})),
+    (
+        'infos["_final_obs"] must be true where',
+        stepped("infos", lambda env, x: x | {"final_obs": env.obs, "_final_obs": np.zeros(3, bool)}, Truncated),
+    ),
+    (
+        'infos["final_obs"] must be a dict',
+        stepped("infos", lambda env, x: x | {"final_obs": env.obs["board"], "_final_obs": np.ones(3, bool)}),
+    ),
+    (
+        "group must be in 0 to E - 1",
+        stepped(
+            "infos",
+            lambda env, x: x | {"final_obs": env.obs | {"group": env.obs["group"] + 9}, "_final_obs": np.ones(3, bool)},
+        ),
+    ),
     ("num_envs must be the number", built(num_envs=7)),
     ("single_observation_space must be a Dict", built(single_observation_space=None)),
     ("single_action_space must be", built(single_action_space=gym.spaces.Discrete(COLOURS))),
@@ -178,10 +245,6 @@ BROKEN = [
         "the reward of an entity must be",
         stepped("rewards", lambda env, x: np.where(env.before & (x == 0), np.nan, x)),
     ),
-    (
-        "a slot that was empty before",
-        stepped("rewards", lambda env, x: x + (env.live & ~env.before)),
-    ),
     ("terminated must be", stepped("terminated", lambda env, x: np.stack([x, x], -1))),
     ("truncated must be", stepped("truncated", lambda env, x: x.astype(int))),
     ('infos["_episode"] must be true', stepped("infos", without("_episode"))),
@@ -205,16 +268,116 @@ BROKEN = [
 def test_names_what_is_broken(clause, make_env):
     """An environment that breaks one clause gets one sentence, or few, and one is about it."""
     sentences = check_env(make_env, steps=3 * LENGTH)
-    assert any(sentence.startswith(clause) for sentence in sentences)
+    assert any(sentence.startswith(clause) for sentence in sentences), sentences
     assert len(sentences) <= 2
 
 
-Truncated = changed("step", lambda env, x: (*x[:2], x[3], x[2], x[4]))
-
-
-@pytest.mark.parametrize("make_env", [Toy, Kept, Truncated, lambda n: ToyVecEnv(n, slots=1)])
+@pytest.mark.parametrize("make_env", [Toy, Kept, Truncated, partial(ToyVecEnv, slots=1)])
 def test_silent_about_the_toy(make_env):
-    assert check_env(make_env, num_envs=4) == []
+    checker = Checker(make_env, num_envs=4)
+    checker.check(200)
+    assert checker.problems == {} and checker.warnings == []
+
+
+JUNK = [
+    None,
+    True,
+    1,
+    "text",
+    [],
+    {},
+    (),
+    object(),
+    np.float32(1),
+    np.array("a"),
+    np.array([None] * 3),
+    np.zeros((3, 1)),
+]
+ATTRIBUTES = "metadata num_envs single_observation_space single_action_space step state"
+PLACES = {"reset": lambda junk: changed("reset", lambda env, x: (junk, {}))}
+PLACES |= {key: partial(lambda key, junk: shown(key, lambda env, x: junk), key) for key in ARRAYS}
+PLACES |= {name: partial(lambda name, junk: stepped(name, lambda env, x: junk), name) for name in RESULT}
+PLACES |= {
+    f"infos {key}": partial(lambda key, junk: stepped("infos", lambda env, x: x | {key: junk}), key)
+    for key in ("_episode", "episode", "final_obs")
+}
+PLACES |= {f"episode {key}": partial(lambda key, junk: episode(key, lambda x: junk), key) for key in "lr"}
+PLACES |= {f"env.{name}": partial(lambda name, junk: built(**{name: junk}), name) for name in ATTRIBUTES.split()}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_junk_anywhere_is_no_traceback(place):
+    """Whatever stands in the place of an array, a dict or a method, it is a broken clause in a sentence."""
+    for junk in JUNK:
+        assert check_env(PLACES[place](junk), steps=LENGTH), junk
+
+
+def test_an_exception_has_its_line():
+    """It is the last one in a person's own file, not in a library."""
+    call = "np.concatenate([])"
+    line = next(i for i, x in enumerate(Path(__file__).read_text().splitlines(), 1) if f"return {call}" in x)
+
+    class Fails(Toy):
+        def step(self, actions):
+            return np.concatenate([])
+
+    (sentence,) = check_env(Fails)
+    raised = "ValueError: need at least one array to concatenate"
+    assert sentence == f"step(actions) must not fail, and raised {raised} (test_check_env.py, line {line}) (step 1)"
+
+
+def test_what_is_not_deterministic_is_named_as_that():
+    """Clauses that need the same play twice are not judged then, and neither are the seeds."""
+
+    class Dice(Kept):
+        def reset(self, *, seed=None, options=None):
+            return super().reset()
+
+    checker = Checker(Dice)
+    checker.check(3 * LENGTH)
+    (clause,) = checker.problems
+    assert clause == "the same seed and actions must give the same matches: it is not deterministic"
+    assert checker.warnings == []
+
+
+def same(option):
+    """A toy to which an option makes no difference."""
+    return lambda num_envs, **options: Toy(num_envs, **{key: x for key, x in options.items() if key != option})
+
+
+def few_actions():
+    return gym.spaces.MultiDiscrete(np.where(np.arange(32).reshape(2, 16) == 3, 2, COLOURS))
+
+
+@pytest.mark.parametrize(
+    "sentence, make_env",
+    [
+        ("no match ended in 30 steps", changed("reset", lambda env, x: env.time.fill(-1000) or x)),
+        ("features [2] are beyond 10 in size", shown("features", lambda env, x: x * np.float32([1, 1, 11, 1]))),
+        (
+            "features [0, 3] are always the same (2 in all)",
+            shown("features", lambda env, x: x * np.float32([0, 1, 1, 0])),
+        ),
+        ("board never exceeds 1", shown("board", lambda env, x: x // 100)),
+        ("first_match had no effect", same("first_match")),
+        ("held_out had no effect", same("held_out")),
+        ("rewards were paid in slots that were empty", stepped("rewards", lambda env, x: x + (env.live & ~env.before))),
+        ("some entities have fewer actions", built(single_action_space=few_actions())),
+        ("no entity was ever alive", shown("kind", lambda env, x: env.live.fill(False) or x * 0)),
+    ],
+)
+def test_warns(sentence, make_env):
+    """A warning is no broken clause."""
+    if "features" in sentence:  # the toy's space would be too narrow
+        wide = gym.spaces.Box(-np.inf, np.inf, (2, 16, COLOURS), np.float32)
+        make_env = changed(
+            "__init__", lambda env, _: env.single_observation_space.spaces.update(features=wide), make_env
+        )
+    checker = Checker(make_env)
+    checker.check(3 * LENGTH)
+    assert checker.problems == {}
+    assert any(warning.startswith(sentence) for warning in checker.warnings), checker.warnings
+    assert len(checker.warnings) == 1 or "ever alive" in sentence, checker.warnings
 
 
 def test_says_where():
@@ -253,8 +416,8 @@ class Lux(lux.LuxVecEnv):
 def test_silent_about_lux(group_by):
     """Births, deaths, ends of matches and entities known by the engine's ids are all in order."""
 
-    def make_env(num_envs):
-        return Lux(num_envs, num_workers=0, max_robots=4, group_by=group_by)
+    def make_env(num_envs, **options):
+        return Lux(num_envs, max_robots=4, **options | {"group_by": group_by})
 
     assert check_env(make_env, 250, num_envs=2, entity_ids=lambda env: env.ids) == []
 
@@ -263,9 +426,10 @@ def test_command(tmp_path):
     """It says in a line what came up, and ends with 1 and the sentences if a clause is broken."""
 
     def run(*args):
-        command = [sys.executable, ROOT / "examples" / "check_env.py", *args]
+        command = [sys.executable, ROOT / "examples" / "check_env.py", *map(str, args)]
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        return result.returncode, result.stdout
+        assert "Traceback" not in result.stderr
+        return result.returncode, result.stdout + result.stderr
 
     toy = (ROOT / "examples/toy/toy_env.py").read_text()
     (tmp_path / "toy.py").write_text(toy)
@@ -275,3 +439,18 @@ def test_command(tmp_path):
     assert "60 ends of matches in 200 steps of 3 matches" in said
     code, said = run("mine:ToyVecEnv", "--steps", "20")
     assert code == 1 and said.startswith("group must be in 0 to E - 1")
+    code, said = run(ROOT / "examples/toy/toy_env.py:ToyVecEnv", "--steps", "5", "--env-kwargs", "slots", "4")
+    assert code == 0 and said.startswith("warning: no match ended in 5 steps")
+    code, said = run("toy:ToyVecEnv", "--env-kwargs", "sluts", "4")
+    assert code == 1 and "unexpected keyword argument 'sluts'" in said
+    (tmp_path / "typo.py").write_text("import gymnasium\n)")
+    for wrong, why in (
+        ("toy", "toy is no environment: name it my_env:MyVecEnv"),
+        ("nowhere:ToyVecEnv", "nowhere cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("no/where.py:ToyVecEnv", "no/where.py cannot be imported: FileNotFoundError"),
+        ("typo:ToyVecEnv", "typo cannot be imported: SyntaxError: unmatched ')' (typo.py, line 2)"),
+        ("toy:VecToyEnv", "toy has no class or function VecToyEnv"),
+        ("toy:SIZE", "toy has no class or function SIZE"),
+    ):
+        code, said = run(wrong)
+        assert code == 2 and said.startswith(f"check_env.py: error: {why}") and said.count("\n") == 1

@@ -57,12 +57,16 @@ def test_toy():
     [
         ("toy/toy_env.py", "l r"),
         pytest.param("battle/battle_env.py", "l r kills survivors won", marks=no_magent2),
+        ("pettingzoo/games.py", "l r"),
     ],
 )
 def test_used_as_its_docstring_says(tmp_path, script, example, metrics):
     """Both scripts train on it, are resumed, and evaluate, with nothing else in the folder."""
     for path in (f"examples/{example}", "hybrid_model.py", f"{script}.py"):
         shutil.copy(ROOT / path, tmp_path)
+    if "pettingzoo" in example:
+        pytest.importorskip("pettingzoo.butterfly.knights_archers_zombies_v11", exc_type=ImportError)
+        shutil.copy(ROOT / "examples/pettingzoo/parallel_env.py", tmp_path)
     text = (ROOT / "examples" / example).read_text()
     (flags,) = re.findall(r"^    python trajsep_ppo.py (.*)$", text, re.M)
     flags += " --total-timesteps 256 --num-envs 4 --num-steps 32 --eval-episodes 3"

@@ -122,8 +122,13 @@ class BattleVecEnv(gym.vector.VectorEnv):
             episode = {"r": self.returns.copy(), "kills": self.size - enemies, "survivors": left}
             episode["won"] = (1 + np.sign(left - enemies)) / 2  # 0.5 is a draw
             infos = {"_episode": over, "episode": {"l": length} | {key: self._own(x) for key, x in episode.items()}}
-        for i in self.matches:
-            self._begin(i) if over[i] else self._encode(i)
+        for i in np.flatnonzero(~terminated):
+            self._encode(i)
+        if over.any():
+            final = {key: self._own(x).copy() for key, x in self.obs.items()}
+            infos |= {"final_obs": final, "_final_obs": truncated}
+            for i in np.flatnonzero(over):
+                self._begin(i)
         return {key: self._own(x) for key, x in self.obs.items()}, self._own(rewards), terminated, truncated, infos
 
     def render(self):

@@ -16,7 +16,8 @@ SIZE, COLOURS, LENGTH = 8, 4, 10
 class ToyVecEnv(gym.vector.VectorEnv):
     """N matches of P = 2 teams of up to E = slots workers, who come and go. The right button earns 1 / E.
 
-    The scripts pass num_workers, held_out, first_match and group_by to every environment; a toy has no use for them.
+    The scripts pass num_workers, held_out, first_match and group_by to every environment. Evaluation (held_out) and
+    the other processes of torchrun (first_match) play other matches; the rest is nothing to a toy.
     """
 
     metadata = {"name": "toy", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
@@ -31,6 +32,7 @@ class ToyVecEnv(gym.vector.VectorEnv):
         group_by="entity",
     ):
         self.num_envs, self.shape = num_envs, (num_envs, 2, slots)
+        self.place = [held_out, first_match]
         spaces = {
             "board": gym.spaces.Box(0, 100, (2, SIZE, SIZE, 1), np.uint8),
             "features": gym.spaces.Box(0, 1, (2, slots, COLOURS), np.float32),
@@ -43,7 +45,7 @@ class ToyVecEnv(gym.vector.VectorEnv):
         self.single_action_space = gym.spaces.MultiDiscrete(np.full((2, slots), COLOURS))
 
     def reset(self, *, seed=None, options=None):
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed if seed is None else [*self.place, seed])
         self.time, self.returns = np.zeros(self.num_envs, np.int64), np.zeros(self.shape[:2])
         self.live = self.rng.random(self.shape) < 2 / 3
         return self._observe(), {}

@@ -1,0 +1,30 @@
+"""Gymnasium games to train on, such as --env-id tuple_games:RwareVecEnv; examples/README.md says how."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+from tuple_env import as_parallel
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "pettingzoo"))  # or parallel_env.py is beside this file
+
+from parallel_env import ParallelVecEnv  # noqa: E402
+
+# Four robots bring shelves to a goal. The time limit is Gymnasium's: the game's own would be a termination.
+rware = partial(
+    gym.make, "rware:rware-tiny-4ag-easy-v2", max_steps=None, max_episode_steps=500, disable_env_checker=True
+)
+RwareVecEnv = partial(ParallelVecEnv, make=as_parallel(rware))
+
+# Three players of different levels pick up food together; the game ends after 50 steps.
+lbf = partial(gym.make, "lbforaging:Foraging-8x8-3p-3f-v3", disable_env_checker=True)
+
+
+def begin_lbf(env):
+    """Players would not be placed where others stood in the match before."""
+    for player in env.game.unwrapped.players:
+        player.position = None
+
+
+LbfVecEnv = partial(ParallelVecEnv, make=as_parallel(lbf), before_reset=begin_lbf)

@@ -1,0 +1,150 @@
+"""Any PettingZoo ParallelEnv with discrete actions as a vector environment with one reward per entity: see games.py."""
+
+import gymnasium as gym
+import numpy as np
+
+SEEDS = (2**20, 2**31), (0, 2**20)  # of games for training, and of those that are held out
+
+
+def without_mask(space):
+    masked = isinstance(space, gym.spaces.Dict) and set(space) == {"observation", "action_mask"}
+    return space["observation"] if masked else space
+
+
+class ParallelVecEnv(gym.vector.VectorEnv):
+    """N matches of a game, played in this process. Every agent has a slot of its own, and may come and go.
+
+    Features are the flattened observation, divided by its bounds where they are beyond 1, and one-hots of kind and
+    slot. An action mask may be in the observation, beside "observation", or in the infos.
+
+    Args:
+        make: a function from the options (and render_mode) to a game; a ValueError says if that does not fit.
+        team, kind: functions of an agent's name; by default all agents are of one.
+        board, position: functions of a game, [H, W, C] in percent (uint8), and of a game and an agent, (x, y).
+        before_reset: called with a game, for what its seed leaves open.
+        num_workers: ignored; the rest is as in LuxVecEnv, a "cluster" being the agents of one kind in a team.
+    """
+
+    # fmt: off
+    def __init__(
+        self, num_envs, make, team=None, kind=None, board=None, position=None, before_reset=None, num_workers=None,
+        held_out=False, first_match=0, group_by="entity", **options,
+    ):  # fmt: on
+        try:
+            self.games = [make(**options) for _ in range(num_envs)]
+        except Exception as error:  # a game may raise anything
+            raise ValueError(f"make fails with the options {options}: {type(error).__name__}: {error}") from error
+        self.num_envs, self.first_match, self.seeds = num_envs, first_match, SEEDS[bool(held_out)]
+        self.board = board or (lambda game: np.zeros((1, 1, 1), np.uint8))
+        self.position, self.before_reset = position or (lambda game, agent: 0), before_reset or (lambda game: None)
+        game, agents = self.games[0], getattr(self.games[0], "possible_agents", None)
+        if not agents or hasattr(game, "agent_iter"):
+            raise ValueError(f"{game} has no possible_agents, or plays in turns: make must return a ParallelEnv")
+        teams, kinds, self.scales = {}, {}, {}
+        for agent in agents:
+            teams.setdefault(team(agent) if team else 0, []).append(agent)
+            kinds.setdefault(kind(agent) if kind else 0, []).append(agent)
+            actions, seen = game.action_space(agent), without_mask(game.observation_space(agent))
+            flat = gym.spaces.flatten_space(seen)
+            if not isinstance(actions, gym.spaces.Discrete) or not isinstance(flat, gym.spaces.Box):
+                raise ValueError(f"{agent} needs Discrete actions and fixed observations, not {actions} and {seen}")
+            bound = np.maximum(abs(flat.low.astype(float)), abs(flat.high.astype(float)))
+            self.scales[agent] = np.where((bound > 1) & (bound < 1e6), bound, 1)
+        if None in teams:
+            raise ValueError(f"{teams[None][0]} has no team: team() must return one for every agent")
+        self.slots = {agent: (p, e) for p, names in enumerate(teams.values()) for e, agent in enumerate(names)}
+        self.kinds = {agent: 1 + k for k, names in enumerate(kinds.values()) for agent in names}
+        game.reset(seed=0)
+        view = self.board(game)
+        P, E, K, F = len(teams), max(map(len, teams.values())), len(kinds), max(map(len, self.scales.values()))
+        (p, e), k = np.array([*self.slots.values()]).T, np.array([self.kinds[agent] for agent in self.slots])
+        labels = np.hstack([np.eye(K)[k - 1][:, K == 1 :], np.eye(E)[e][:, E == 1 :]])  # one alone needs none
+        A = max(game.action_space(agent).n for agent in agents)
+        boxes = {
+            "board": (0, 100, (P, *view.shape), view.dtype),
+            "features": (-np.inf, np.inf, (P, E, F + labels.shape[1]), np.float32),
+            "position": (0, max(view.shape[:2]) - 1, (P, E, 2), np.int64),
+            "kind": (0, K, (P, E), np.int64),
+            "group": (0, E - 1, (P, E), np.int64),
+            "action_mask": (0, 1, (P, E, A), np.bool_),
+        }
+        self.single_observation_space = gym.spaces.Dict({key: gym.spaces.Box(*box) for key, box in boxes.items()})
+        self.single_action_space = gym.spaces.MultiDiscrete(np.full((P, E), A))
+        self.obs = {key: np.zeros((num_envs, *x.shape), x.dtype) for key, x in self.single_observation_space.items()}
+        self.obs["features"][:, p, e, F:] = labels
+        together = (p[:, None] == p) & (k[:, None] == k if group_by == "cluster" else e[:, None] == e)
+        self.obs["group"][:, p, e] = e[together.argmax(1)]  # named after its first member
+        name, mode = str(game.metadata.get("name", "game")), gym.vector.AutoresetMode.SAME_STEP
+        self.metadata = {"name": name, "autoreset_mode": mode, "render_modes": ["rgb_array"]}
+
+    def reset(self, *, seed=None, options=None):
+        """Begin a match everywhere; match i is the same for the same seed, whatever N is."""
+        self.seed = int(np.random.SeedSequence().entropy % 2**31) if seed is None else seed
+        self.played, self.lengths = np.zeros((2, self.num_envs), np.int64)
+        self.returns = np.zeros(self.obs["kind"].shape[:2])
+        self._begin(range(self.num_envs))
+        return self.obs, {}
+
+    def step(self, actions):
+        """Play actions [N, P, E]; returns observations, rewards [N, P, E], terminated and truncated [N], infos."""
+        rewards = np.zeros(actions.shape, np.float32)
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
+        for i, game in enumerate(self.games):
+            live = {agent: slot for agent, slot in self.slots.items() if self.obs["kind"][i][slot]}
+            chosen = {agent: int(actions[i][slot] + game.action_space(agent).start) for agent, slot in live.items()}
+            obs, paid, terminations, truncations, infos = game.step(chosen)
+            for agent, slot in self.slots.items():
+                rewards[i][slot] = paid.get(agent, 0)
+                if not np.isfinite(rewards[i][slot]):
+                    raise RuntimeError(f"{agent} got the reward {paid[agent]}: the game must pay finite numbers")
+            self.returns[i] += (rewards[i] * (self.obs["kind"][i] > 0)).sum(-1)
+            dead = {agent for agent in live if terminations.get(agent)}
+            cut = {agent for agent in live if truncations.get(agent)} - dead
+            stay = [agent for agent in game.agents if agent not in dead | cut]
+            if stay and (back := (dead | cut).intersection(game.agents)):
+                raise RuntimeError(f"{back.pop()} ended and is there again: it must be away for a step in between")
+            truncated[i], terminated[i] = not stay and bool(cut), not stay and not cut
+            self._observe(i, stay or cut.intersection(obs), obs, infos)  # those cut short have a last observation
+        self.lengths, infos = self.lengths + 1, {}
+        if (over := terminated | truncated).any():
+            infos = {"episode": {"l": self.lengths.copy(), "r": self.returns.copy()}, "_episode": over}
+            infos |= {"final_obs": {key: x.copy() for key, x in self.obs.items()}, "_final_obs": over}
+            self._begin(np.flatnonzero(over))
+        return self.obs, rewards, terminated, truncated, infos
+
+    def render(self):
+        return tuple(game.render() for game in self.games)
+
+    def close_extras(self, **kwargs):
+        for game in self.games:
+            game.close()
+
+    def _begin(self, matches):
+        for i in matches:
+            self.played[i] += 1
+            self.lengths[i], self.returns[i] = 0, 0
+            rng = np.random.default_rng([self.seed, self.first_match + i, self.played[i]])
+            self.before_reset(self.games[i])
+            obs, infos = self.games[i].reset(seed=int(rng.integers(*self.seeds)))
+            self._observe(i, self.games[i].agents, obs, infos)
+
+    def _observe(self, i, agents, obs, infos):
+        """Write what these agents of match i see; the slots of all others are empty."""
+        game, arrays = self.games[i], {key: x[i] for key, x in self.obs.items()}
+        arrays["kind"][:] = 0
+        arrays["board"][:] = self.board(game)
+        for agent in agents:
+            if agent not in self.slots:
+                raise RuntimeError(f"{agent} is not in the game's possible_agents: it must declare all who may come")
+            slot, space, n = self.slots[agent], game.observation_space(agent), game.action_space(agent).n
+            seen, mask = obs.get(agent), infos.get(agent, {}).get("action_mask", np.ones(n))
+            if seen is not None and without_mask(space) is not space:
+                seen, mask = seen["observation"], seen["action_mask"]
+            if seen is None or np.shape(mask) != (n,) or not np.any(mask):
+                raise RuntimeError(f"{agent} must observe something, and have {n} actions, one of them not masked")
+            flat = gym.spaces.flatten(without_mask(space), seen) / self.scales[agent]
+            if not np.isfinite(flat).all():
+                raise RuntimeError(f"{agent} observed a number that is not finite: the game must avoid that")
+            arrays["features"][slot][: len(flat)], arrays["action_mask"][slot][:n] = flat, mask
+            arrays["kind"][slot] = self.kinds[agent]
+            arrays["position"][slot] = self.position(game, agent)
