@@ -13,8 +13,8 @@ tables are useful whenever it is stopped. The same command continues it: finishe
 evaluations are kept, a training that was cut off starts again.
 
 Trainings run side by side, each with one thread, and are evaluated after they have ended. Every
-evaluation plays the same held-out maps once each, with actions sampled from the policy. The last
-checkpoints of the main arms also play with their most likely actions.
+evaluation plays the same held-out maps once each, with actions sampled from the policy; the last
+checkpoints also play with their most likely actions.
 
     written to --out
     ablation.csv    a row for every player of every evaluated match; lengths are in steps
@@ -426,7 +426,7 @@ class Work:
         schedule = self.schedule or (FINE if arm in MAIN else COARSE)
         steps = {min(saved for saved in paths if saved >= step) for step in schedule if step < last}
         wanted = [(step, "sampled") for step in sorted(steps - {last})]
-        wanted += [(last, "sampled")] + [(last, "greedy")] * (arm in MAIN)
+        wanted += [(last, "sampled"), (last, "greedy")]
         wanted = [key for key in wanted if not evaluation(folder, *key).exists()]
         if wanted:
             say(arm, task["seed"], f"{len(wanted)} evaluations")

@@ -70,6 +70,8 @@ ARMS = {
     "random-4": ("4 random robots", "#0072B2", (0, (1, 1))),
     "lichen": ("separate, lichen rewarded", "black", (0, (1, 1))),
     "no-safe-masks": ("separate, without the safe masks", "black", (0, (5, 5))),
+    "may-wait": ("separate, factories may wait", "tab:pink", (0, (5, 5))),
+    "global-may-wait": ("global, factories may wait", "tab:gray", (0, (5, 5))),
     "random-placement": ("separate, factories placed at random", "#CC79A7", (0, (5, 5))),
     "large-heads": ("separate, heads that begin with gain 1", "#D55E00", (0, (5, 5))),
 }
