@@ -30,10 +30,9 @@ import numpy as np
 import tyro
 
 # Axes of each array of an observation after [N, P], and its type
+BOARD = {"board": ("HWC", np.uint8), "position": ("E2", np.int64)}  # a game may have neither
 ARRAYS = {
-    "board": ("HWC", np.uint8),
     "features": ("EF", np.float32),
-    "position": ("E2", np.int64),
     "kind": ("E", np.int64),
     "group": ("E", np.int64),
     "action_mask": ("EA", np.bool_),
@@ -49,7 +48,7 @@ def equal(x, y):
 def agreement(obs, expected):
     """Where two observations are the same, an array for each key; what is in empty slots does not matter."""
     live = expected["kind"] > 0
-    for key in ARRAYS:
+    for key in expected:
         same = equal(obs[key], expected[key])
         yield same if key in ("board", "kind") else same.reshape(*live.shape, -1).all(-1) | ~live
 
@@ -149,11 +148,14 @@ class Checker:
         space, actions = (getattr(env, f"single_{name}_space", None) for name in ("observation", "action"))
         fits = isinstance(space, gym.spaces.Dict) and set(ARRAYS) <= set(space)
         self.expect(fits, f"single_observation_space must be a Dict with {', '.join(ARRAYS)}", vital=True)
+        fits = len(set(BOARD) & set(space)) != 1
+        self.expect(fits, "single_observation_space must have both board and position, or neither", vital=True)
+        self.arrays = ARRAYS | (BOARD if "board" in space.keys() else {})
         fits = isinstance(actions, gym.spaces.MultiDiscrete) and actions.nvec.ndim == 2
         self.expect(fits, "single_action_space must be a MultiDiscrete of shape [P, E]", vital=True)
         P, E = actions.nvec.shape
         self.space, self.sizes = space, {"E": E, "A": int(actions.nvec.max()), "2": 2}
-        for key, (axes, _) in ARRAYS.items():
+        for key, (axes, _) in self.arrays.items():
             shape = space[key].shape or ()
             fits = shape[:1] == (P,) and len(shape) == 1 + len(axes)
             fits = fits and all(self.sizes.setdefault(axis, size) == size for axis, size in zip(axes, shape[1:]))
@@ -177,30 +179,32 @@ class Checker:
 
     def check_observation(self, obs):
         """Expect an observation to be as it must be; returns a copy of its arrays."""
-        fits = isinstance(obs, dict) and set(ARRAYS) <= set(obs)
-        self.expect(fits, f"an observation must be a dict with {', '.join(ARRAYS)}", vital=True)
+        fits = isinstance(obs, dict) and set(self.arrays) <= set(obs)
+        self.expect(fits, f"an observation must be a dict with {', '.join(self.arrays)}", vital=True)
         for key, x in obs.items():
             self.expect_array(x, key)
-        for key, (_, dtype) in ARRAYS.items():
+        for key, (_, dtype) in self.arrays.items():
             fits = obs[key].shape == (self.num_envs, *self.space[key].shape)
             self.expect(fits, f"{key} must have the shape of its space with N in front", vital=True)
             self.expect(obs[key].dtype == dtype, f"{key} must be of type {np.dtype(dtype)}", vital=True)
-        obs = {key: np.array(obs[key]) for key in ARRAYS}
-        live, group, (x, y) = obs["kind"] > 0, obs["group"], np.moveaxis(obs["position"], -1, 0)
-        inside = (0 <= x) & (x < self.sizes["H"]) & (0 <= y) & (y < self.sizes["W"])
+        obs = {key: np.array(obs[key]) for key in self.arrays}
+        live, group = obs["kind"] > 0, obs["group"]
         self.expect(obs["kind"] >= 0, "kind must be 0 in an empty slot and above 0 in others")
-        self.expect(obs["board"] <= 100, "board must be in percent, 0 to 100")
-        self.expect(inside | ~live, "position of an entity must be a cell of the board, 0 to H - 1 and 0 to W - 1")
+        if "board" in obs:
+            x, y = np.moveaxis(obs["position"], -1, 0)
+            inside = (0 <= x) & (x < self.sizes["H"]) & (0 <= y) & (y < self.sizes["W"])
+            self.expect(obs["board"] <= 100, "board must be in percent, 0 to 100")
+            self.expect(inside | ~live, "position of an entity must be a cell of the board, 0 to H - 1 and 0 to W - 1")
+            self.seen["board"] = max(self.seen["board"], int(obs["board"].max()))
         self.expect((0 <= group) & (group < self.sizes["E"]), "group must be in 0 to E - 1, in empty slots too")
         self.expect(obs["action_mask"].any(-1) | ~live, "an entity must have an action that is not masked")
         self.expect(np.isfinite(obs["features"]).all(-1) | ~live, "features of an entity must be finite")
         for key, box in self.space.items():
-            if key in ARRAYS and isinstance(box, gym.spaces.Box):
+            if key in obs and isinstance(box, gym.spaces.Box):
                 outside = (obs[key] < box.low) | (obs[key] > box.high)
                 outside = outside if key == "board" else outside.reshape(*live.shape, -1).any(-1) & live
                 self.expect(~outside, f"{key} must stay within the bounds of its space")
         self.seen["entities"] += int(live.sum())
-        self.seen["board"] = max(self.seen["board"], int(obs["board"].max()))
         self.seen["impossible"] += int((obs["action_mask"] & ~self.possible & live[..., None]).sum())
         self.low = obs["features"][live].min(0, initial=np.inf).clip(max=self.low)
         self.high = obs["features"][live].max(0, initial=-np.inf).clip(min=self.high)
@@ -316,7 +320,7 @@ class Checker:
         constant = np.flatnonzero(self.low == self.high).tolist()
         self.warn(constant, f"features {constant[:8]} are always the same ({len(constant)} in all): they tell nothing")
         wrong = "board never exceeds 1: it is in percent, so the network sees hardly anything of it; 100 is full"
-        self.warn(self.seen["board"] <= 1 and self.sizes["H"] * self.sizes["W"] > 1, wrong)
+        self.warn("board" in self.arrays and self.seen["board"] <= 1, wrong)
         wrong = "rewards were paid in slots that were empty before the step: they are dropped, so what an entity earns"
         self.warn(self.seen["lost rewards"], f"{wrong} after its death teaches nobody; pay it when it dies")
         wrong = "some entities have fewer actions than others by single_action_space, and their action_mask allows more"
@@ -368,7 +372,7 @@ class Checker:
             obs, paid, terminated, truncated, _ = self.call_step(env, actions)
             self.expect(equal(paid, rewards) | ~live, clause)
             self.expect((terminated | truncated) == over, clause)
-            obs = {key: np.array(obs[key]) for key in ARRAYS}
+            obs = {key: np.array(obs[key]) for key in expected}
             self.expect_alike(obs, expected, clause)
             if clause in self.problems:  # from here on its actions may be none
                 return

@@ -148,6 +148,24 @@ class Kept(Toy):
         return self.obs, {}
 
 
+def lacking(*gone):
+    """A toy without these arrays."""
+
+    class Lacking(Toy):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            spaces = self.single_observation_space.items()
+            self.single_observation_space = gym.spaces.Dict({k: x for k, x in spaces if k not in gone})
+
+        def _observe(self):
+            return {key: x for key, x in super()._observe().items() if key not in gone}
+
+    return Lacking
+
+
+NO_BOARD = lacking("board", "position")
+
+
 def forget(env, result):
     env.colour = (env.colour + 1) % COLOURS
     return result
@@ -163,6 +181,7 @@ class Nosy(Toy):
 
 
 BROKEN = [
+    ("single_observation_space must have both board and position, or neither", lacking("board")),
     ("the call with (3, num_workers=0, first_match=0, group_by='entity')", lambda num_envs: Toy(num_envs)),
     ("the call with", partial(Toy, sise=8)),
     ("there must be a method close", lambda num_envs, **_: without_close()),
@@ -272,7 +291,7 @@ def test_names_what_is_broken(clause, make_env):
     assert len(sentences) <= 2
 
 
-@pytest.mark.parametrize("make_env", [Toy, Kept, Truncated, partial(ToyVecEnv, slots=1)])
+@pytest.mark.parametrize("make_env", [Toy, Kept, Truncated, partial(ToyVecEnv, slots=1), NO_BOARD])
 def test_silent_about_the_toy(make_env):
     checker = Checker(make_env, num_envs=4)
     checker.check(200)

@@ -20,7 +20,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
     Args:
         make: a function from the options (and render_mode) to a game; a ValueError says if that does not fit.
         team, kind: functions of an agent's name; by default all agents are of one.
-        board, position: functions of a game, [H, W, C] in percent (uint8), and of a game and an agent, (x, y).
+        board, position: functions of a game ([H, W, C] uint8, percent), and of game and agent (x, y); or neither.
         before_reset: called with a game, for what its seed leaves open.
         num_workers: ignored; the rest is as in LuxVecEnv, a "cluster" being the agents of one kind in a team.
     """
@@ -35,8 +35,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         except Exception as error:  # a game may raise anything
             raise ValueError(f"make fails with the options {options}: {type(error).__name__}: {error}") from error
         self.num_envs, self.first_match, self.seeds = num_envs, first_match, SEEDS[bool(held_out)]
-        self.board = board or (lambda game: np.zeros((1, 1, 1), np.uint8))
-        self.position, self.before_reset = position or (lambda game, agent: 0), before_reset or (lambda game: None)
+        self.board, self.position, self.before_reset = board, position, before_reset or (lambda game: None)
         game, agents = self.games[0], getattr(self.games[0], "possible_agents", None)
         if not agents or hasattr(game, "agent_iter"):
             raise ValueError(f"{game} has no possible_agents, or plays in turns: make must return a ParallelEnv")
@@ -55,19 +54,20 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         self.slots = {agent: (p, e) for p, names in enumerate(teams.values()) for e, agent in enumerate(names)}
         self.kinds = {agent: 1 + k for k, names in enumerate(kinds.values()) for agent in names}
         game.reset(seed=0)
-        view = self.board(game)
         P, E, K, F = len(teams), max(map(len, teams.values())), len(kinds), max(map(len, self.scales.values()))
         (p, e), k = np.array([*self.slots.values()]).T, np.array([self.kinds[agent] for agent in self.slots])
         labels = np.hstack([np.eye(K)[k - 1][:, K == 1 :], np.eye(E)[e][:, E == 1 :]])  # one alone needs none
         A = max(game.action_space(agent).n for agent in agents)
         boxes = {
-            "board": (0, 100, (P, *view.shape), view.dtype),
             "features": (-np.inf, np.inf, (P, E, F + labels.shape[1]), np.float32),
-            "position": (0, max(view.shape[:2]) - 1, (P, E, 2), np.int64),
             "kind": (0, K, (P, E), np.int64),
             "group": (0, E - 1, (P, E), np.int64),
             "action_mask": (0, 1, (P, E, A), np.bool_),
         }
+        if board:
+            view = board(game)
+            boxes["board"] = 0, 100, (P, *view.shape), view.dtype
+            boxes["position"] = 0, max(view.shape[:2]) - 1, (P, E, 2), np.int64
         self.single_observation_space = gym.spaces.Dict({key: gym.spaces.Box(*box) for key, box in boxes.items()})
         self.single_action_space = gym.spaces.MultiDiscrete(np.full((P, E), A))
         self.obs = {key: np.zeros((num_envs, *x.shape), x.dtype) for key, x in self.single_observation_space.items()}
@@ -132,7 +132,6 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         """Write what these agents of match i see; the slots of all others are empty."""
         game, arrays = self.games[i], {key: x[i] for key, x in self.obs.items()}
         arrays["kind"][:] = 0
-        arrays["board"][:] = self.board(game)
         for agent in agents:
             if agent not in self.slots:
                 raise RuntimeError(f"{agent} is not in the game's possible_agents: it must declare all who may come")
@@ -147,4 +146,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
                 raise RuntimeError(f"{agent} observed a number that is not finite: the game must avoid that")
             arrays["features"][slot][: len(flat)], arrays["action_mask"][slot][:n] = flat, mask
             arrays["kind"][slot] = self.kinds[agent]
-            arrays["position"][slot] = self.position(game, agent)
+        if self.board:
+            arrays["board"][:] = self.board(game)
+            for agent in agents:
+                arrays["position"][self.slots[agent]] = self.position(game, agent)
