@@ -46,17 +46,11 @@ from luxai_runner.bot import Bot  # noqa: E402
 from luxai_runner.ext_to_command import ext_to_command  # noqa: E402
 from luxai_runner.process import BotProcess  # noqa: E402
 from luxai_runner.utils import to_json  # noqa: E402
+from page import board_of, snapshot, write_page  # noqa: E402
 
 from lux_wrapper import PLAYERS, early_phase_action  # noqa: E402
 from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
-VIEWER = """<!DOCTYPE html>
-<meta charset="utf-8">
-<title>Lux AI Season 2</title>
-<script>window.episode = EPISODE</script>
-<script type="module" crossorigin src="https://s2vis.lux-ai.org/index.js"></script>
-<div id="root">The viewer is loaded from https://s2vis.lux-ai.org; offline, see the GIF beside this page.</div>
-"""
 STDERR_LINES, STDERR_BYTES = 5, 4000  # of a bot that fails, the last ones are shown
 LONGEST = 2**26  # bytes of an answer
 
@@ -235,7 +229,7 @@ def play(
         seed: of the map.
         steps: when it ends at the latest, placement not counted.
         limits: seconds for a turn, and for all longer turns together; the official runner's.
-        replay: path without suffix, for a .json and .html of the official viewer and a .gif.
+        replay: path without suffix, for a .html page, a .json of the official viewer and a .gif.
         names: what the bots are called, if not by their files.
 
     Returns:
@@ -262,7 +256,7 @@ async def _play(engine, seats, seed, replay, bot_names):
         rewards, done = dict.fromkeys(PLAYERS, 0), False
         infos = dict.fromkeys(PLAYERS, {"env_cfg": dataclasses.asdict(engine.env_cfg)})
         obs = to_json(seen)
-        record, frames = {"observations": [obs], "actions": []}, []
+        record, frames, snapshots = {"observations": [obs], "actions": []}, [], []
         while not done:
             orders = {}
             for seat in seats:
@@ -287,6 +281,8 @@ async def _play(engine, seats, seed, replay, bot_names):
             if replay:
                 record["observations"].append(obs)
                 record["actions"].append(to_json(orders))
+                if done or engine.state.real_env_steps >= 0:
+                    snapshots.append(snapshot(engine.state))
                 if done or engine.state.real_env_steps % 4 == 0:
                     frames.append(Image.fromarray(engine.render()).quantize(64))
     finally:
@@ -294,9 +290,12 @@ async def _play(engine, seats, seed, replay, bot_names):
             await bot.proc.cleanup()
     if replay:
         record["metadata"] = {"seed": seed, "players": bot_names}
-        text = json.dumps(record)
-        Path(f"{replay}.json").write_text(text)
-        Path(f"{replay}.html").write_text(VIEWER.replace("EPISODE", text))
+        Path(f"{replay}.json").write_text(json.dumps(record))
+        ended = len(snapshots) - 1  # an error ends the match
+        notes = [(ended, team, seat.error) for team, seat in enumerate(seats) if seat.error]
+        names = [bot_names[player] for player in PLAYERS]
+        board = board_of(snapshots, engine.state.board, names, seed, notes)
+        write_page(f"{replay}.html", [{"title": " against ".join(names), "board": board}])
         film = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
         frames[0].save(f"{replay}.gif", **film)
     return rewards
@@ -396,7 +395,7 @@ def main():
     overage = "for all longer turns together (on Kaggle 60)"
     parser.add_argument("--overage", type=float, default=600, help=overage)
     parser.add_argument("--out", help="a CSV file: a row for each game and player")
-    parser.add_argument("--replays", help="a folder for replays: GIF, JSON, and HTML, which needs the web")
+    parser.add_argument("--replays", help="a folder for replays: a page, a GIF, and JSON for the official viewer")
     args = parser.parse_args()
     names = args.a, args.b
     try:
@@ -427,7 +426,7 @@ def main():
     if args.out:
         print(f"written to {args.out}")
     if args.replays:
-        print(f"replays written to {args.replays}: of each game .gif, .json, and .html (needs the web)")
+        print(f"replays written to {args.replays}: of each game .html, .gif, and .json for the official viewer")
 
 
 def run(bots, names, args):

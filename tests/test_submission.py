@@ -436,7 +436,7 @@ def test_matches(tmp_path):
     assert bots[:2] == ["0 player_0 4 run", "0 player_1 4 idle"]
     assert bots[2:] == ["1 player_0 4 idle", "1 player_1 4 run"]
     assert "font" not in done.stderr
-    assert "replays written to replays: " in done.stdout and "needs the web" in done.stdout
+    assert "replays written to replays: " in done.stdout
     for row in rows:
         idle = row["bot"] == "idle"
         assert row["error"] == "" and row["length"] == "20"
@@ -449,7 +449,9 @@ def test_matches(tmp_path):
     boards = [obs["board"] for obs in replay["observations"]]
     assert "ice" in boards[0] and "ice" not in boards[1]
     page = (tmp_path / "replays" / "1.html").read_text()
-    assert json.loads(page.split("window.episode = ")[1].split("</script>")[0]) == replay
+    [shown] = json.loads(page.split("const matches = ")[1].split(";\n")[0])
+    assert "http" not in page and shown["board"]["names"] == ["idle", "run"] and "credit" not in shown
+    assert len(shown["board"]["score"]) == 20 + 1
     with Image.open(tmp_path / "replays" / "1.gif") as film:
         assert 3 < film.n_frames <= 7  # every fourth step; those alike are one
         assert film.size == (400, 400)
@@ -513,6 +515,9 @@ def test_both_fail(tmp_path):
     assert (tmp_path / "replay.gif").exists()
     assert [row["result"] for row in rows] == ["draw", "draw"]
     assert [row["error"].split()[-1] for row in rows] == ["X", "Y"]
+    page = (tmp_path / "replay.html").read_text()
+    [shown] = json.loads(page.split("const matches = ")[1].split(";\n")[0])
+    assert shown["board"]["notes"] == [[0, player, row["error"]] for player, row in enumerate(rows)]
 
 
 def test_refused_orders_are_counted():

@@ -1,0 +1,403 @@
+"""The page of credit: its numbers, a second time in plain loops; wrong input; and what a reader does with it."""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import credit
+import numpy as np
+import page
+import pytest
+import torch
+
+import global_ppo
+import trajsep_ppo
+from hybrid_model import HybridNet
+
+ROOT = Path(credit.__file__).parent.parent
+MODEL = ROOT / "submission" / "model.pt"
+
+
+def untrained(path, script=trajsep_ppo, **flags):
+    """A checkpoint of a training that has just begun."""
+    args = script.Args(**flags)
+    envs = script.make_envs(args, 1, num_workers=0)
+    torch.manual_seed(1)
+    agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+    torch.save({"args": asdict(args), "model": agent.state_dict(), "global_step": 0}, path)
+    return path
+
+
+def matches_in(path):
+    """The data of a page."""
+    return json.loads(path.read_text().split("const matches = ")[1].split(";\n")[0])
+
+
+def page_of(folder, *sources, options=""):
+    """Run the program; the page that it writes."""
+    out = folder / "page.html"
+    command = ["credit.py", *map(str, sources), "--out", str(out), *options.split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        credit.main()
+    return out
+
+
+# ------------------------------ Numbers ------------------------------
+
+
+def advantages_of(rewards, values, active, dones, gamma, gae_lambda):
+    """compute_gae for one group, in plain loops."""
+    result = np.zeros(len(rewards))
+    for start in range(len(rewards)):
+        weight = 1.0
+        for t in range(start, len(rewards)):
+            if not active[t]:
+                break
+            goes_on = active[t + 1] and not dones[t]
+            result[start] += weight * (rewards[t] + (gamma * values[t + 1] if goes_on else 0) - values[t])
+            weight *= gamma * gae_lambda
+            if not goes_on:
+                break
+    return result
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "team"),
+    [({}, 170, 0), ({"group_by": "cluster"}, 60, 1), ({"norm_adv": False}, 60, 0), (None, 40, 1)],
+)
+def test_numbers(flags, steps, team, tmp_path):
+    """Advantages, the share of wrong signs and the correlation; None: the bot of the repository."""
+    source = MODEL if flags is None else untrained(tmp_path / "run.pt", **flags)
+    script, args, agent, step = credit.load(source)
+    rollout = credit.play(script, args, agent, step, credit.FIRST_MAP, steps)
+    told = json.loads(json.dumps(credit.credit_of(script, args, rollout, team)))
+    earned, dones = rollout["earned"].double().numpy(), rollout["dones"].numpy()
+    values, active = rollout["own"]["values"].double().numpy(), rollout["own"]["active"].numpy()
+    T, B, G = earned.shape
+    assert dones[-1].all() == (T < steps)
+    own, whole = np.zeros((T, B, G)), np.zeros((T, B))
+    for b in range(B):
+        mixed = np.zeros((T, G))
+        for t in range(T):
+            members = [g for g in range(G) if active[t, b, g]]
+            mean = sum(earned[t, b, g] for g in members) / len(members)
+            for g in members:
+                mixed[t, g] = args.agent_reward_weight * earned[t, b, g] + (1 - args.agent_reward_weight) * mean
+        rest = dones[:, b], args.gamma, args.gae_lambda
+        for g in range(G):
+            own[:, b, g] = advantages_of(mixed[:, g], values[:, b, g], active[:, b, g], *rest)
+        sums = [sum(earned[t, b]) for t in range(T)], [sum(values[t, b]) for t in range(T + 1)]
+        whole[:, b] = advantages_of(*sums, np.ones(T + 1, bool), *rest)
+    cells = [(t, g) for t in range(T) for g in range(G) if active[t, team, g]]
+    every = [own[t, b, g] for t in range(T) for b in range(B) for g in range(G) if active[t, b, g]]
+    scaled, scaled_whole = (own - np.mean(every)) / np.std(every), (whole - whole.mean()) / whole.std()
+    before = np.mean([own[t, team, g] * whole[t, team] < 0 for t, g in cells])
+    after = np.mean([scaled[t, team, g] * scaled_whole[t, team] < 0 for t, g in cells])
+    assert told["cells"] == len(cells) and told["used"] == ("after" if args.norm_adv else "before")
+    assert told["wrong"] == pytest.approx({"before": before, "after": after}, abs=3 / len(cells))
+    pairs = np.array([(own[t, team, g], whole[t, team]) for t, g in cells])
+    assert told["correlation"] == pytest.approx(np.corrcoef(pairs.T)[0, 1], abs=1e-3)
+    assert told["whole"]["advantages"] == pytest.approx((whole[:, team] / credit.UNIT).tolist(), abs=20)
+    shown = [x for row in told["rows"] for x in row["advantages"]]
+    assert sorted(shown) == pytest.approx(sorted(own[t, team, g] / credit.UNIT for t, g in cells), abs=20)
+    assert len({np.sign(x) for x in shown}) > 1 and len(told["rows"]) > 1
+
+
+def test_rows_belong_to_units(tmp_path):
+    """Each unit of the team is in a row as long as it lives, and what the page calls its reward is the game's."""
+    script, args, agent, step = credit.load(MODEL)
+    rollout = credit.play(script, args, agent, step, credit.FIRST_MAP, 60)
+    told = credit.credit_of(script, args, rollout, 0)
+    units = rollout["board"]["units"]
+    born = {units[row["leader"]]["name"]: row["born"] for row in told["rows"]}
+    assert any("heavy 1, built by factory" in name for name in born) and len(born) == len(told["rows"])
+    seen = set()
+    for index, row in enumerate(told["rows"]):
+        unit = units[row["leader"]]
+        assert unit["rows"] == [row["born"], index] and unit["born"] == row["born"]
+        assert len(unit["chosen"]) == len(row["earned"]) <= len(unit["deed"])
+        cargo = np.add(unit["ice"], unit["ore"])
+        for now, gained in enumerate(np.diff(cargo) if unit["kind"] != "factory" else ()):
+            deed = page.DEEDS[int(unit["deed"][now])]
+            if gained:
+                assert deed == ("dig" if gained > 0 else "deliver") and row["earned"][now] > 0
+            if deed.startswith("move"):
+                assert unit["cell"][now + 1] != unit["cell"][now]
+            seen.add(deed)
+    assert {"dig", "deliver"} < seen and len(seen) > 5
+
+
+@pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
+def test_same_as_in_training(script, tmp_path, monkeypatch):
+    """`train` computes the same rewards, values and advantages on the same rollout."""
+    flags = {"num_envs": 1, "num_steps": 48, "num_minibatches": 1, "total_timesteps": 48, "seed": credit.FIRST_MAP}
+    loaded, args, agent, step = credit.load(untrained(tmp_path / "run.pt", script, **flags))
+    seen = []
+    compute_gae, make_envs = script.compute_gae, script.make_envs
+    monkeypatch.setattr(script, "compute_gae", lambda *x: seen.append((x, compute_gae(*x))) or seen[-1][1])
+    rollout = credit.play(loaded, args, agent, step, credit.FIRST_MAP, 48)
+    here = seen[0 if script is trajsep_ppo else 1]
+    seen.clear()
+    held_out = lambda *x, num_workers, **options: make_envs(*x, num_workers=0, held_out=True, **options)  # noqa: E731
+    monkeypatch.setattr(script, "make_envs", held_out)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    checkpoint = {"global_step": 0, "train_seconds": 0, "matches": [], "model": agent.state_dict()}
+    checkpoint |= {"optimizer": optimizer.state_dict(), "torch_rng": torch.manual_seed(args.seed).get_state()}
+    script.train(args, tmp_path / "run", torch.device("cpu"), checkpoint)
+    [(given, advantages)] = seen
+    for x, y in zip((*given[:4], advantages), (*here[0][:4], here[1])):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert advantages.count_nonzero() > 48 and rollout["earned"].count_nonzero() > 0
+
+
+def test_example(tmp_path):
+    """docs/credit.html is a page as they are written today, and the table of docs/lesson.md is what it shows."""
+    [match] = matches_in(ROOT / "docs" / "credit.html")
+    page.write_page(tmp_path / "page.html", [match])
+    same = (tmp_path / "page.html").read_bytes() == (ROOT / "docs" / "credit.html").read_bytes()
+    assert same, "it has an older template: write_page(path, matches_in(path))"
+    told = match["credit"]
+    (heavy,) = [row for row in told["rows"] if row["name"].startswith("heavy 4,")]
+    lesson = (ROOT / "docs" / "lesson.md").read_text()
+    for name, row, at in (("heavy 4", heavy, 84 - heavy["born"]), ("the team", told["whole"], 84)):
+        columns = ("rewards", at), ("values", at), ("values", at + 1), ("advantages", at + 1)
+        cells = [f"{row[key][step] * credit.UNIT:.3f}" for key, step in columns]
+        assert f"| {name} | {' | '.join(cells)} |" in lesson
+        assert f"= **{row['advantages'][at] * credit.UNIT:.2f}**" in lesson
+
+
+# ------------------------------ Input ------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("empty", "there is no checkpoint at empty"),
+        ("nothing", "there is no checkpoint at nothing"),
+        ("text.pt", "text.pt is damaged, or not a checkpoint of trajsep_ppo.py or global_ppo.py"),
+        ("other.pt", "other.pt plays toy_env:ToyVecEnv, and this page draws Lux AI only"),
+        ("run.pt --map 1000000", "--map must be between 0 and 999,999"),
+        ("run.pt --steps 0", "--steps at least 1"),
+        ("run.pt --out nowhere/page.html", "nowhere/page.html cannot be written; is its folder there?"),
+    ],
+)
+def test_refuses(arguments, reason, tmp_path, monkeypatch, capsys):
+    """One sentence and exit code 2, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("text.pt").write_text("no checkpoint")
+    untrained("run.pt")
+    untrained("other.pt", env_id="toy_env:ToyVecEnv")
+    before = sorted(Path().rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["credit.py", *arguments.split()])
+    with pytest.raises(SystemExit) as exit:
+        credit.main()
+    error = capsys.readouterr().err
+    assert (
+        exit.value.code == 2 and error.startswith("credit.py: error: ") and reason in error and error.count("\n") == 1
+    )
+    assert [path for path in sorted(Path().rglob("*")) if path.name != "runs"] == before
+
+
+def test_overwrites_nothing(tmp_path, monkeypatch, capsys):
+    """A page that was not named gets a free name; one that was named is replaced."""
+    monkeypatch.chdir(tmp_path)
+    untrained("run.pt")
+    monkeypatch.setattr(sys, "argv", ["credit.py", "run.pt", "--steps", "2"])
+    for name in ("credit", "credit-2", "credit-3"):
+        credit.main()
+        assert f"written to runs/{name}.html" in capsys.readouterr().out and Path(f"runs/{name}.html").exists()
+    first = Path("runs/credit.html").read_text()
+    Path("runs/credit.html").write_text("mine")
+    page_of(tmp_path, "run.pt", options="--steps 2 --out runs/credit.html")
+    assert Path("runs/credit.html").read_text() == first
+
+
+# ------------------------------ The page in a browser ------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install selenium")
+    programs = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if None in programs:
+        pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    for option in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "window-size=1400,1000"):
+        options.add_argument(f"--{option}")
+    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")  # no network
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.binary_location = programs[0]
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    yield Reader(driver)
+    driver.quit()
+
+
+class Reader:
+    """Somebody who has only the page."""
+
+    def __init__(self, driver):
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        self.driver = driver
+        self.actions = lambda: ActionChains(driver)
+        self.wait = WebDriverWait(driver, 60).until
+
+    def open(self, path):
+        self.driver.get(path.as_uri())
+        assert self.errors() == [] and self.js("performance.getEntriesByType('resource').length") == 0
+
+    def errors(self):
+        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+    def js(self, expression):
+        return self.driver.execute_script(f"return {expression}")
+
+    def find(self, selector):
+        return self.driver.find_element("css selector", selector)
+
+    def point(self, selector, x, y, click=False):
+        """Move the mouse to a place in an element, in pixels from its corner."""
+        left, top = self.js(f"(({{x, y}}) => [x, y])($('{selector[1:]}').getBoundingClientRect())")
+        builder = self.actions().w3c_actions
+        builder.pointer_action.move_to_location(round(left + x), round(top + y))
+        if click:
+            builder.pointer_action.click()
+        builder.perform()
+
+    def click(self, selector):
+        self.find(selector).click()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A page of the bot of the repository, and of a baseline."""
+    folder = tmp_path_factory.mktemp("two")
+    return page_of(folder, MODEL, untrained(folder / "baseline.pt", global_ppo), options="--steps 60")
+
+
+def test_slider_and_keys(browser, two):
+    browser.open(two)
+    [match, _] = matches_in(two)
+    slider = browser.find("#slider").size
+    browser.point("#slider", slider["width"] // 2, slider["height"] // 2, click=True)
+    step = browser.js("page.step")
+    assert 25 < step < 35 and browser.find("#step").text == f"step {step} of 60"
+    waters = [
+        f"{unit['name'].split()[1]}: {unit['water'][step]}"
+        for unit in match["board"]["units"].values()
+        if unit["kind"] == "factory"
+    ]
+    assert all(water in browser.find("#score").text for water in waters) and len(waters) > 2
+    from selenium.webdriver.common.keys import Keys
+
+    browser.actions().send_keys(Keys.ARROW_RIGHT * 2).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).perform()
+    browser.actions().key_up(Keys.SHIFT).perform()
+    assert browser.js("page.step") == step - 8
+    browser.click("#play")
+    browser.wait(lambda _: browser.js("page.step") > step)
+    browser.actions().send_keys(" ").perform()
+    assert not browser.js("page.playing") and browser.find("#play").text == "play"
+    rubble = np.zeros(48 * 48, int)
+    browser.driver.execute_script("show({step: 59}); show({step: 40})")
+    for changes in match["board"]["rubble"][:41]:
+        rubble[changes[::2]] = changes[1::2]
+    assert browser.js("[...mapsAt(shown().board, page.step)[0]]") == rubble.tolist()
+    assert browser.errors() == []
+
+
+def colours(browser):
+    """The colour of each row at the present step, from the picture of the rows."""
+    script = """const brush = $("rows").picture.getContext("2d"), width = $("rows").clientWidth - NAMES;
+        const x = NAMES + page.step / shown().steps * width;
+        return shown().credit.rows.map((_, i) => [...brush.getImageData(x, topOf(shown(), i + 1) + 3, 1, 1).data])"""
+    return [tuple(colour) for colour in browser.driver.execute_script(script)]
+
+
+def test_switch(browser, two):
+    """Separate: each row has colours of its own; team: all have those of the team's row, and wrong signs are marked."""
+    browser.open(two)
+    [match, _] = matches_in(two)
+    wrong = match["credit"]["wrong"]["after"]
+    assert f"{wrong:.1%}" in browser.find("#number").text
+    browser.driver.execute_script("show({step: 30})")
+    own = [row for row in match["credit"]["rows"] if row["born"] < 25 and row["born"] + len(row["earned"]) > 35]
+    assert len(own) > 5
+    browser.click("[data-mode=team]")
+    assert browser.js("page.mode") == "team" and "on" in browser.find("[data-mode=team]").get_attribute("class")
+    in_team = [colour for colour in colours(browser) if colour[3]]
+    assert len(set(in_team)) == 1 and len(in_team) >= len(own)
+    browser.click("[data-mode=separate]")
+    assert len(set(colours(browser))) > 3
+    marked = browser.js(
+        "shown().credit.rows.map(row => row.earned.filter((_, i) => "
+        "isWrong(shown().credit, row, row.born + i)).length).reduce((a, b) => a + b)"
+    )
+    assert marked / match["credit"]["cells"] == pytest.approx(wrong, abs=0.01)
+    assert browser.errors() == []
+
+
+def test_hover(browser, two):
+    """A row marks its entity on the board, and the reverse; a click keeps the mark."""
+    browser.open(two)
+    browser.driver.execute_script("show({step: 40})")
+    names = browser.js("shown().credit.rows.map(row => row.name)")
+    for row in (1, 4):
+        browser.point("#rows", 60, browser.js(f"topOf(shown(), {row + 1}) + 8"))
+        assert browser.js("page.row") == row and browser.js("page.units.map(unit => unit.name)") == [names[row]]
+        assert browser.find("#told strong").text == names[row]
+    unit = browser.js(
+        "shown().units.find(unit => unit.kind !== 'factory' && unit.team === 0)"
+    )  # just born, on its factory
+    name, cell = unit["name"], unit["cell"][0]
+    browser.driver.execute_script(f"show({{step: {unit['born']}}})")
+    x, y = ((place + 0.5) * 500 / 48 for place in divmod(cell, 48))
+    browser.point("#board", int(x), int(y), click=True)
+    assert browser.js("page.pinned") and browser.js("page.units.map(unit => unit.name)") == [name]
+    assert names[browser.js("page.row")] == name and browser.find("#told strong").text == name
+    browser.point("#rows", 60, browser.js("topOf(shown(), 1) + 8"))
+    assert names[browser.js("page.row")] == name
+    assert browser.errors() == []
+
+
+def test_views(browser, two):
+    """Both checkpoints side by side, and each by itself; the baseline says what it is."""
+    browser.open(two)
+    browser.click("[data-screen=side]")
+    assert browser.find("#side").is_displayed() and not browser.find("#match").is_displayed()
+    text = browser.find("#side").text
+    assert "wrong sign" in text and "baseline" in text and str(MODEL) in text
+    browser.click("[data-which='1']")
+    assert browser.js("page.which") == 1 and browser.find("#match").is_displayed()
+    assert "one trajectory for the whole team" in browser.find("#number").text
+    assert browser.find("[data-mode=separate]").get_attribute("disabled")
+    browser.point("#rows", 60, browser.js("topOf(shown(), 1) + 8"))
+    assert "the team's" in browser.find("#told").text and "its own" not in browser.find("#told").text
+    assert browser.errors() == []
+
+
+def test_other_matches(browser, tmp_path):
+    """A match that ends early, teams without robots, many lives, and a replay whose names are code."""
+    source = untrained(tmp_path / "run.pt")
+    script, args, agent, step = credit.load(source)
+    with torch.no_grad():
+        agent.actor.bias[:] = 0
+        agent.actor.bias[-8:] = torch.tensor([100.0, 0, 0, 0, 0, 0, 0, 0])  # factories do nothing
+    rollout = credit.play(script, args, agent, step, credit.FIRST_MAP, 1000)
+    told = credit.credit_of(script, args, rollout, 0)
+    assert 100 < len(rollout["earned"]) < 200 and all("factory" in row["name"] for row in told["rows"])
+    name = "</script><img src=x onerror=alert(1)>"
+    board = rollout["board"] | {"names": [name, "B"], "notes": [(5, 0, name)]}
+    for matches in ([{"title": "a", "board": rollout["board"], "credit": told}], [{"title": name, "board": board}]):
+        page.write_page(tmp_path / "page.html", matches)
+        browser.open(tmp_path / "page.html")
+        browser.driver.execute_script("show({step: 5000, row: 0})")
+        assert browser.js("page.step") == len(rollout["earned"])
+    assert name in browser.find("#score").text and name in browser.find("#notes").text
+    assert not browser.find("#credit").is_displayed()
+    browser.click("[data-step='5']")
+    assert browser.js("page.step") == 5 and browser.errors() == []
