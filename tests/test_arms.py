@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import ablation
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,8 @@ class Workers(ToyVecEnv):
     def __init__(self, num_envs, all_live=False, scale=1.0, **options):
         super().__init__(num_envs, slots=6, **options)
         self.all_live, self.scale = all_live, scale
+        shape = self.single_observation_space["kind"].shape
+        self.single_observation_space["kind"] = gym.spaces.Box(0, 2, shape, np.int64)
 
     def _observe(self):
         self.live |= self.all_live
