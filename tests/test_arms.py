@@ -144,6 +144,13 @@ def test_every_arm_trains(arm, patched, tmp_path):
     assert mine.isfinite().all()
 
 
+def test_top_samples_of_one_kind(patched, tmp_path):
+    """There is nothing to choose, and it says so."""
+    script = patched("trajsep_ppo", ["top-1"])
+    with pytest.raises(script.Refused, match="^--top-samples chooses among entities of kind 2 and above"):
+        trained(script, tmp_path, env_id="toy_env:ToyVecEnv")
+
+
 def test_random_placement(patched):
     """Factories stand elsewhere, and for the same map in the same cells."""
     other = patched("lux_wrapper", ["random-placement"])
