@@ -1,7 +1,6 @@
 """Draw the README's pictures, print its tables of results and matches and the first of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
-    python benchmark/figures.py --checkpoint runs/<run>    # and trajectories.png, from a match of this run
     python benchmark/figures.py --out docs                 # those of the README
 
 The result is from benchmark/study: both scripts, on maps that were never looked at while flags were
@@ -9,9 +8,7 @@ chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches o
 """
 
 import csv
-import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Optional
 
@@ -22,13 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
 
 import plot  # noqa: E402
-import torch  # noqa: E402
 from plot import plt  # noqa: E402
 
-import lux_wrapper as lux  # noqa: E402
-import trajsep_ppo  # noqa: E402
-
-warnings.filterwarnings("ignore", "The system font")  # of pygame, which falls back to another
 SAMPLES = 2000
 SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
@@ -178,77 +170,6 @@ def draw_network(path):
     plt.close(figure)
 
 
-def recorded(checkpoint, match, steps, moment):
-    """Play a held-out match of a run: kinds and rewards [step, player, slot], and a picture."""
-    args = trajsep_ppo.Args(**checkpoint["args"])
-    drawn = {"held_out": True, "render_mode": "rgb_array"}
-    env = trajsep_ppo.make_envs(args, 1, num_workers=0, **drawn)
-    num_actions = int(env.single_action_space.nvec.max())
-    agent = trajsep_ppo.HybridNet(env.single_observation_space, num_actions)
-    agent.load_state_dict(checkpoint["model"])
-    generator, kinds, paid = torch.Generator().manual_seed(0), [], []
-    obs, _ = env.reset(seed=match)
-    for step in range(steps):
-        if step == moment:
-            (picture,) = env.render()
-        with torch.no_grad():
-            logits, _, _ = agent(trajsep_ppo.to_tensors(obs, "cpu"))
-        kinds.append(obs["kind"][0].copy())
-        action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
-        obs, rewards, *_ = env.step(action.view(obs["kind"].shape).numpy())
-        paid.append(rewards[0].copy())
-    return np.array(kinds), np.array(paid), picture
-
-
-def newest(run):
-    """The newest checkpoint of a run, or the checkpoint of this name.
-
-    Raises:
-        Refused: if there is none.
-    """
-    path = (trajsep_ppo.checkpoints(run) or [run])[-1]
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        trajsep_ppo.Args(**checkpoint["args"])
-    except Exception:  # a damaged file can raise anything
-        raise trajsep_ppo.Refused(f"{path} is neither a checkpoint nor a run with one")
-    return checkpoint
-
-
-def draw_trajectories(checkpoint, path, match=3, steps=300, moment=150):
-    """A match as the engine draws it, and the trajectories of a team: lives and rewards by slot."""
-    kinds, paid, picture = recorded(checkpoint, match, steps, moment)
-    layout = {"width_ratios": (1, 1.75), "layout": "constrained"}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), **layout)
-    left.imshow(picture)
-    left.set(xticks=[], yticks=[], title=f"the board at step {moment}")
-    names = {lux.FACTORY: "factory", lux.LIGHT: "light robot", lux.HEAVY: "heavy robot"}
-    colours = {lux.FACTORY: "#009E73", lux.LIGHT: "#E69F00", lux.HEAVY: "#0072B2"}
-    slots = np.flatnonzero((kinds[:, 0] > 0).any(0))
-    for line, slot in enumerate(slots):
-        kind, reward = kinds[:, 0, slot], paid[:, 0, slot]
-        for start in np.flatnonzero((kind > 0) & (np.append(0, kind[:-1]) != kind)):
-            gone = np.flatnonzero(kind[start:] != kind[start])
-            end = start + (gone[0] if len(gone) else steps - start)
-            colour = colours[kind[start]]
-            right.plot([start, end], [line, line], color=colour, lw=2, solid_capstyle="butt")
-            right.plot(start, line, "o", color=colour, ms=4)
-            if len(gone):
-                right.plot(end, line, "x", color=colour, ms=6, mew=2)
-        height = 0.8 * np.sqrt(np.maximum(reward, 0) / paid.max())  # the root shows small ones too
-        right.bar(np.arange(steps), height, bottom=line, width=1, color="0.25", zorder=3)
-    right.set(xlabel="step", yticks=[], xlim=(-3, steps), ylim=(-0.5, len(slots)))
-    right.set(title="one trajectory for each: birth, rewards, death")
-    right.spines[["top", "right", "left"]].set_visible(False)
-    line = matplotlib.lines.Line2D
-    handles = [line([], [], color=colours[kind], lw=2, label=name) for kind, name in names.items()]
-    mark = {"marker": "|", "ms": 9, "mew": 2, "ls": "none"}
-    handles.append(line([], [], color="0.25", label="reward", **mark))
-    figure.legend(handles=handles, loc="outside lower right", ncols=4, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 OPPONENTS = {  # file of benchmark/matches/ -> what it is called
     "idle": "`idle`, which places its factories and then does nothing",
     "python": "official Python kit",
@@ -277,23 +198,18 @@ def matches(folder):
     return plot.table(head, rows)
 
 
-def main(checkpoint: Optional[Path] = None, out: Optional[Path] = None):
+def main(out: Optional[Path] = None):
     """Draw everything, and print the tables.
 
     Args:
-        checkpoint: a run, or one of its checkpoints, of which to draw a match.
         out: folder of the pictures, instead of runs/figures.
     """
-    files = ["result.png", "network.png"] + ["trajectories.png"] * (checkpoint is not None)
+    files = ["result.png", "network.png"]
     out = plot.named_or("runs/figures", out, files)
-    content = newest(checkpoint) if checkpoint else None
     data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
     out.mkdir(parents=True, exist_ok=True)
     draw_result(data, last, out / "result.png")
     draw_network(out / "network.png")
-    if content:
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        draw_trajectories(content, out / "trajectories.png")
     print(results(data, last), comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")
