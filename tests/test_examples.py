@@ -75,8 +75,9 @@ def test_used_as_its_docstring_says(tmp_path, script, example, metrics):
     run(tmp_path, script, "--resume", f"runs/{folder.name}", "--total-timesteps", "512")
     said = run(tmp_path, script, "--evaluate", f"runs/{folder.name}", "--eval-episodes", "2")
     assert "2 held-out matches" in said
-    evaluation = json.loads((folder / "evaluation.json").read_text())["matches"]
-    assert evaluation.keys() == {*metrics.split()}
-    assert all(len(x) == 2 for x in evaluation.values())
+    (path,) = tmp_path.glob("runs/evaluate__*/evaluation.json")
+    for evaluation in json.loads(path.read_text()).values():
+        assert evaluation["matches"].keys() == {*metrics.split()}
+        assert all(len(x) == 2 for x in evaluation["matches"].values())
     events = EventAccumulator(str(folder)).Reload().Scalars("losses/policy_loss")
     assert [event.step for event in events] == [128, 256, 384, 512]
