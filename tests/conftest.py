@@ -1,6 +1,7 @@
 """What all tests share: the repository and its examples on the import path, and one thread for each process."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,3 +14,6 @@ sys.path[:0] = [str(ROOT / folder) for folder in FOLDERS]
 import torch  # noqa: E402  (after the environment variables that it reads)
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Processes started in the background ignore Ctrl-C, and what they start does too
+signal.signal(signal.SIGINT, signal.default_int_handler)

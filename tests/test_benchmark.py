@@ -158,7 +158,7 @@ def test_a_patched_arm_and_ones_own(tmp_path):
     assert args["norm_adv"] is False
     assert run["patches"] == "top-1 top-1-abs" and run["command"].startswith(ablation.SEPARATE)
     args = torch.load(out / "top-1-abs__1" / "checkpoint_256.pt", weights_only=True)["args"]
-    assert note.exists() and args["top_samples"] == 1 and len(rows_of(out / "ablation.csv")) == 6
+    assert note.exists() and args["top_samples"] == 1 and len(rows_of(out / "ablation.csv")) == 12
 
 
 def test_one_sentence_for_what_is_wrong(tmp_path, capfd, monkeypatch):
