@@ -5,11 +5,11 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -575,7 +575,7 @@ def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
             matches.main()
         captured = capsys.readouterr()
         assert stop.value.code == 2 and sentence in captured.err and captured.out == ""
-    monkeypatch.setattr(matches, "tqdm", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))  # Ctrl-C
+    monkeypatch.setattr(matches, "tqdm", MagicMock(side_effect=KeyboardInterrupt))
     monkeypatch.setattr(sys, "argv", "match.py --a idle --b idle --steps 1 --games 1 --out games.csv".split())
     with pytest.raises(SystemExit, match="130"):
         matches.main()
