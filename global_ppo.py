@@ -538,7 +538,9 @@ if __name__ == "__main__":
             sys.excepthook(type(error), error, error.__traceback__)
         kept = checkpoints(run_dir)[-1:] if code != 2 else []
         hint = f"; the last checkpoint is {kept[0]}" if kept else ""
-        if RANK == 0 or code != 2:  # one process is enough to refuse a flag
+        if RANK > 0 and code == 2:
+            time.sleep(30)  # the first process says why, then torchrun ends this one
+        else:
             what = f"{str(error) or 'interrupted'}{hint}"
             print(f"\n{Path(__file__).name}: error: {what}", file=sys.stderr)
         sys.exit(code)
