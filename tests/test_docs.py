@@ -1,11 +1,13 @@
 """The README and the pages in docs/ say what is: hunks, names, commands, links, tables and worked examples."""
 
+import csv
 import json
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -154,6 +156,21 @@ def test_lichen():
     for run in runs:
         summary = json.loads((ROOT / "benchmark" / run / "evaluation.json").read_text())["summary"]
         assert f"{summary['lichen']['mean']:,.0f}" in README
+
+
+def test_first_output():
+    """So are the ice of the first command's team, and the share of advantages that have the wrong sign."""
+    text = (ROOT / "benchmark" / "default_run" / "both_ways" / "evaluation.json").read_text()
+    for evaluation in json.loads(text).values():
+        summary = evaluation["summary"]["ice_transferred"].values()
+        assert "ice_transferred" + "".join(f"{x:>11,.1f}" for x in summary).rjust(53) in README
+    with open(ROOT / "benchmark" / "wrong_sign.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for policy in ("trajsep_ppo.py, seed 1, 102,400 steps", "submission/model.pt"):
+        own = [row for row in rows if row["policy"] == policy]
+        wrong = [float(row["wrong_sign_percent"]) for row in own]
+        steps = [int(row["entity_steps"]) for row in own]
+        assert f"in {np.average(wrong, weights=steps):.0f}%" in README.lower()
 
 
 def test_matches():
