@@ -6,7 +6,7 @@ around it and a summary of the whole, and gets its own action logits and value. 
 computed, so the cost follows their number and not the number of slots.
 
 B boards (one for every team and step), E entity slots, M live entities of all boards together, C board
-channels, F entity features, A actions, H x W cells, h x w = H/8 x W/8 (rounded up) map positions:
+channels, F entity features, K kinds of entities, A actions, H x W cells, h x w = H/8 x W/8 (rounded up) map positions:
 
     tensor            shape               from
     board             [B, H, W, C]        the observation, uint8 percent
@@ -14,8 +14,8 @@ channels, F entity features, A actions, H x W cells, h x w = H/8 x W/8 (rounded 
     whole             [B, 64]             mean and maximum of the map over its cells
     patch             [M, 25 * C] -> 96   the 5 x 5 cells around each entity (input, so it needs no gradient)
     place             [M, 32]             the map at the entity's own position
-    hidden            [M, 128]            two layers on patch, place, whole, features and action mask
-    logits            [B, E, A]           linear on hidden, one head for robots and one for factories
+    hidden            [M, 128]            two layers on patch, place, whole, features, action mask and kind
+    logits            [B, E, A]           linear on hidden, a head for each kind
     value             [B, E]              two layers on hidden: the expected return of the entity
     team_value        [B]                 two layers on whole and the mean of hidden: the team's return
 
@@ -60,15 +60,14 @@ class HybridNet(nn.Module):
 
     Args:
         observation_space: of one match, a Dict whose "features" are [..., E, F] and "board", if there is one,
-            [..., H, W, C].
+            [..., H, W, C]. K is the highest "kind" (0 means an empty slot).
         num_actions: A.
-        factory_kind: the value of "kind" that the second actor head serves (0 means an empty slot).
     """
 
-    def __init__(self, observation_space, num_actions, factory_kind=1, channels=32, width=128):
+    def __init__(self, observation_space, num_actions, channels=32, width=128):
         super().__init__()
         num_features = observation_space["features"].shape[-1]
-        self.num_actions, self.factory_kind = num_actions, factory_kind
+        self.num_actions, self.num_kinds = num_actions, int(observation_space["kind"].high.max())
         self.has_board = "board" in observation_space.keys()
         of_place = of_whole = 0  # sizes of what is read off the board
         if self.has_board:
@@ -78,12 +77,12 @@ class HybridNet(nn.Module):
             self.stem = layer_init(nn.Linear(board_channels * self.tile**2, channels))
             self.block = ResidualBlock(channels)
             self.patch = layer_init(nn.Linear(board_channels * PATCH**2, 96))
-        self.near = layer_init(nn.Linear(of_place + num_features + num_actions, width))
+        self.near = layer_init(nn.Linear(of_place + num_features + num_actions + self.num_kinds, width))
         if self.has_board:
             self.far = layer_init(nn.Linear(of_whole, width))
         self.trunk = nn.Sequential(nn.ReLU(), layer_init(nn.Linear(width, width)), nn.LayerNorm(width), nn.ReLU())
         # All heads begin near zero: values that mean nothing yet would drown the first rewards in the advantages.
-        self.actor = layer_init(nn.Linear(width, 2 * num_actions), std=0.01)
+        self.actor = layer_init(nn.Linear(width, self.num_kinds * num_actions), std=0.01)
         self.critic = nn.Sequential(layer_init(nn.Linear(width, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01))
         self.team_critic = nn.Sequential(
             layer_init(nn.Linear(width + of_whole, 64)), nn.ReLU(), layer_init(nn.Linear(64, 1), std=0.01)
@@ -106,7 +105,8 @@ class HybridNet(nn.Module):
         row = live // E
         features = obs["features"].flatten(0, 1).index_select(0, live)
         action_mask = obs["action_mask"].flatten(0, 1).index_select(0, live).bool()
-        own = torch.cat([features, action_mask], -1)
+        kind_index = kind.flatten().index_select(0, live) - 1
+        own = torch.cat([features, action_mask, F.one_hot(kind_index, self.num_kinds)], -1)
         if self.has_board:
             x, y = obs["position"].flatten(0, 1).index_select(0, live).unbind(-1)
             whole, place, patch = self._look(obs["board"], row, x, y)
@@ -115,9 +115,8 @@ class HybridNet(nn.Module):
             whole, near = features.new_zeros(B, 0), self.near(own)
         hidden = self.trunk(near)
 
-        is_factory = (kind.flatten().index_select(0, live) == self.factory_kind)[:, None]
-        robot_logits, factory_logits = self.actor(hidden).split(self.num_actions, -1)
-        live_logits = torch.where(is_factory, factory_logits, robot_logits).masked_fill(~action_mask, -1e9)
+        heads = self.actor(hidden).view(-1, self.num_kinds, self.num_actions)
+        live_logits = heads[torch.arange(len(live), device=live.device), kind_index].masked_fill(~action_mask, -1e9)
         logits = live_logits.new_zeros(B * E, self.num_actions).index_copy(0, live, live_logits)
         value = live_logits.new_zeros(B * E).index_copy(0, live, self.critic(hidden).squeeze(-1))
 

@@ -151,10 +151,10 @@ def draw_network(path):
     box(47, 20, 17, 8, "whole  [B, 64]\nmean and max of the map", shared)
     box(22, 5, 17, 8, "place  [M, 32]\n+ the map at its cell", own)
     box(1, 5, 13, 8, "patch  [M, 96]\n5 x 5 cells around it", own)
-    box(47, 5, 17, 8, "hidden  [M, 128]\n+ features, action mask", own)
+    box(47, 5, 17, 8, "hidden  [M, 128]\n+ features, mask, kind", own)
     box(75, 15, 23, 6, "team_value  [B]", shared)
     box(75, 8, 23, 5.2, "value  [M]  to  [B, E]", own)
-    box(75, 1, 23, 5.2, "logits  [M, A]  to  [B, E, A]", own)
+    box(75, 0.3, 23, 6, "logits  [M, A]  to  [B, E, A]\na head for each kind", own)
     for y in (24, 9):
         arrow((14.5, y), (21.5, y))
         arrow((39.5, y), (46.5, y))

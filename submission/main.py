@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for one board, several threads are slower
 HERE = Path(sys._getframe().f_code.co_filename).resolve().parent  # Kaggle sets no __file__
@@ -22,6 +23,7 @@ import torch  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import (  # noqa: E402
+    HEAVY,
     NUM_ACTIONS,
     PLAYERS,
     LuxEncoder,
@@ -47,7 +49,9 @@ def load_model(path):
     content = torch.load(path, map_location="cpu", weights_only=True)
     args, weights = content["args"], content["model"]
     options = checked_options(**args["env_kwargs"] | {"group_by": "entity"})  # only learning needs groups
-    network = HybridNet(LuxEncoder(options).empty_obs(), NUM_ACTIONS)
+    space = LuxEncoder(options).empty_obs()  # has the shapes; Gymnasium's own may not be there
+    space["kind"] = SimpleNamespace(high=np.array(HEAVY))
+    network = HybridNet(space, NUM_ACTIONS)
     network.load_state_dict(weights)
     if not all(x.isfinite().all() for x in weights.values()):
         raise ValueError("some parameters are no finite numbers")

@@ -36,9 +36,10 @@ def made_up_observation(boards=3, size=20, factories=2, robots=4, seed=0):
 
 
 def space_of(obs):
-    """The space of one of the boards of an observation of tensors."""
+    """The space of one of the boards of an observation of tensors, in which there are three kinds."""
     shapes = {key: x.shape[1:] for key, x in obs.items()}
     spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in shapes.items()}
+    spaces["kind"] = gym.spaces.Box(0, 3, shapes["kind"], np.int64)
     return gym.spaces.Dict(spaces)
 
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import ablation
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -31,6 +32,8 @@ class Workers(ToyVecEnv):
     def __init__(self, num_envs, all_live=False, scale=1.0, **options):
         super().__init__(num_envs, slots=6, **options)
         self.all_live, self.scale = all_live, scale
+        shape = self.single_observation_space["kind"].shape
+        self.single_observation_space["kind"] = gym.spaces.Box(0, 2, shape, np.int64)
 
     def _observe(self):
         self.live |= self.all_live
@@ -139,6 +142,13 @@ def test_every_arm_trains(arm, patched, tmp_path):
         mine = trained(script, tmp_path / "mine", ablation.ARMS[arm])
         assert not torch.equal(mine, trained(trajsep_ppo, tmp_path / "separate"))
     assert mine.isfinite().all()
+
+
+def test_top_samples_of_one_kind(patched, tmp_path):
+    """There is nothing to choose, and it says so."""
+    script = patched("trajsep_ppo", ["top-1"])
+    with pytest.raises(script.Refused, match="^--top-samples chooses among entities of kind 2 and above"):
+        trained(script, tmp_path, env_id="toy_env:ToyVecEnv")
 
 
 def test_random_placement(patched):

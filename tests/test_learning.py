@@ -1,5 +1,6 @@
 """Training on a toy game: separate trajectories tell each entity what it was paid for."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -35,6 +36,8 @@ class HardToy(ToyVecEnv):
             "group": np.zeros(shapes["group"], np.int64) + np.arange(slots) % (clusters or slots),
             "action_mask": np.ones(shapes["action_mask"], bool),
         }
+        kinds = gym.spaces.Box(0, 2, shapes["kind"][1:], np.int64)
+        self.single_observation_space["kind"] = kinds
         self.rewards = np.zeros(self.shape, np.float32)
 
     def reset(self, *, seed=None, options=None):

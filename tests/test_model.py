@@ -20,7 +20,7 @@ from hybrid_model import HybridNet
 
 PARAMETER_LIMIT = 203_000
 CHANNELS, FEATURES, SLOTS, ACTIONS = 3, 4, 9, 6
-ROBOT, FACTORY = 1, 2  # unlike in the game: the factories' kind is the network's argument
+KINDS = (1, 2, 3)
 LIVE = (6, 0, 1, SLOTS)  # entities on each board: some, none, one, no slot free
 
 
@@ -41,7 +41,7 @@ def observation(H, W):
     position = np.full((*shape, 2), -(10**6))
     for b, live in enumerate(LIVE):
         slots = rng.permutation(SLOTS)[:live]
-        kind[b, slots] = rng.permutation(np.arange(live) % 3 + 1)  # robots of the kinds 1 and 3
+        kind[b, slots] = rng.permutation(np.arange(live) % 3 + 1)
         position[b, slots] = rng.permutation(places[: max(live, 8)])[:live]
     live = kind > 0
     features = np.where(live[..., None], rng.normal(size=(*shape, FEATURES)), np.nan)
@@ -64,7 +64,7 @@ def observation(H, W):
 def network(obs):
     """A network with larger heads and biases than at the start, so that all it reads matters."""
     torch.manual_seed(0)
-    net = HybridNet(space_of(obs), ACTIONS, factory_kind=FACTORY)
+    net = HybridNet(space_of(obs), ACTIONS)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -122,14 +122,15 @@ def slow_map(p, board):
     return relu(x + y * weight)
 
 
-def slow_hidden(p, board, map, whole, x, y, features, action_mask):
+def slow_hidden(p, board, map, whole, x, y, features, action_mask, kind):
     """What actor and critic share of the entity at (x, y); or without a board, None."""
+    own = [features, action_mask, np.array(KINDS) == kind]
     if board is None:
-        z = linear(p, "near", np.concatenate([features, action_mask]))
+        z = linear(p, "near", np.concatenate(own))
     else:
         patch = relu(linear(p, "patch", window(board / 100, x, y, 5).ravel()))
         place = map[x // side_of_tile(board), y // side_of_tile(board)]
-        z = linear(p, "near", np.concatenate([patch, place, features, action_mask]))
+        z = linear(p, "near", np.concatenate([patch, place, *own]))
         z = z + linear(p, "far", whole)
     z = linear(p, "trunk.1", relu(z))
     z = (z - z.mean()) / np.sqrt(z.var() + 1e-5)
@@ -152,9 +153,9 @@ def slow_forward(p, obs):
         for e in entities:
             x, y = obs["position"][b, e] if "position" in obs else (None, None)
             mask = obs["action_mask"][b, e]
-            hidden = slow_hidden(p, board, map, whole, x, y, obs["features"][b, e], mask)
-            both = linear(p, "actor", hidden)
-            head = both[ACTIONS:] if obs["kind"][b, e] == FACTORY else both[:ACTIONS]
+            kind = obs["kind"][b, e]
+            hidden = slow_hidden(p, board, map, whole, x, y, obs["features"][b, e], mask, kind)
+            head = np.split(linear(p, "actor", hidden), len(KINDS))[kind - 1]
             logits[b, e] = np.where(mask, head, -1e9)
             value[b, e] = two_layers(p, "critic", hidden)
             mean += hidden / len(entities)
@@ -204,10 +205,9 @@ def test_without_a_board():
 
 MONOLITHIC = ("stem", "block.conv1", "block.conv2", "block.squeeze", "block.excite")
 SHARED = (*MONOLITHIC, "patch", "near", "far", "trunk.1", "trunk.2")
-# Output -> the layers that learn from it; no other does. Each kind has its half of the actor.
+# Output -> the layers that learn from it; no other does. Each kind has its part of the actor.
 LEARNS = {
-    "policy of robots": (*SHARED, "actor of robots"),
-    "policy of factories": (*SHARED, "actor of factories"),
+    **{f"policy of kind {kind}": (*SHARED, f"actor of kind {kind}") for kind in KINDS},
     "value": (*SHARED, "critic.0", "critic.2"),
     "team_value": (*SHARED, "team_critic.0", "team_critic.2"),
     "team_value without entities": (*MONOLITHIC, "team_critic.0", "team_critic.2"),
@@ -215,12 +215,12 @@ LEARNS = {
 
 
 def parts_of(parameters):
-    """(layer, name of a parameter, rows of it) for all, the two halves of the actor separately."""
+    """(layer, name of a parameter, rows of it) for all, the parts of the actor separately."""
     for name in parameters:
         layer = name.rpartition(".")[0]
         if layer == "actor":
-            yield "actor of robots", name, slice(ACTIONS)
-            yield "actor of factories", name, slice(ACTIONS, None)
+            for kind in KINDS:
+                yield f"actor of kind {kind}", name, slice(ACTIONS * (kind - 1), ACTIONS * kind)
         else:
             yield layer, name, slice(None)
 
@@ -230,12 +230,9 @@ def weighted_sums(obs, logits, value, team_value):
     torch.manual_seed(1)
     kind = obs["kind"]
     of_action, of_entity, of_team = map(torch.randn_like, (logits, value, team_value))
-    robots = obs["action_mask"] & ((kind > 0) & (kind != FACTORY))[..., None]
-    factories = obs["action_mask"] & (kind == FACTORY)[..., None]
     empty = (kind == 0).all(1)
     sums = (
-        (logits * of_action)[robots].sum(),
-        (logits * of_action)[factories].sum(),
+        *((logits * of_action)[obs["action_mask"] & (kind == k)[..., None]].sum() for k in KINDS),
         (value * of_entity)[kind > 0].sum(),
         (team_value * of_team)[~empty].sum(),
         (team_value * of_team)[empty].sum(),
@@ -306,11 +303,6 @@ def test_start():
     logits, value, team_value = net(obs)
     assert logits[logits > -1e8].abs().max() < 0.1
     assert max(value.abs().max(), team_value.abs().max()) < 0.1
-    # The second head serves what the game calls a factory.
-    with torch.no_grad():
-        net.actor.bias[lux_wrapper.NUM_ACTIONS :] = 5
-    logits, _, _ = net(obs)
-    assert torch.equal(logits.amax(-1) > 4, obs["kind"] == lux_wrapper.FACTORY)
 
 
 def test_cost_follows_live_entities():

@@ -312,8 +312,8 @@ def make_run(folder, script_args=None, **change):
     """A run's folder with a checkpoint of an untrained network."""
     folder.mkdir()
     args = dataclasses.asdict(script_args or trajsep_ppo.Args())
-    encoder = lux.LuxEncoder(lux.LuxOptions(**args["env_kwargs"]))
-    parameters = HybridNet(encoder.empty_obs(), lux.NUM_ACTIONS).state_dict()
+    space, _ = lux.single_spaces(lux.LuxOptions(**args["env_kwargs"]))
+    parameters = HybridNet(space, lux.NUM_ACTIONS).state_dict()
     torch.save({"args": args, "model": parameters, **change}, folder / "checkpoint_512.pt")
     return folder
 
