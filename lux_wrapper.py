@@ -28,7 +28,7 @@ F features, H and W the board (x and y of the engine, in this order).
     board        [N, P, H, W, C]     uint8    channels named in BOARD_CHANNELS, 0 to 100 (percent)
     features     [N, P, E, F]        float32  columns named in FEATURES, about -1 to 1
     position     [N, P, E, 2]        int64    cell of the entity (0, 0 in an empty slot)
-    kind         [N, P, E]           int64    NOBODY = 0, FACTORY = 1, LIGHT = 2, HEAVY = 3
+    kind         [N, P, E]           int64    NOBODY = 0, FACTORY = 1, ROBOT = 2
     group        [N, P, E]           int64    index in 0..E-1 of the trajectory the entity belongs to
     action_mask  [N, P, E, A]        bool     True where the action may be taken
 
@@ -86,7 +86,7 @@ except ModuleNotFoundError:
 # ---------- Names ----------
 
 PLAYERS = ("player_0", "player_1")
-NOBODY, FACTORY, LIGHT, HEAVY = range(4)
+NOBODY, FACTORY, ROBOT = range(3)  # entities of a kind have the same actions
 
 # The engine's directions: none, up, right, down, left. Actions that move have the same numbers.
 STAY, UP, RIGHT, DOWN, LEFT = range(5)
@@ -667,7 +667,7 @@ class LuxEncoder:
         robots, around = scene.robots, scene.around
         who = robots.match, robots.player, robots.slot
         home = robots.match, robots.player, around.nearest
-        obs["kind"][who] = np.where(robots.heavy, HEAVY, LIGHT)
+        obs["kind"][who] = ROBOT
         obs["position"][who] = np.stack([robots.x, robots.y], -1)
         home_dx = scene.factories.x[home] - robots.x
         home_dy = scene.factories.y[home] - robots.y
@@ -1422,7 +1422,7 @@ def single_spaces(options):
         "board": (0, 100),
         "features": (-np.inf, np.inf),
         "position": (0, options.map_size - 1),
-        "kind": (NOBODY, HEAVY),
+        "kind": (NOBODY, ROBOT),
         "group": (0, E - 1),
     }
     spaces = {key: gym.spaces.Box(low, high, obs[key].shape[1:], obs[key].dtype) for key, (low, high) in bounds.items()}

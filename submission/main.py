@@ -23,9 +23,9 @@ import torch  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
 from lux_wrapper import (  # noqa: E402
-    HEAVY,
     NUM_ACTIONS,
     PLAYERS,
+    ROBOT,
     LuxEncoder,
     LuxOptions,
     checked_options,
@@ -50,7 +50,7 @@ def load_model(path):
     args, weights = content["args"], content["model"]
     options = checked_options(**args["env_kwargs"] | {"group_by": "entity"})  # only learning needs groups
     space = LuxEncoder(options).empty_obs()  # has the shapes; Gymnasium's own may not be there
-    space["kind"] = SimpleNamespace(high=np.array(HEAVY))
+    space["kind"] = SimpleNamespace(high=np.array(ROBOT))
     network = HybridNet(space, NUM_ACTIONS)
     network.load_state_dict(weights)
     if not all(x.isfinite().all() for x in weights.values()):

@@ -22,7 +22,7 @@ def made_up_observation(boards=3, size=20, factories=2, robots=4, seed=0):
     obs = {key: np.zeros((boards, *array.shape[1:]), array.dtype) for key, array in blank.items()}
     kind = obs["kind"]
     kind[:, :factories] = lux.FACTORY
-    kind[:, factories:] = generator.integers(lux.LIGHT, lux.HEAVY + 1, kind[:, factories:].shape)
+    kind[:, factories:] = lux.ROBOT
     kind[generator.random(kind.shape) < 0.4] = lux.NOBODY
     kind[:, 0] = lux.FACTORY
     live = kind > 0
@@ -35,18 +35,18 @@ def made_up_observation(boards=3, size=20, factories=2, robots=4, seed=0):
     return {key: torch.from_numpy(array) for key, array in obs.items()}
 
 
-def space_of(obs):
-    """The space of one of the boards of an observation of tensors, in which there are three kinds."""
+def space_of(obs, kinds=3):
+    """The space of one of the boards of an observation of tensors."""
     shapes = {key: x.shape[1:] for key, x in obs.items()}
     spaces = {key: gym.spaces.Box(-np.inf, np.inf, shape) for key, shape in shapes.items()}
-    spaces["kind"] = gym.spaces.Box(0, 3, shapes["kind"], np.int64)
+    spaces["kind"] = gym.spaces.Box(0, kinds, shapes["kind"], np.int64)
     return gym.spaces.Dict(spaces)
 
 
 def parameters_at_start(seed=1):
     """What a training with this seed and the default flags starts with."""
     torch.manual_seed(seed)
-    space = space_of(made_up_observation(1, 48, 5, 6))
+    space = space_of(made_up_observation(1, 48, 5, 6), kinds=lux.ROBOT)
     return HybridNet(space, lux.NUM_ACTIONS).state_dict()
 
 
@@ -70,7 +70,7 @@ def scripted(obs, resources=("ice", "ice")):
     actions = np.zeros(kind.shape, np.int64)
     for index in map(tuple, np.argwhere(kind > 0)):
         row = obs["features"][index].astype(float)
-        heavy = kind[index] == lux.HEAVY
+        heavy = row[column["is_heavy"]] > 0
         if kind[index] == lux.FACTORY:
             wishes = [lux.BUILD_HEAVY, lux.WATER]
         else:

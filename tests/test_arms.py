@@ -74,12 +74,12 @@ def trained(script, folder, command="", **options):
     return torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
 
 
-def expected(rule, kind, position, side):
+def expected(rule, kind, heavy, position, side):
     """The group of each live slot of a team under a rule, {slot: group}, by hand."""
     live = np.flatnonzero(kind).tolist()
     group = {slot: slot for slot in live}
     factories = [slot for slot in live if kind[slot] == lux.FACTORY]
-    heavies = [slot for slot in live if kind[slot] == lux.HEAVY]
+    heavies = [slot for slot in live if heavy[slot]]
 
     def nearest(slot, others):
         return min(others, key=lambda other: abs(position[slot] - position[other]).sum())
@@ -117,7 +117,8 @@ def test_groups(rule, patched):
             next(iter(teams["player_0"].values())).cargo.water = 0  # it is lost
         for team in np.ndindex(2, 2):
             seen = {key: obs[key][team].copy() for key in ("kind", "position", "group")}
-            wanted = expected(rule, seen["kind"], seen["position"], 24)
+            heavy = obs["features"][team][:, lux.COLUMN["is_heavy"]] > 0
+            wanted = expected(rule, seen["kind"], heavy, seen["position"], 24)
             assert {slot: seen["group"][slot] for slot in wanted} == wanted
             assert ((0 <= seen["group"]) & (seen["group"] < FACTORIES + ROBOTS)).all()
             old = before.get(team, {})

@@ -95,7 +95,7 @@ def test_changes(mine):
         channels = {name: obs["board"][0, ..., mine.CHANNEL[name]] for name in mine.CHANNEL}
         columns = {name: obs["features"][0, ..., mine.COLUMN[name]] for name in mine.FEATURES}
         position = obs["position"][0]
-        robots = obs["kind"][0] >= lux.LIGHT
+        robots = obs["kind"][0] == lux.ROBOT
         orders = np.full((2, 48, 48), np.nan)  # how many the robot here can pay
         for unit in entities(state)[0]:
             cost = lux.ORDER_COST[int(unit.is_heavy())]
@@ -118,7 +118,7 @@ def test_changes(mine):
         obs, rewards, *_, infos = env.step(actions)
         expected, expected_rewards, *_ = other.step(actions)
         if not infos:  # a reward
-            alive = robots & (obs["kind"][0] >= lux.LIGHT)
+            alive = robots & (obs["kind"][0] == lux.ROBOT)
             np.testing.assert_allclose((rewards - expected_rewards)[0], 0.25 * alive, atol=1e-6)
             paid += alive.sum(-1)
     logged = infos["episode"]["kept_alive"][0]

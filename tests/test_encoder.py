@@ -1058,7 +1058,7 @@ def test_a_robot_without_a_slot():
     assert obs["position"][0, 0, slot].tolist() == (home.pos.pos + (-1, -1)).tolist()
     actions[0, 0, slot] = lux.RIGHT  # onto the other, which is destroyed
     obs, rewards, *_ = env.step(actions)
-    assert len(state.units["player_0"]) == 1 and obs["kind"][0, 0, slot] == lux.LIGHT
+    assert len(state.units["player_0"]) == 1 and obs["features"][0, 0, slot, lux.COLUMN["is_light"]]
     assert match.lost.tolist() == match.own_collisions.tolist() == [1, 0]
     alive = obs["kind"] == lux.FACTORY
     np.testing.assert_allclose(rewards, WEIGHTS["survived"] * alive, rtol=1e-6)

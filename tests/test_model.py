@@ -274,7 +274,7 @@ def real_network(*size):
     """An observation of the game, and the network for it as a training starts with it."""
     torch.manual_seed(0)
     obs = made_up_observation(3, *size)
-    return obs, HybridNet(space_of(obs), lux_wrapper.NUM_ACTIONS)
+    return obs, HybridNet(space_of(obs, kinds=lux_wrapper.ROBOT), lux_wrapper.NUM_ACTIONS)
 
 
 @pytest.mark.parametrize("size", [(48, 5, 20), (64, 10, 100)])

@@ -156,12 +156,12 @@ def test_lost_and_built_at_the_limit():
 
     x, y = next(iter(state.factories["player_0"].values())).pos.pos.tolist()
     first, second = (game.add("player_0", LIGHT, (x + dx, y)) for dx in (1, -1))
-    encode(lux.LIGHT, lux.LIGHT)
+    encode(lux.ROBOT, lux.ROBOT)
 
     game.engine.destroy_unit(first)
     third = game.add("player_0", HEAVY, (x, y + 1))
     second.pos.pos = np.array([x + 1, y + 1])  # beside the third
-    obs, view = encode(lux.NOBODY, lux.LIGHT)
+    obs, view = encode(lux.NOBODY, lux.ROBOT)
     for board, side in zip(obs["board"], ("own", "opponent")):
         assert board[x, y + 1, lux.CHANNEL[f"{side}_heavy"]] == 100
     mask = obs["action_mask"][0, 3]
@@ -169,7 +169,7 @@ def test_lost_and_built_at_the_limit():
     orders, acts = encoder.orders(view, np.full((1, 2, 4), lux.RIGHT))
     assert orders[0][0].keys() == acts[0].robots.keys() == {second.unit_id}
 
-    obs, _ = encode(lux.HEAVY, lux.LIGHT)
+    obs, _ = encode(lux.ROBOT, lux.ROBOT)
     assert encoder.robot_slots[0][0] == {second.unit_id: 3, third.unit_id: 2}
     assert obs["position"][0, 2].tolist() == [x, y + 1]
 

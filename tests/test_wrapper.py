@@ -123,7 +123,7 @@ def test_spaces(options):
         for array in (before["features"], before["position"], before["action_mask"], rewards):
             assert not array[empty].any()
         assert before["action_mask"].any(-1)[~empty].all()
-    assert (obs["kind"] >= lux.LIGHT).any()
+    assert (obs["kind"] == lux.ROBOT).any()
     env.close()
 
 
@@ -149,7 +149,7 @@ def test_actions_out_of_range(num_workers):
     empty = obs["kind"] == lux.NOBODY
     actions[empty] = np.resize([-(10**9), 7, 8, 300, -1], empty.sum())
     obs, *_ = env.step(actions)
-    built = obs["kind"] == lux.LIGHT
+    built = obs["kind"] == lux.ROBOT
     assert (built.sum(-1) == 1).all()
     for action in (8, -1):
         actions = idle(obs)
@@ -312,13 +312,15 @@ def test_slots_over_a_full_match():
         assert not terminated.any() and not truncated.any() and infos == {}
         for team, player in enumerate(lux.PLAYERS):
             kind, position = obs["kind"][0, team], obs["position"][0, team]
+            features = obs["features"][0, team]
             units, slots = state.units[player], encoder.robot_slots[0][team]
             now = {slot: unit_id for unit_id, slot in slots.items()}
             assert sorted(now.values()) == sorted(units)
             assert sorted(now) == [slot for slot in range(2, 8) if kind[slot] != lux.NOBODY]
             for slot, unit_id in now.items():
                 unit = units[unit_id]
-                assert kind[slot] == (lux.HEAVY if unit.is_heavy() else lux.LIGHT)
+                assert kind[slot] == lux.ROBOT
+                assert features[slot][lux.columns("is_light", "is_heavy")].argmax() == unit.is_heavy()
                 assert tuple(position[slot]) == tuple(unit.pos.pos)
                 if owner[team].get(slot) != unit_id:
                     assert slot not in owner[team]
@@ -504,7 +506,7 @@ def test_a_robot_without_a_slot_shifts_no_reward():
             ]
     encoder_of(env).reset(state.get_obs())
     obs = look(env)
-    robots = obs["kind"] == lux.HEAVY
+    robots = obs["kind"] == lux.ROBOT
     assert robots.sum((0, 2)).tolist() == [1, 1] and len(state.units["player_0"]) == 2
     paid = lux.REWARDS["survived"] * (obs["kind"] == lux.FACTORY)
     paid += 20 * lux.REWARDS["ice_dug"] * robots
@@ -660,7 +662,7 @@ def test_a_bot_needs_numpy_alone(tmp_path):
         seen.append(before)
         game["actions"].append(actions[0])
     env.close()
-    assert (seen[-1]["kind"] >= lux.LIGHT).sum() > 3 and any(orders[0] for orders in sent)
+    assert (seen[-1]["kind"] == lux.ROBOT).sum() > 3 and any(orders[0] for orders in sent)
     (tmp_path / "game.json").write_text(to_json(game))
     shutil.copy(lux.__file__, tmp_path)
     command = [sys.executable, "-c", BOT]

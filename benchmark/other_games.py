@@ -1,0 +1,216 @@
+"""Train four arms on other games, five seeds of each: the table and the picture of examples/README.md.
+
+    pip install -r requirements.txt -r examples/pettingzoo/requirements.txt -r examples/gymnasium/requirements.txt
+    python benchmark/other_games.py
+    python benchmark/other_games.py --games kaz --seeds 11 12
+
+All flags but GAMES' own are the scripts' defaults, for every game and arm. Trainings run side by side, each with one
+thread, seed by seed. Started again, it continues; a training that was cut off begins again.
+
+    written to --out
+    games.csv    a row for every training: mean return of the held-out matches, sampled and greedy, and its minutes
+    curves.csv   returns of the training matches, means of 32 equal parts of every training
+    games.md     the table
+    games.png    the curves
+    <game>__<arm>__<seed>/  a training's log and run
+"""
+
+import csv
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from ablation import programs, runs_of, say, write
+from plot import ROOT, Refused, plt, start
+from scipy import stats
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trajsep_ppo import Args, checkpoints, make_envs
+
+# game -> (its name in the table, folder of examples/, module:class, environment steps)
+GAMES = {
+    "rware": ("RWARE tiny-4ag-easy", "gymnasium", "tuple_games:RwareVecEnv", 204800),
+    "lbf": ("Foraging 8x8-3p-3f", "gymnasium", "tuple_games:LbfVecEnv", 204800),
+    "kaz": ("Knights Archers Zombies", "pettingzoo", "games:KazVecEnv", 65536),
+    "toy": ("toy, 16 slots", "toy", "toy_env:ToyVecEnv", 102400),
+}
+# arm -> (its name, command, patches of benchmark/arms, colour)
+ARMS = {
+    "separate": ("separate (default)", "trajsep_ppo.py", (), "#0072B2"),
+    "ippo": ("team's reward (as in IPPO)", "trajsep_ppo.py --agent-reward-weight 0", (), "#E69F00"),
+    "mappo": (
+        "team's reward and value (as in MAPPO)",
+        "trajsep_ppo.py --agent-reward-weight 0",
+        ("global-critic",),
+        "#009E73",
+    ),
+    "global": ("one trajectory (baseline)", "global_ppo.py", (), "#D55E00"),
+}
+FLAGS = "--positive-reward-weight 1"  # rewards as the game pays them
+COLUMNS = ("game", "arm", "seed", "steps", "train_seconds", "sampled", "greedy", "command")
+PARTS = 32
+
+
+def train(folder, game, arm, seed):
+    """Train and evaluate one seed; returns its row of games.csv and its curve."""
+    _, place, env_id, steps = GAMES[game]
+    _, command, patches, _ = ARMS[arm]
+    command += f" --env-id {env_id} --total-timesteps {steps} {FLAGS} --seed {seed}"
+    result = folder / "result.json"
+    if not result.exists():
+        say(f"{game} {arm}", seed, f"training, see {folder / 'log'}")
+        folder.mkdir(parents=True, exist_ok=True)
+        script, *flags = command.split()
+        script = programs(patches, folder / "programs") / script
+        path = os.pathsep.join([str(ROOT / "examples" / place), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        with open(folder / "log", "w") as log:
+            words = [sys.executable, str(script), *flags]
+            done = subprocess.run(words, cwd=folder, env=environment, stdout=log, stderr=log)
+        if done.returncode:
+            raise Refused(f"{command} ended with {done.returncode}, see {folder / 'log'}")
+        *_, run = runs_of(folder)
+        *_, last = checkpoints(run)
+        row = {"game": game, "arm": arm, "seed": seed, "steps": steps, "command": command}
+        row["train_seconds"] = round(torch.load(last, weights_only=True)["train_seconds"], 1)
+        for how, evaluation in json.loads((run / "evaluation.json").read_text()).items():
+            row[how] = f"{evaluation['summary']['r']['mean']:.5g}"
+        write(result, json.dumps([row, curve(run, steps)], indent=1))
+    return json.loads(result.read_text())
+
+
+def curve(run, steps):
+    """(step, mean return of the training matches up to there) for each part of a run."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
+    parts = {}
+    for event in events:
+        parts.setdefault(-(-event.step * PARTS // steps), []).append(event.value)
+    return [(part * steps // PARTS, f"{np.mean(values):.5g}") for part, values in sorted(parts.items())]
+
+
+def random_return(game):
+    """Mean return of the evaluation's matches, with random actions that are not masked."""
+    _, place, env_id, _ = GAMES[game]
+    sys.path.append(str(ROOT / "examples" / place))
+    module, _, name = env_id.partition(":")
+    matches = Args().eval_episodes
+    envs = getattr(importlib.import_module(module), name)(matches, held_out=True)
+    rng = np.random.default_rng(0)
+    obs, _ = envs.reset(seed=0)
+    returns = {}
+    while len(returns) < matches:
+        allowed = obs["action_mask"]
+        obs, _, _, _, infos = envs.step(np.where(allowed, rng.random(allowed.shape), -1).argmax(-1))
+        for match in np.flatnonzero(infos.get("_episode", ())):
+            returns.setdefault(match, np.mean(infos["episode"]["r"][match]))
+    return np.mean([*returns.values()])
+
+
+def interval(values):
+    """Mean and half the width of its 95% interval by Student's t, as text."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0
+    return f"{np.mean(values):.3g} ± {half:.2g}"
+
+
+def table(rows, floor):
+    """The table in Markdown: sampled returns of every game and arm."""
+    lines = ["| game | steps | random | " + " | ".join(name for name, *_ in ARMS.values()) + " | minutes |"]
+    lines.append("|---" * (4 + len(ARMS)) + "|")
+    for game, (name, _, _, steps) in GAMES.items():
+        own = [row for row in rows if row["game"] == game]
+        if own:
+            cells = [interval([float(row["sampled"]) for row in own if row["arm"] == arm] or [np.nan]) for arm in ARMS]
+            minutes = np.mean([float(row["train_seconds"]) for row in own]) / 60
+            lines.append(f"| {name} | {steps:,} | {floor[game]:.3g} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(curves, floor, path):
+    """A panel for each game: the mean of each arm's seeds, each seed, and random play."""
+    games = [game for game in GAMES if any(row["game"] == game for row in curves)]
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(1, len(games), figsize=(3.1 * len(games), 3.4), layout="constrained", squeeze=False)
+    for axis, game in zip(axes[0], games):
+        for arm, (name, _, _, colour) in ARMS.items():
+            own = {}
+            for row in curves:
+                if (row["game"], row["arm"]) == (game, arm):
+                    own.setdefault(row["seed"], {})[int(row["step"])] = float(row["return"])
+            for line in own.values():
+                axis.plot(line.keys(), line.values(), color=colour, alpha=0.25, linewidth=0.8)
+            steps = sorted(set().union(*own.values())) if own else []
+            means = [np.mean([line[step] for line in own.values() if step in line]) for step in steps]
+            axis.plot(steps, means, color=colour, linewidth=2, label=name)
+        axis.axhline(floor[game], color="grey", linestyle=":", label="random play")
+        axis.set(title=GAMES[game][0], xlabel="environment steps")
+        axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}K")
+    axes[0, 0].set_ylabel("return of a training match")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_results(results, floor, out):
+    rows = [row for row, _ in results]
+    curves = [
+        {key: row[key] for key in COLUMNS[:3]} | {"step": step, "return": value}
+        for row, points in results
+        for step, value in points
+    ]
+    for name, columns, contents in (
+        ("games.csv", COLUMNS, rows),
+        ("curves.csv", (*COLUMNS[:3], "step", "return"), curves),
+    ):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(contents)
+        write(out / name, text.getvalue())
+    write(out / "games.md", table(rows, floor))
+    draw(curves, floor, out / "games.png")
+
+
+def main(
+    games: tuple[str, ...] = tuple(GAMES),
+    arms: tuple[str, ...] = tuple(ARMS),
+    seeds: tuple[int, ...] = (11, 12, 13, 14, 15),
+    out: Path = ROOT / "runs" / "games",
+    parallel: int = os.cpu_count() or 1,
+):
+    """Work through all trainings.
+
+    Args:
+        games: which games.
+        arms: which arms.
+        seeds: a training for each.
+        out: folder of the tables and the trainings.
+        parallel: trainings at a time, each with one thread.
+    """
+    for given, known in ((games, GAMES), (arms, ARMS)):
+        if unknown := [name for name in given if name not in known]:
+            raise Refused(f"there is no {unknown[0]}; there are {', '.join(known)}")
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    floor = {game: random_return(game) for game in games}
+    jobs = [(game, arm, seed) for seed in seeds for game in games for arm in arms]
+    folders = [out / "{}__{}__{}".format(*job) for job in jobs]
+    with ThreadPoolExecutor(parallel) as pool:
+        results = []
+        for number, result in enumerate(pool.map(train, folders, *zip(*jobs)), start=1):
+            results.append(result)
+            write_results(results, floor, out)
+            print(f"{number} of {len(jobs)} trainings are complete in {out}", flush=True)
+    print(f"written to {out / 'games.md'}, games.csv, curves.csv and games.png")
+
+
+if __name__ == "__main__":
+    start(main)
