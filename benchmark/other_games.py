@@ -4,12 +4,13 @@
     python benchmark/other_games.py
     python benchmark/other_games.py --games kaz --seeds 11 12
 
-All flags but GAMES' own are the scripts' defaults, for every game and arm. Trainings run side by side, each with one
-thread, seed by seed. Started again, it continues; a training that was cut off begins again.
+Flags are the scripts' defaults, for every game and arm, except that rewards are those of the game. Trainings run
+side by side, each with one thread, seed by seed. Started again, it continues; a training that was cut off begins again.
 
     written to --out
-    games.csv    a row for every training: mean return of the held-out matches, sampled and greedy, and its minutes
-    curves.csv   returns of the training matches, means of 32 equal parts of every training
+    games.csv    a row for every training: mean team return of held-out matches, with sampled and with the likeliest
+                 actions; and for random play
+    curves.csv   team returns of the training matches, means of PARTS equal parts of every training
     games.md     the table
     games.png    the curves
     <game>__<arm>__<seed>/  a training's log and run
@@ -27,13 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
-from ablation import programs, runs_of, say, write
+from ablation import commit, programs, runs_of, say, write
 from plot import ROOT, Refused, plt, start
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trajsep_ppo import Args, checkpoints, make_envs
+from trajsep_ppo import checkpoints
 
 # game -> (its name in the table, folder of examples/, module:class, environment steps)
 GAMES = {
@@ -55,8 +55,9 @@ ARMS = {
     "global": ("one trajectory (baseline)", "global_ppo.py", (), "#D55E00"),
 }
 FLAGS = "--positive-reward-weight 1"  # rewards as the game pays them
-COLUMNS = ("game", "arm", "seed", "steps", "train_seconds", "sampled", "greedy", "command")
+COLUMNS = ("game", "arm", "seed", "steps", "train_seconds", "sampled", "greedy", "commit", "command")
 PARTS = 32
+RANDOM_MATCHES = 100
 
 
 def train(folder, game, arm, seed):
@@ -76,10 +77,10 @@ def train(folder, game, arm, seed):
             words = [sys.executable, str(script), *flags]
             done = subprocess.run(words, cwd=folder, env=environment, stdout=log, stderr=log)
         if done.returncode:
-            raise Refused(f"{command} ended with {done.returncode}, see {folder / 'log'}")
+            raise ChildProcessError(f"{command} ended with {done.returncode}, see {folder / 'log'}")
         *_, run = runs_of(folder)
         *_, last = checkpoints(run)
-        row = {"game": game, "arm": arm, "seed": seed, "steps": steps, "command": command}
+        row = {"game": game, "arm": arm, "seed": seed, "steps": steps, "commit": commit(), "command": command}
         row["train_seconds"] = round(torch.load(last, weights_only=True)["train_seconds"], 1)
         for how, evaluation in json.loads((run / "evaluation.json").read_text()).items():
             row[how] = f"{evaluation['summary']['r']['mean']:.5g}"
@@ -97,16 +98,15 @@ def curve(run, steps):
 
 
 def random_return(game):
-    """Mean return of the evaluation's matches, with random actions that are not masked."""
+    """Mean team return of held-out matches, with random actions that are not masked."""
     _, place, env_id, _ = GAMES[game]
     sys.path.append(str(ROOT / "examples" / place))
     module, _, name = env_id.partition(":")
-    matches = Args().eval_episodes
-    envs = getattr(importlib.import_module(module), name)(matches, held_out=True)
+    envs = getattr(importlib.import_module(module), name)(RANDOM_MATCHES, held_out=True)
     rng = np.random.default_rng(0)
     obs, _ = envs.reset(seed=0)
     returns = {}
-    while len(returns) < matches:
+    while len(returns) < RANDOM_MATCHES:
         allowed = obs["action_mask"]
         obs, _, _, _, infos = envs.step(np.where(allowed, rng.random(allowed.shape), -1).argmax(-1))
         for match in np.flatnonzero(infos.get("_episode", ())):
@@ -116,26 +116,31 @@ def random_return(game):
 
 def interval(values):
     """Mean and half the width of its 95% interval by Student's t, as text."""
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0
+    if len(values) < 2:
+        return f"{np.mean(values):.3g}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return f"{np.mean(values):.3g} ± {half:.2g}"
 
 
-def table(rows, floor):
-    """The table in Markdown: sampled returns of every game and arm."""
-    lines = ["| game | steps | random | " + " | ".join(name for name, *_ in ARMS.values()) + " | minutes |"]
-    lines.append("|---" * (4 + len(ARMS)) + "|")
+def table(rows):
+    """The table in Markdown: team returns of every game and arm, with sampled actions."""
+    names = [name for name, *_ in ARMS.values()]
+    lines = [f"| game | steps | random play | {' | '.join(names)} |", "|---" * (3 + len(ARMS)) + "|"]
     for game, (name, _, _, steps) in GAMES.items():
-        own = [row for row in rows if row["game"] == game]
-        if own:
-            cells = [interval([float(row["sampled"]) for row in own if row["arm"] == arm] or [np.nan]) for arm in ARMS]
-            minutes = np.mean([float(row["train_seconds"]) for row in own]) / 60
-            lines.append(f"| {name} | {steps:,} | {floor[game]:.3g} | " + " | ".join(cells) + f" | {minutes:.1f} |")
+        returns = {arm: [] for arm in ("random", *ARMS)}
+        for row in rows:
+            if row["game"] == game:
+                returns[row["arm"]].append(float(row["sampled"]))
+        if returns["random"]:
+            cells = [interval(values) if values else "" for values in returns.values()]
+            lines.append(f"| {name} | {steps:,} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(curves, floor, path):
+def draw(rows, curves, path):
     """A panel for each game: the mean of each arm's seeds, each seed, and random play."""
-    games = [game for game in GAMES if any(row["game"] == game for row in curves)]
+    floor = {row["game"]: float(row["sampled"]) for row in rows if row["arm"] == "random"}
+    games = [game for game in GAMES if game in floor]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, len(games), figsize=(3.1 * len(games), 3.4), layout="constrained", squeeze=False)
     for axis, game in zip(axes[0], games):
@@ -160,23 +165,24 @@ def draw(curves, floor, path):
 
 
 def write_results(results, floor, out):
-    rows = [row for row, _ in results]
-    curves = [
-        {key: row[key] for key in COLUMNS[:3]} | {"step": step, "return": value}
-        for row, points in results
-        for step, value in points
-    ]
+    """Write the tables and the picture of these trainings, each a row and a curve, and of random play."""
+    rows = [{"game": game, "arm": "random", "sampled": f"{value:.5g}"} for game, value in floor.items()]
+    rows += [row for row, _ in results]
+    curves = []
+    for row, points in results:
+        training = {key: row[key] for key in ("game", "arm", "seed")}
+        curves += [training | {"step": step, "return": value} for step, value in points]
     for name, columns, contents in (
         ("games.csv", COLUMNS, rows),
-        ("curves.csv", (*COLUMNS[:3], "step", "return"), curves),
+        ("curves.csv", ("game", "arm", "seed", "step", "return"), curves),
     ):
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(contents)
         write(out / name, text.getvalue())
-    write(out / "games.md", table(rows, floor))
-    draw(curves, floor, out / "games.png")
+    write(out / "games.md", table(rows))
+    draw(rows, curves, out / "games.png")
 
 
 def main(

@@ -1,0 +1,65 @@
+"""The comparison on other games: what it trains, averages and writes, on the toy."""
+
+import csv
+import json
+
+import numpy as np
+import other_games
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
+    """Every number of the tables can be found again in the runs; the second start trains nothing."""
+    monkeypatch.setattr(other_games, "GAMES", {"toy": ("the toy", "toy", "toy_env:ToyVecEnv", 4096)})
+    monkeypatch.setattr(other_games, "PARTS", 4)
+    arms = ("global", "mappo")
+    other_games.main(("toy",), arms, (1, 2), tmp_path, parallel=2)
+    with open(tmp_path / "games.csv") as file:
+        random, *rows = csv.DictReader(file)
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "12" for arm in arms]
+    assert 1.5 < float(random["sampled"]) < 1.9  # about 32 / 3 workers, 10 steps, 1 / 16 for one button of four
+    cells = {"random": [float(random["sampled"])]}
+    with open(tmp_path / "curves.csv") as file:
+        curves = list(csv.DictReader(file))
+    for row in rows:
+        (run,) = tmp_path.glob(f"toy__{row['arm']}__{row['seed']}/runs/*")
+        for how, matches in json.loads((run / "evaluation.json").read_text()).items():
+            assert float(row[how]) == pytest.approx(np.mean(matches["matches"]["r"]), rel=1e-4)
+        cells.setdefault(row["arm"], []).append(float(row["sampled"]))
+        events = EventAccumulator(str(run)).Reload().Scalars("charts/episodic_return")
+        drawn = {
+            int(x["step"]): float(x["return"]) for x in curves if (x["arm"], x["seed"]) == (row["arm"], row["seed"])
+        }
+        assert list(drawn) == [1024, 2048, 3072, 4096]
+        for step, value in drawn.items():
+            part = [event.value for event in events if step - 1024 < event.step <= step]
+            assert value == pytest.approx(np.mean(part), rel=1e-4)
+    (line,) = [line for line in (tmp_path / "games.md").read_text().splitlines() if line.startswith("| the toy")]
+    shown = [cell.strip() for cell in line.split("|")[3:-1]]
+    assert shown[2] == "" and shown[0] == f"{cells['random'][0]:.3g}"  # without the arm ippo
+    for cell, arm in zip((shown[3], shown[4]), ("mappo", "global")):
+        half = 12.7062 * abs(cells[arm][0] - cells[arm][1]) / 2  # Student's t, one degree of freedom
+        assert cell == f"{np.mean(cells[arm]):.3g} ± {half:.2g}"
+    assert (tmp_path / "games.png").stat().st_size > 10_000
+
+    capsys.readouterr()
+    before = (tmp_path / "games.csv").read_text()
+    other_games.main(("toy",), arms, (1, 2), tmp_path)
+    assert "training" not in capsys.readouterr().out.replace("trainings are", "")
+    assert (tmp_path / "games.csv").read_text() == before
+
+
+def test_what_is_refused(tmp_path):
+    """A game that is not there."""
+    with pytest.raises(other_games.Refused, match="^there is no chess; there are rware, lbf, kaz, toy$"):
+        other_games.main(("chess",), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_in_the_pages():
+    """The table of examples/README.md is the one that the kept rows make."""
+    results = other_games.ROOT / "benchmark" / "other_games"
+    with open(results / "games.csv") as file:
+        table = other_games.table(csv.DictReader(file))
+    assert table in (other_games.ROOT / "examples" / "README.md").read_text()
