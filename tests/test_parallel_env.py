@@ -296,12 +296,15 @@ def test_tuples():
 
 
 def test_page():
-    """The game of examples/README.md can be made from there, and what the page links to is there."""
+    """The games of examples/README.md can be made from there, and what the page links to is there."""
     page = (EXAMPLES / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     pytest.importorskip("pettingzoo.butterfly.knights_archers_zombies_v11", exc_type=ImportError)
-    exec(lines, names := {})
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names := {})
     assert names["MyVecEnv"](2).reset(seed=1)[0]["kind"].tolist() == [[[1] * 4]] * 2
+    assert names["scaled"]().possible_agents
+    game = names["Scaled"](Arena())
+    game.env.reset()
+    assert game.step({"ann": 2, "bob": -1})[1] == {"ann": 2.0, "bob": -1.0}
     for target in re.findall(r"\]\(([^)#]+)", page):
         assert "://" in target or (EXAMPLES / target).exists(), target
 
