@@ -180,6 +180,17 @@ class Nosy(Toy):
         return super().step(actions)
 
 
+class Worn(Toy):
+    """Its third match begins in another way."""
+
+    matches = 0
+
+    def reset(self, **options):
+        self.matches += 1
+        obs, infos = super().reset(**options)
+        return obs | {"board": obs["board"] // np.uint8(1 + (self.matches == 3))}, infos
+
+
 BROKEN = [
     ("single_observation_space must have both board and position, or neither", lacking("board")),
     ("the call with (3, num_workers=0, first_match=0, group_by='entity')", lambda num_envs: Toy(num_envs)),
@@ -278,6 +289,7 @@ BROKEN = [
     ),
     ("the same seed", shown("board", lambda env, x: noise(x) if env.time[0] == 1 else x)),
     ("the same seed", stepped("truncated", lambda env, x: x | (env.steps > 3 * LENGTH))),
+    ("the same seed and actions must give the same matches, in an environment that has played too", Worn),
     ("actions of empty slots must not matter", Nosy),
     ("state must return a list", changed("state", lambda env, x: dict(enumerate(x)), Kept)),
     ("after load_state", changed("load_state", forget, Kept)),
