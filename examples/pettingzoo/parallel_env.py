@@ -33,10 +33,10 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         game, agents = self.games[0], getattr(self.games[0], "possible_agents", None)
         if not agents or hasattr(game, "agent_iter") or len(set(map(id, self.games))) < num_envs:
             raise ValueError(f"make must return a new ParallelEnv at every call, with possible_agents, not {game}")
-        teams, kinds, self.spaces, self.scales = {}, {}, {}, {}
+        teams, kinds, self.kinds, self.actions, self.spaces = {}, {}, {}, {}, {}
         for agent in agents:
             teams.setdefault(team(agent) if team else 0, []).append(agent)
-            kinds.setdefault(kind(agent) if kind else 0, []).append(agent)
+            self.kinds[agent] = kinds.setdefault(kind(agent) if kind else 0, len(kinds) + 1)
             actions, seen = game.action_space(agent), game.observation_space(agent)
             masked = isinstance(seen, gym.spaces.Dict) and set(seen) == {"observation", "action_mask"}
             seen = seen["observation"] if masked else seen
@@ -44,16 +44,16 @@ class ParallelVecEnv(gym.vector.VectorEnv):
             nameless = None in teams or None in kinds
             if nameless or not isinstance(actions, gym.spaces.Discrete) or not isinstance(flat, gym.spaces.Box):
                 raise ValueError(f"{agent} needs Discrete actions, observations of a fixed size, a team and a kind")
-            self.spaces[agent] = seen, masked, actions
             bound = np.maximum(abs(flat.low.astype(float)), abs(flat.high.astype(float)))
-            self.scales[agent] = np.where((bound > 1) & (bound < 1e6), bound, 1)
+            scale = np.where((bound > 1) & (bound < 1e6), bound, 1)
+            self.spaces[agent], self.actions[agent] = (seen, masked, scale), actions
         self.slots = {agent: (p, e) for p, names in enumerate(teams.values()) for e, agent in enumerate(names)}
-        self.kinds = {agent: 1 + k for k, names in enumerate(kinds.values()) for agent in names}
         game.reset(seed=0)
-        P, E, K, F = len(teams), max(map(len, teams.values())), len(kinds), max(map(len, self.scales.values()))
+        P, E, K = len(teams), max(map(len, teams.values())), len(kinds)
+        F = max(len(scale) for _, _, scale in self.spaces.values())
         (p, e), k = np.array([*self.slots.values()]).T, np.array([self.kinds[agent] for agent in self.slots])
         labels = np.hstack([np.eye(K)[k - 1][:, K == 1 :], np.eye(E)[e][:, E == 1 :]])  # one alone needs none
-        A = max(actions.n for _, _, actions in self.spaces.values())
+        A = max(actions.n for actions in self.actions.values())
         boxes = {
             "features": (-np.inf, np.inf, (P, E, F + labels.shape[1]), np.float32),
             "kind": (0, K, (P, E), np.int64),
@@ -89,7 +89,7 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         for i, game in enumerate(self.games):
             live = {agent: slot for agent, slot in self.slots.items() if self.obs["kind"][i][slot]}
-            chosen = {agent: int(actions[i][slot] + self.spaces[agent][2].start) for agent, slot in live.items()}
+            chosen = {agent: int(actions[i][slot] + self.actions[agent].start) for agent, slot in live.items()}
             obs, paid, terminations, truncations, infos = game.step(chosen)
             for agent, slot in self.slots.items():
                 reward = paid.get(agent, 0)
@@ -133,14 +133,14 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         arrays["kind"][:] = 0
         for agent in agents:
             try:
-                slot, scale, (space, masked, actions) = self.slots[agent], self.scales[agent], self.spaces[agent]
+                slot, n, (space, masked, scale) = self.slots[agent], self.actions[agent].n, self.spaces[agent]
                 seen = obs[agent]
-                mask = seen["action_mask"] if masked else infos.get(agent, {}).get("action_mask", np.ones(actions.n))
+                mask = seen["action_mask"] if masked else infos.get(agent, {}).get("action_mask", np.ones(n))
                 flat = gym.spaces.flatten(space, seen["observation"] if masked else seen).reshape(scale.shape) / scale
                 if not np.isfinite(flat).all() or not np.any(mask):
                     raise ValueError("a number that is not finite, or all actions are masked")
                 arrays["features"][slot][: len(flat)] = flat
-                arrays["action_mask"][slot][: actions.n] = np.reshape(mask, actions.n)
+                arrays["action_mask"][slot][:n] = np.reshape(mask, n)
                 arrays["kind"][slot] = self.kinds[agent]
                 if self.board:
                     arrays["position"][slot] = self.position(game, agent)
