@@ -55,7 +55,8 @@ def agreement(obs, expected):
 
 def raised(error):
     """The type and message of an exception, and the last line of a person's own code that it came from."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    cause = error.__cause__ or error
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if frame.filename != __file__]
     installed = "site-packages", sysconfig.get_path("stdlib"), "<"
     own = [frame for frame in frames if not any(path in frame.filename for path in installed)]
     places = [f" ({Path(frame.filename).name}, line {frame.lineno})" for frame in own or frames]
@@ -98,7 +99,7 @@ class Checker:
             yield
         except Broken:
             raise
-        except Exception as error:  # an environment may raise anything
+        except (Exception, SystemExit) as error:  # an environment may raise anything, or end the program
             self.expect(False, f"{what} must not fail, and raised {raised(error)}", vital=True)
 
     def check(self, steps):
@@ -117,9 +118,13 @@ class Checker:
         self.replay(control, self.reset(control), start, played, f"{clause}: it is not deterministic")
         self.close(control)
         if not any(problem.startswith(clause) for problem in self.problems):
-            self.replay(env, self.reset(env), start, played, f"{clause}, in an environment that has played too")
-            clause = "actions of empty slots must not matter"
-            self.replay(env, self.reset(env), start, played, clause, change_empty=True)
+            clause = f"{clause}, in an environment that has played too"
+            self.replay(env, self.reset(env), start, played, clause)
+            obs = self.reset(env)
+            self.expect_alike(obs, start, clause)
+            if clause not in self.problems:
+                clause = "actions of empty slots must not matter"
+                self.replay(env, obs, start, played, clause, change_empty=True)
             self.check_seeds(steps)
             if hasattr(env, "state"):
                 self.check_state(env, rng)
@@ -402,7 +407,7 @@ def check_env(make_env, steps=200, num_envs=3, entity_ids=None):
 
 
 class Refused(Exception):
-    """There is no such environment, and why, in one sentence."""
+    """What a person asked for cannot be checked, and why, in one sentence."""
 
 
 def load(environment):
@@ -420,7 +425,7 @@ def load(environment):
             spec.loader.exec_module(found)
         else:
             found = importlib.import_module(module)
-    except Exception as error:  # a module may raise anything
+    except (Exception, SystemExit) as error:  # a module may raise anything, or end the program
         raise Refused(f"{module} cannot be imported: {raised(error)}")
     if not callable(getattr(found, name, None)):
         raise Refused(f"{module} has no class or function {name}")
@@ -439,6 +444,8 @@ def main():
     """The command line: a sentence for each broken clause, and what came up; exit code 1 if any is broken."""
     args = tyro.cli(Args, description=__doc__.partition("\n")[0])
     try:
+        if min(args.steps, args.num_envs) < 1:
+            raise Refused("--steps and --num-envs must be at least 1")
         make_env = load(args.environment)
     except Refused as error:
         print(f"check_env.py: error: {error}", file=sys.stderr)

@@ -180,6 +180,17 @@ class Nosy(Toy):
         return super().step(actions)
 
 
+class Worn(Toy):
+    """Its third match begins in another way."""
+
+    matches = 0
+
+    def reset(self, **options):
+        self.matches += 1
+        obs, infos = super().reset(**options)
+        return obs | {"board": obs["board"] // np.uint8(1 + (self.matches == 3))}, infos
+
+
 BROKEN = [
     ("single_observation_space must have both board and position, or neither", lacking("board")),
     ("the call with (3, num_workers=0, first_match=0, group_by='entity')", lambda num_envs: Toy(num_envs)),
@@ -189,6 +200,7 @@ BROKEN = [
     ("reset(seed=1) must not fail, and raised TypeError: NoSeed.reset() got an unexpected", NoSeed),
     ("reset(seed=1) must not fail, and raised KeyError", changed("reset", lambda env, x: {}["there"])),
     ("step(actions) must not fail, and raised ZeroDivisionError", changed("step", lambda env, x: 1 // 0)),
+    ("step(actions) must not fail, and raised SystemExit: 3 (", changed("step", lambda env, x: sys.exit(3))),
     ("close() must not fail, and raised FileNotFoundError", changed("close", lambda env, x: open("/no/such/file"))),
     ("step must return a tuple of five", changed("step", lambda env, x: x[:4])),
     ("step must return a tuple of five", changed("step", lambda env, x: None)),
@@ -277,6 +289,7 @@ BROKEN = [
     ),
     ("the same seed", shown("board", lambda env, x: noise(x) if env.time[0] == 1 else x)),
     ("the same seed", stepped("truncated", lambda env, x: x | (env.steps > 3 * LENGTH))),
+    ("the same seed and actions must give the same matches, in an environment that has played too", Worn),
     ("actions of empty slots must not matter", Nosy),
     ("state must return a list", changed("state", lambda env, x: dict(enumerate(x)), Kept)),
     ("after load_state", changed("load_state", forget, Kept)),
@@ -332,7 +345,7 @@ def test_junk_anywhere_is_no_traceback(place):
 
 
 def test_an_exception_has_its_line():
-    """It is the last one in a person's own file, not in a library."""
+    """It is the last one in a person's own file, not in a library, and of the cause if there is one."""
     call = "np.concatenate([])"
     line = next(i for i, x in enumerate(Path(__file__).read_text().splitlines(), 1) if f"return {call}" in x)
 
@@ -340,9 +353,16 @@ def test_an_exception_has_its_line():
         def step(self, actions):
             return np.concatenate([])
 
-    (sentence,) = check_env(Fails)
+    class Blames(Fails):
+        def step(self, actions):
+            try:
+                return super().step(actions)
+            except ValueError as error:
+                raise ValueError(str(error)) from error
+
     raised = "ValueError: need at least one array to concatenate"
-    assert sentence == f"step(actions) must not fail, and raised {raised} (test_check_env.py, line {line}) (step 1)"
+    sentence = f"step(actions) must not fail, and raised {raised} (test_check_env.py, line {line}) (step 1)"
+    assert check_env(Fails) == check_env(Blames) == [sentence]
 
 
 def test_what_is_not_deterministic_is_named_as_that():
@@ -463,11 +483,15 @@ def test_command(tmp_path):
     code, said = run("toy:ToyVecEnv", "--env-kwargs", "sluts", "4")
     assert code == 1 and "unexpected keyword argument 'sluts'" in said
     (tmp_path / "typo.py").write_text("import gymnasium\n)")
+    (tmp_path / "script.py").write_text("raise SystemExit(0)")
+    code, said = run("toy:ToyVecEnv", "--steps", "0")
+    assert code == 2 and said == "check_env.py: error: --steps and --num-envs must be at least 1\n"
     for wrong, why in (
         ("toy", "toy is no environment: name it my_env:MyVecEnv"),
         ("nowhere:ToyVecEnv", "nowhere cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
         ("no/where.py:ToyVecEnv", "no/where.py cannot be imported: FileNotFoundError"),
         ("typo:ToyVecEnv", "typo cannot be imported: SyntaxError: unmatched ')' (typo.py, line 2)"),
+        ("script:ToyVecEnv", "script cannot be imported: SystemExit: 0 (script.py, line 1)"),
         ("toy:VecToyEnv", "toy has no class or function VecToyEnv"),
         ("toy:SIZE", "toy has no class or function SIZE"),
     ):

@@ -189,13 +189,18 @@ def spaces(**changed):
     "why, make, options",
     [
         ("make fails with the options {'hard': True}: KeyError", lambda hard: {}["map"], {"hard": True}),
-        ("plays in turns: make must return a ParallelEnv", partial(Arena, agent_iter=None), {}),
-        ("no possible_agents", partial(Arena, possible_agents=None), {}),
-        ("no possible_agents", lambda: gym.make("CartPole-v1"), {}),
+        ("a new ParallelEnv at every call", partial(Arena, agent_iter=None), {}),
+        ("a new ParallelEnv at every call", (lambda game: lambda: game)(Arena()), {}),
+        ("with possible_agents", partial(Arena, possible_agents=None), {}),
+        ("with possible_agents", lambda: gym.make("CartPole-v1"), {}),
         ("bob needs Discrete", partial(Arena, action_spaces=Arena.action_spaces | {"bob": Box(0, 1, (2,))}), {}),
         ("bob needs Discrete", partial(Arena, action_spaces=Arena.action_spaces | {"bob": MultiDiscrete([2])}), {}),
-        ("ann needs Discrete actions and fixed obs", partial(Arena, **spaces(ann=Sequence(Discrete(2)))), {}),
-        ("cat has no team", Arena, {"team": {"ann": 1, "bob": 2}.get}),
+        ("ann needs Discrete actions, obs", partial(Arena, **spaces(ann=Sequence(Discrete(2)))), {}),
+        ("cat needs Discrete actions, observations of a fixed size, a team", Arena, {"team": {"ann": 1, "bob": 2}.get}),
+        ("bob needs Discrete actions, observations of a fixed size, a team", Arena, {"kind": {"ann": 1}.get}),
+        ("board needs position", Arena, {"position": lambda game, agent: (0, 0)}),
+        ("board needs position", Arena, {"board": lambda game: np.zeros((3, 3, 1), np.uint8)}),
+        ("[H, W, C] of uint8", Arena, {"board": lambda game: np.zeros((3, 3, 1)), "position": str}),
         ("the spaces must be a Tuple", as_parallel(lambda: gym.make("CartPole-v1")), {}),
     ],
 )
@@ -228,19 +233,29 @@ def come(agent):
     return stepping(lambda game, parts: game.agents.append(agent) or parts)
 
 
+MISFIT = "{} does not fit the agents and spaces of the game: "
+
+
 @pytest.mark.parametrize(
     "why, make",
     [
-        ("ann observed a number that is not finite", put(0, "ann", {"place": [np.nan, 0], "mood": 0})),
+        (MISFIT.format("ann") + "ValueError('a number that", put(0, "ann", {"place": [np.nan, 0], "mood": 0})),
+        (MISFIT.format("ann") + "KeyError('mood')", put(0, "ann", {"place": [0, 0]})),
+        (MISFIT.format("ann") + "IndexError", put(0, "ann", {"place": [0, 0], "mood": 3})),
+        (MISFIT.format("ann"), put(0, "ann", None)),
+        (MISFIT.format("ann"), stepping(lambda game, x: (*x[:4], None))),
+        (MISFIT.format("bob") + "ValueError('cannot reshape array of size 3", put(0, "bob", [1, 2, 3])),
+        (MISFIT.format("bob") + "ValueError('cannot reshape array of size 1", put(0, "bob", 7)),
+        (MISFIT.format("bob"), put(0, "bob", [[1, 2], [3]])),
+        (MISFIT.format("bob"), put(4, "bob", {"action_mask": [0] * 4})),
+        (MISFIT.format("bob"), put(4, "bob", {"action_mask": [1] * 5})),
+        (MISFIT.format("dog") + "KeyError('dog')", come("dog")),
         ("bob got the reward nan", put(1, "bob", np.nan)),
+        ("bob got the reward [1 2]", put(1, "bob", np.array([1, 2]))),
         (
             "ann ended and is there again: it must be away",
             stepping(lambda game, x: x[2].update(ann=True) or game.agents.append("ann") or x),
         ),
-        ("dog is not in the game's possible_agents", come("dog")),
-        ("ann must observe something", put(0, "ann", None)),
-        ("bob must observe something, and have 4 actions, one", put(4, "bob", {"action_mask": [0] * 4})),
-        ("bob must observe something, and have 4 actions, one", put(4, "bob", {"action_mask": [1] * 5})),
     ],
 )
 def test_faults_in_play(why, make):
@@ -281,12 +296,15 @@ def test_tuples():
 
 
 def test_page():
-    """The game of examples/README.md can be made from there, and what the page links to is there."""
+    """The games of examples/README.md can be made from there, and what the page links to is there."""
     page = (EXAMPLES / "README.md").read_text()
-    (lines,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     pytest.importorskip("pettingzoo.butterfly.knights_archers_zombies_v11", exc_type=ImportError)
-    exec(lines, names := {})
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names := {})
     assert names["MyVecEnv"](2).reset(seed=1)[0]["kind"].tolist() == [[[1] * 4]] * 2
+    assert names["scaled"]().possible_agents
+    game = names["Scaled"](Arena())
+    game.env.reset()
+    assert game.step({"ann": 2, "bob": -1})[1] == {"ann": 2.0, "bob": -1.0}
     for target in re.findall(r"\]\(([^)#]+)", page):
         assert "://" in target or (EXAMPLES / target).exists(), target
 

@@ -3,13 +3,6 @@
 import gymnasium as gym
 import numpy as np
 
-SEEDS = (2**20, 2**31), (0, 2**20)  # of games for training, and of those that are held out
-
-
-def without_mask(space):
-    masked = isinstance(space, gym.spaces.Dict) and set(space) == {"observation", "action_mask"}
-    return space["observation"] if masked else space
-
 
 class ParallelVecEnv(gym.vector.VectorEnv):
     """N matches of a game, played in this process. Every agent has a slot of its own, and may come and go.
@@ -34,39 +27,44 @@ class ParallelVecEnv(gym.vector.VectorEnv):
             self.games = [make(**options) for _ in range(num_envs)]
         except Exception as error:  # a game may raise anything
             raise ValueError(f"make fails with the options {options}: {type(error).__name__}: {error}") from error
-        self.num_envs, self.first_match, self.seeds = num_envs, first_match, SEEDS[bool(held_out)]
+        self.num_envs, self.first_match = num_envs, first_match
+        self.seeds = (0, 2**20) if held_out else (2**20, 2**31)
         self.board, self.position, self.before_reset = board, position, before_reset or (lambda game: None)
         game, agents = self.games[0], getattr(self.games[0], "possible_agents", None)
-        if not agents or hasattr(game, "agent_iter"):
-            raise ValueError(f"{game} has no possible_agents, or plays in turns: make must return a ParallelEnv")
-        teams, kinds, self.scales = {}, {}, {}
+        if not agents or hasattr(game, "agent_iter") or len(set(map(id, self.games))) < num_envs:
+            raise ValueError(f"make must return a new ParallelEnv at every call, with possible_agents, not {game}")
+        teams, kinds, self.kinds, self.actions, self.spaces = {}, {}, {}, {}, {}
         for agent in agents:
             teams.setdefault(team(agent) if team else 0, []).append(agent)
-            kinds.setdefault(kind(agent) if kind else 0, []).append(agent)
-            actions, seen = game.action_space(agent), without_mask(game.observation_space(agent))
+            self.kinds[agent] = kinds.setdefault(kind(agent) if kind else 0, len(kinds) + 1)
+            actions, seen = game.action_space(agent), game.observation_space(agent)
+            masked = isinstance(seen, gym.spaces.Dict) and set(seen) == {"observation", "action_mask"}
+            seen = seen["observation"] if masked else seen
             flat = gym.spaces.flatten_space(seen)
-            if not isinstance(actions, gym.spaces.Discrete) or not isinstance(flat, gym.spaces.Box):
-                raise ValueError(f"{agent} needs Discrete actions and fixed observations, not {actions} and {seen}")
+            nameless = None in teams or None in kinds
+            if nameless or not isinstance(actions, gym.spaces.Discrete) or not isinstance(flat, gym.spaces.Box):
+                raise ValueError(f"{agent} needs Discrete actions, observations of a fixed size, a team and a kind")
             bound = np.maximum(abs(flat.low.astype(float)), abs(flat.high.astype(float)))
-            self.scales[agent] = np.where((bound > 1) & (bound < 1e6), bound, 1)
-        if None in teams:
-            raise ValueError(f"{teams[None][0]} has no team: team() must return one for every agent")
+            scale = np.where((bound > 1) & (bound < 1e6), bound, 1)
+            self.spaces[agent], self.actions[agent] = (seen, masked, scale), actions
         self.slots = {agent: (p, e) for p, names in enumerate(teams.values()) for e, agent in enumerate(names)}
-        self.kinds = {agent: 1 + k for k, names in enumerate(kinds.values()) for agent in names}
         game.reset(seed=0)
-        P, E, K, F = len(teams), max(map(len, teams.values())), len(kinds), max(map(len, self.scales.values()))
+        P, E, K = len(teams), max(map(len, teams.values())), len(kinds)
+        F = max(len(scale) for _, _, scale in self.spaces.values())
         (p, e), k = np.array([*self.slots.values()]).T, np.array([self.kinds[agent] for agent in self.slots])
         labels = np.hstack([np.eye(K)[k - 1][:, K == 1 :], np.eye(E)[e][:, E == 1 :]])  # one alone needs none
-        A = max(game.action_space(agent).n for agent in agents)
+        A = max(actions.n for actions in self.actions.values())
         boxes = {
             "features": (-np.inf, np.inf, (P, E, F + labels.shape[1]), np.float32),
             "kind": (0, K, (P, E), np.int64),
             "group": (0, E - 1, (P, E), np.int64),
             "action_mask": (0, 1, (P, E, A), np.bool_),
         }
-        if board:
-            view = board(game)
-            boxes["board"] = 0, 100, (P, *view.shape), view.dtype
+        if board or position:
+            view = np.asarray(board and position and board(game))
+            if view.ndim != 3 or view.dtype != np.uint8:
+                raise ValueError("board must return [H, W, C] of uint8; board needs position, and position board")
+            boxes["board"] = 0, 100, (P, *view.shape), np.uint8
             boxes["position"] = 0, max(view.shape[:2]) - 1, (P, E, 2), np.int64
         self.single_observation_space = gym.spaces.Dict({key: gym.spaces.Box(*box) for key, box in boxes.items()})
         self.single_action_space = gym.spaces.MultiDiscrete(np.full((P, E), A))
@@ -91,12 +89,13 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         terminated, truncated = np.zeros((2, self.num_envs), bool)
         for i, game in enumerate(self.games):
             live = {agent: slot for agent, slot in self.slots.items() if self.obs["kind"][i][slot]}
-            chosen = {agent: int(actions[i][slot] + game.action_space(agent).start) for agent, slot in live.items()}
+            chosen = {agent: int(actions[i][slot] + self.actions[agent].start) for agent, slot in live.items()}
             obs, paid, terminations, truncations, infos = game.step(chosen)
             for agent, slot in self.slots.items():
-                rewards[i][slot] = paid.get(agent, 0)
+                reward = paid.get(agent, 0)
+                rewards[i][slot] = reward if np.ndim(reward) == 0 else np.nan
                 if not np.isfinite(rewards[i][slot]):
-                    raise RuntimeError(f"{agent} got the reward {paid[agent]}: the game must pay finite numbers")
+                    raise RuntimeError(f"{agent} got the reward {reward}: the game must pay a finite number")
             self.returns[i] += (rewards[i] * (self.obs["kind"][i] > 0)).sum(-1)
             dead = {agent for agent in live if terminations.get(agent)}
             cut = {agent for agent in live if truncations.get(agent)} - dead
@@ -133,20 +132,19 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         game, arrays = self.games[i], {key: x[i] for key, x in self.obs.items()}
         arrays["kind"][:] = 0
         for agent in agents:
-            if agent not in self.slots:
-                raise RuntimeError(f"{agent} is not in the game's possible_agents: it must declare all who may come")
-            slot, space, n = self.slots[agent], game.observation_space(agent), game.action_space(agent).n
-            seen, mask = obs.get(agent), infos.get(agent, {}).get("action_mask", np.ones(n))
-            if seen is not None and without_mask(space) is not space:
-                seen, mask = seen["observation"], seen["action_mask"]
-            if seen is None or np.shape(mask) != (n,) or not np.any(mask):
-                raise RuntimeError(f"{agent} must observe something, and have {n} actions, one of them not masked")
-            flat = gym.spaces.flatten(without_mask(space), seen) / self.scales[agent]
-            if not np.isfinite(flat).all():
-                raise RuntimeError(f"{agent} observed a number that is not finite: the game must avoid that")
-            arrays["features"][slot][: len(flat)], arrays["action_mask"][slot][:n] = flat, mask
-            arrays["kind"][slot] = self.kinds[agent]
+            try:
+                slot, n, (space, masked, scale) = self.slots[agent], self.actions[agent].n, self.spaces[agent]
+                seen = obs[agent]
+                mask = seen["action_mask"] if masked else infos.get(agent, {}).get("action_mask", np.ones(n))
+                flat = gym.spaces.flatten(space, seen["observation"] if masked else seen).reshape(scale.shape) / scale
+                if not np.isfinite(flat).all() or not np.any(mask):
+                    raise ValueError("a number that is not finite, or all actions are masked")
+                arrays["features"][slot][: len(flat)] = flat
+                arrays["action_mask"][slot][:n] = np.reshape(mask, n)
+                arrays["kind"][slot] = self.kinds[agent]
+                if self.board:
+                    arrays["position"][slot] = self.position(game, agent)
+            except Exception as error:  # a game may show anything
+                raise RuntimeError(f"{agent} does not fit the agents and spaces of the game: {error!r}") from error
         if self.board:
             arrays["board"][:] = self.board(game)
-            for agent in agents:
-                arrays["position"][self.slots[agent]] = self.position(game, agent)
