@@ -310,34 +310,55 @@ def test_slider_and_keys(browser, two):
     assert browser.errors() == []
 
 
-def colours(browser):
-    """The colour of each row at the present step, from the picture of the rows."""
-    script = """const brush = $("rows").picture.getContext("2d"), width = $("rows").clientWidth - NAMES;
-        const x = NAMES + page.step / shown().steps * width;
-        return shown().credit.rows.map((_, i) => [...brush.getImageData(x, topOf(shown(), i + 1) + 3, 1, 1).data])"""
-    return [tuple(colour) for colour in browser.driver.execute_script(script)]
+def drawn(browser):
+    """What the rows say at the present step: the colour of each, and all words beside them."""
+    return browser.driver.execute_script("""
+        const prototype = CanvasRenderingContext2D.prototype, {fillText} = prototype, words = [];
+        const width = $("rows").clientWidth - NAMES - NUMBERS, w = width / shown().steps;
+        prototype.fillText = (text, x, y) => words.push([`${text}`, x, y]);
+        drawRows($("rows"), shown(), page.step, page.window, page.row, $("rows").clientWidth, true);
+        prototype.fillText = fillText;
+        const brush = $("rows").getContext("2d"), x = NAMES + (page.step + 0.5) * w;
+        const colourOf = (_, i) => [...brush.getImageData(x, topOf(shown(), i + 1) + 6, 1, 1).data];
+        const beside = (_, i) => words.filter(([, , y]) => y > topOf(shown(), i + 1) && y < topOf(shown(), i + 2));
+        return shown().credit.rows.map((row, i) => [colourOf(row, i), beside(row, i).map(([word]) => word)])""")
 
 
 def test_switch(browser, two):
-    """Separate: each row has colours of its own; team: all have those of the team's row, and wrong signs are marked."""
+    """Separate: each row is told its own advantage; team: all are told the team's, and wrong signs are marked."""
     browser.open(two)
     [match, _] = matches_in(two)
-    wrong = match["credit"]["wrong"]["after"]
-    assert f"{wrong:.1%}" in browser.find("#number").text
-    browser.driver.execute_script("show({step: 30})")
-    own = [row for row in match["credit"]["rows"] if row["born"] < 25 and row["born"] + len(row["earned"]) > 35]
-    assert len(own) > 5
-    browser.click("[data-mode=team]")
-    assert browser.js("page.mode") == "team" and "on" in browser.find("[data-mode=team]").get_attribute("class")
-    in_team = [colour for colour in colours(browser) if colour[3]]
-    assert len(set(in_team)) == 1 and len(in_team) >= len(own)
-    browser.click("[data-mode=separate]")
-    assert len(set(colours(browser))) > 3
+    told, unit, harm, places = match["credit"], credit.UNIT, {}, {}
+    mean, std = np.array([told["moments"]["own"], told["moments"]["team"]]).T
+    team = (np.array(told["whole"]["advantages"]) * unit - mean[1]) / std[1]
+    for index, row in enumerate(told["rows"]):
+        for i, (earned, own) in enumerate(zip(row["earned"], row["advantages"])):
+            at, own = row["born"] + i, (own * unit - mean[0]) / std[0]
+            places.setdefault(at, []).append((row["name"], earned * unit, own, own * team[at] < 0))
+            if own > 0 > team[at]:
+                harm[index, at] = earned * (own - team[at])
+    assert (browser.js("page.row"), browser.js("page.step")) == max(harm, key=harm.get)
+    assert browser.find("#told strong").text == told["rows"][browser.js("page.row")]["name"]
+    assert "told about itself" in browser.find("#lead").text
+    step = max(range(20, 40), key=lambda at: len({wrong for *_, wrong in places[at]}))
+    browser.driver.execute_script(f"show({{step: {step}}})")
+    for mode in ("separate", "team"):
+        browser.click(f"[data-mode={mode}]")
+        assert browser.js("page.mode") == mode
+        assert "on" in browser.find(f"[data-mode={mode}]").get_attribute("class")
+        shown = [(colour, words) for colour, words in drawn(browser) if words[1:]]
+        for (name, earned, own, wrong), (_, words) in zip(places[step], shown, strict=True):
+            numbers = [float(word.replace("\u2212", "-")) for word in words[1:3]]
+            assert numbers == pytest.approx([earned, team[step] if mode == "team" else own], abs=0.0051)
+            assert words[0] == name and words[3:] == (["wrong"] if mode == "team" and wrong else [])
+        colours = {tuple(colour) for colour, _ in shown}
+        assert len(colours) == 1 if mode == "team" else len(colours) > 3
+    assert f"wrong sign in {told['wrong']['after']:.1%}" in browser.find("#lead").text
     marked = browser.js(
         "shown().credit.rows.map(row => row.earned.filter((_, i) => "
         "isWrong(shown().credit, row, row.born + i)).length).reduce((a, b) => a + b)"
     )
-    assert marked / match["credit"]["cells"] == pytest.approx(wrong, abs=0.01)
+    assert marked / told["cells"] == pytest.approx(told["wrong"]["after"], abs=0.01)
     assert browser.errors() == []
 
 
@@ -373,10 +394,10 @@ def test_views(browser, two):
     assert "wrong sign" in text and "baseline" in text and str(MODEL) in text
     browser.click("[data-which='1']")
     assert browser.js("page.which") == 1 and browser.find("#match").is_displayed()
-    assert "one trajectory for the whole team" in browser.find("#number").text
+    assert "one trajectory for the whole team" in browser.find("#numbers").text
     assert browser.find("[data-mode=separate]").get_attribute("disabled")
     browser.point("#rows", 60, browser.js("topOf(shown(), 1) + 8"))
-    assert "the team's" in browser.find("#told").text and "its own" not in browser.find("#told").text
+    assert "the team's" in browser.find("#told").text and "its own trajectory" not in browser.find("#told").text
     assert browser.errors() == []
 
 
