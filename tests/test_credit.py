@@ -339,7 +339,7 @@ def test_switch(browser, two):
                 harm[index, at] = earned * (own - team[at])
     assert (browser.js("page.row"), browser.js("page.step")) == max(harm, key=harm.get)
     assert browser.find("#told strong").text == told["rows"][browser.js("page.row")]["name"]
-    assert "told about itself" in browser.find("#lead").text
+    assert "each is told about itself" in browser.find("#lead").text
     step = max(range(20, 40), key=lambda at: len({wrong for *_, wrong in places[at]}))
     browser.driver.execute_script(f"show({{step: {step}}})")
     for mode in ("separate", "team"):
