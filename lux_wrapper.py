@@ -1198,6 +1198,41 @@ def gaussian_filter(board, sigma):
 
 # ---------- One match: the engine, rewards and metrics ----------
 
+CAPTION_HEIGHT = 84
+PLAYER_COLOURS = (224, 65, 40), (0, 112, 81)  # these, and those of the ground, are the engine's
+GROUND_COLOURS = {"ice": (44, 158, 211), "ore": (218, 167, 48), "ground": (210, 102, 65), "rubble": (96, 32, 9)}
+
+
+def captioned(picture, step, ice, factories):
+    """The engine's picture with a caption below it, uint8 [height + CAPTION_HEIGHT, width, 3].
+
+    Args:
+        ice: units that each player brought home.
+        factories: how many each player has left.
+    """
+    from PIL import Image, ImageDraw  # a bot for the official runner may be without it
+
+    caption = Image.new("RGB", (picture.shape[1], CAPTION_HEIGHT), "white")
+    draw = ImageDraw.Draw(caption)
+
+    def write(x, y, text, colour=None, letter=""):
+        """Text, behind a square of a colour where there is one."""
+        if colour:
+            draw.rectangle((x, y, x + 11, y + 11), fill=colour)
+            draw.text((x + 6, y + 6), letter, fill="black", font_size=10, anchor="mm")
+        draw.text((x + 16 * bool(colour), y + 6), text, fill="black", font_size=12, anchor="lm")
+
+    write(318, 5, f"step {step}")
+    for player, colour in enumerate(PLAYER_COLOURS):
+        score = f"{ice[player]:,.0f} ice brought home, {factories[player]} factories alive"
+        write(6, 5 + 20 * player, score, colour)
+    for x, (name, colour) in zip((6, 80, 154, 248), GROUND_COLOURS.items()):
+        write(x, 45, name, colour)
+    write(318, 45, "pale: lichen")
+    for x, name in zip((6, 154, 248), ("factory", "light robot", "heavy robot")):
+        write(x, 65, name, "lightgrey", letter=name[0].upper())
+    return np.concatenate([picture, np.asarray(caption)])
+
 
 class LuxMatch:
     """Matches of the real engine, one after the other, with rewards and metrics.
@@ -1274,12 +1309,15 @@ class LuxMatch:
         return rewards, self._metrics(state) if terminations["player_0"] else None
 
     def render(self):
-        """A picture by the engine's own renderer, uint8 [400, 400, 3]."""
+        """A picture by the engine's own renderer, and below it what it means: see `captioned`."""
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
         os.environ.setdefault("SDL_NO_SIGNAL_HANDLERS", "1")  # else Ctrl-C does nothing from here on
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the font that the engine asks for may be missing
-            return self.engine.render()
+            picture = self.engine.render()
+        ice = self.totals[:, REWARD_INDEX["ice_delivered"]]
+        factories = [len(self.engine.state.factories[player]) for player in PLAYERS]
+        return captioned(picture, self.time, ice, factories)
 
     def _achievements(self, acts, robots, factories):
         """Amount of each reward term for each entity in the step just played, [P, E, len(REWARDS)].
@@ -1726,7 +1764,11 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         return self._observations(obs), {}
 
     def render(self):
-        """Pictures of the matches by the engine's own renderer, a tuple of N arrays [400, 400, 3] uint8."""
+        """Pictures of the matches, a tuple of N arrays [484, 400, 3] uint8.
+
+        The first 400 rows are the engine's own picture of the board; the others have the step, the ice
+        and factories of both players, and a key of the colours.
+        """
         if self.render_mode != "rgb_array" or not isinstance(self.games, gym.vector.SyncVectorEnv):
             raise ValueError('rendering needs LuxVecEnv(..., num_workers=0, render_mode="rgb_array")')
         return tuple(match.render() for match in self.matches)

@@ -1,20 +1,18 @@
 """One page that plays a match and shows what each entity, and what the team, is told.
 
-    python benchmark/credit.py runs/<run>
-    python benchmark/credit.py submission/model.pt --map 6001 --team 1 --out bot.html
+    python benchmark/credit.py submission/model.pt --map 6001 --out bot.html
     python benchmark/credit.py early.pt middle.pt late.pt    # checkpoints side by side
 
-A run's policy plays both sides of a match on a held-out map. The page needs no network: on its left is the
-board, on its right a row for each trajectory of a team, with rewards, values and advantages by the functions
-of the script that trained it. A switch shows the advantage that one trajectory of the whole team would give.
-`match.py --replays` writes the same page, without rows, of a match of two bots.
+A run's policy plays both sides of a match on a held-out map. The page has the board, and a row for each
+trajectory of a team, with rewards, values and advantages by the functions of the script that trained it. A
+switch shows the advantage that one trajectory of the whole team would give.
 
 Axis letters as in the scripts: T steps, B = 2 teams, G groups.
 """
 
 import argparse
-import os
 import sys
+import time
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -23,8 +21,7 @@ import torch
 from torch.distributions import Categorical
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from page import board_of, snapshot, write_page  # noqa: E402
 
@@ -35,7 +32,8 @@ from hybrid_model import HybridNet  # noqa: E402
 from trajsep_ppo import Refused, checkpoints, group_sum, group_value, share_reward  # noqa: E402
 
 FIRST_MAP = 6000  # from here on no map was used to choose anything
-UNIT = 1e-5  # rewards, values and advantages are whole multiples of it on the page
+KEYS = ("rewards", "values", "advantages")
+UNIT = 1e-5  # they are whole multiples of it on the page
 
 
 def load(source):
@@ -46,32 +44,26 @@ def load(source):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         script = trajsep_ppo if "agent_reward_weight" in content["args"] else global_ppo
-        args, weights = script.Args(**content["args"]), content["model"]
+        args = script.Args(**content["args"])
+        envs = script.make_envs(args, 1, num_workers=0)
+        agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
+        agent.load_state_dict(content["model"])
         assert not ZipFile(path).testzip()
     except Exception:  # a damaged file can raise anything
-        raise Refused(f"{path} is damaged, or not a checkpoint of trajsep_ppo.py or global_ppo.py")
-    envs = script.make_envs(args, 1, num_workers=0)
+        raise Refused(f"{path} is damaged, or not a checkpoint of today's trajsep_ppo.py or global_ppo.py")
     if not isinstance(envs, lux.LuxVecEnv):
         raise Refused(f"{path} plays {args.env_id}, and this page draws Lux AI only")
-    agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
-    try:
-        agent.load_state_dict(weights)
-    except RuntimeError:
-        raise Refused(f"{path} does not fit the network of this version")
     return script, args, agent, content.get("global_step")
 
 
 @torch.no_grad()
 def play(script, args, agent, step, seed, steps, greedy=False):
-    """Play a match on a held-out map, as `train` collects a rollout.
-
-    Args:
-        step: of the checkpoint, for the weight of positive rewards; None: the end of the training.
+    """Play a match on a held-out map, as `train` collects a rollout; `step`: of the checkpoint.
 
     Returns:
         A dict: "own" and "team", each a dict of rewards and advantages [T, B, G], values and active
         [T + 1, B, G]; `earned` [T, B, G], the own rewards before they are shared; dones [T, B]; `who` acts,
-        for each step a list of (unit_id, team, group, action); `board`; and whether groups are a `cluster`.
+        for each step a list of (unit_id, team, group, action); and the `board`.
     """
     envs = script.make_envs(args, 1, num_workers=0, held_out=True)
     obs, _ = envs.reset(seed=seed)
@@ -124,8 +116,7 @@ def play(script, args, agent, step, seed, steps, greedy=False):
         x = rollout[of] = {key: torch.stack(row) for key, row in rows.items()}
         given = x["rewards"], x["values"], x["active"], rollout["dones"]
         x["advantages"] = script.compute_gae(*given, args.gamma, args.gae_lambda)
-    board = board_of(snapshots, ground, ["team 0", "team 1"], seed)
-    return rollout | {"board": board, "cluster": envs.options.group_by == "cluster"}
+    return rollout | {"board": board_of(snapshots, ground, ["team 0", "team 1"], seed)}
 
 
 def credit_of(script, args, rollout, team):
@@ -133,27 +124,21 @@ def credit_of(script, args, rollout, team):
 
     A row has lists that begin when it is `born`; values have one more entry where the match goes on.
     """
-    keys = ("rewards", "values", "advantages")
     T, units = len(rollout["earned"]), rollout["board"]["units"]
     last = T if rollout["dones"][-1].any() else T + 1
-    active = rollout["own"]["active"][:last, team].numpy()
+    active = np.pad(rollout["own"]["active"][:last, team].numpy().astype(int), ((1, 1), (0, 0)))
     lives = []
-    for group in range(active.shape[-1]):
-        edges = np.flatnonzero(np.diff(np.pad(active[:, group].astype(int), 1)))
-        for born, end in edges.reshape(-1, 2).tolist():
-            if born < T:  # else it has not acted yet
-                leader = next(unit_id for unit_id, *place, _ in rollout["who"][born] if place == [team, group])
-                builder = units[leader]["builder"] or leader
-                lives.append((list(units).index(builder), born, end, group, leader))
+    for born, group in np.argwhere(np.diff(active[: T + 1], axis=0) > 0).tolist():
+        end = born + int(active[born + 1 :, group].argmin())
+        leader = next(unit_id for unit_id, *place, _ in rollout["who"][born] if place == [team, group])
+        order = list(units).index(units[leader]["builder"] or leader)
+        lives.append((order, born, end, group, leader))
     rows, row_of = [], {}  # row_of: (group, step) -> index
     for _, born, end, group, leader in sorted(lives):  # a factory, then the robots that it built
         row_of |= {(group, step): len(rows) for step in range(born, end)}
-        name = units[leader]["name"] + " and its robots" * rollout["cluster"]
-        row = {"name": name, "leader": leader, "born": born}
-        row["earned"] = in_units(rollout["earned"][born:end, team, group])
-        for key in keys if script is trajsep_ppo else ():
-            row[key] = in_units(rollout["own"][key][born:end, team, group])
-        rows.append(row)
+        mine = {"earned": rollout["earned"], **(rollout["own"] if script is trajsep_ppo else {})}
+        row = {key: in_units(mine[key][born:end, team, group]) for key in ("earned", *KEYS) if key in mine}
+        rows.append({"name": units[leader]["name"], "leader": leader, "born": born, **row})
     for unit in units.values():
         unit |= {"chosen": "", "rows": []}  # rows: [step, index from then on, step, ...]
     for step, seen in enumerate(rollout["who"]):
@@ -162,8 +147,8 @@ def credit_of(script, args, rollout, team):
             unit["chosen"] += str(action)
             if of_team == team and unit["rows"][-1:] != [index := row_of[group, step]]:
                 unit["rows"] += [step, index]
-    whole = {key: in_units(rollout["team"][key][:last, team, 0]) for key in keys}
-    return {"team": team, "rows": rows, "whole": whole, **compare(script, args, rollout, team)}
+    whole = {key: in_units(rollout["team"][key][:last, team, 0]) for key in KEYS}
+    return {"team": team, "rows": rows, "whole": whole, "unit": UNIT, **compare(script, args, rollout, team)}
 
 
 def in_units(x):
@@ -172,33 +157,25 @@ def in_units(x):
 
 def compare(script, args, rollout, team):
     """How the team's advantage compares with those of its entities, over all active cells of a match."""
-    moments, explained, advantages = {}, {}, {}
+    moments, told = {}, {"before": {}, "after": {}}  # told: before and after normalization
     for of in ("own", "team"):
-        x, values = rollout[of]["advantages"], rollout[of]["values"][:-1]
-        active = rollout[of]["active"][:-1]
-        _, mean, variance = script.all_moments(x, active)
-        _, _, of_returns = script.all_moments(x + values, active)
+        x = rollout[of]["advantages"]
+        _, mean, variance = script.all_moments(x, rollout[of]["active"][:-1])
         moments[of] = [mean.item(), variance.sqrt().item()]
-        explained[of] = (1 - variance / of_returns).item() if of_returns > 0 else None
-        advantages[of] = {"before": x[:, team], "after": ((x - mean) / (variance.sqrt() + 1e-8))[:, team]}
-    active, wrong = rollout["own"]["active"][:-1, team], {}
-    for when in ("before", "after"):
-        opposite = advantages["own"][when] * advantages["team"][when] < 0
-        wrong[when] = script.masked_mean(opposite.float(), active).item()
-    pairs = torch.stack([x["before"].expand_as(active)[active] for x in advantages.values()])
-    correlation = torch.corrcoef(pairs)[0, 1].item() if (pairs.std(1) > 0).all() else None
-    separate = script is trajsep_ppo
+        told["before"][of] = x[:, team]
+        told["after"][of] = ((x - mean) / (variance.sqrt() + 1e-8))[:, team]
+    active, separate = rollout["own"]["active"][:-1, team], script is trajsep_ppo
+    opposite = {when: (x["own"] * x["team"] < 0).float() for when, x in told.items()}
+    pairs = torch.stack([x.expand_as(active)[active] for x in told["before"].values()])
     return {
         "separate": separate,
         "cells": int(active.sum()),
         "alive": active.sum().item() / len(active),
-        "wrong": wrong if separate else None,
+        "wrong": {when: script.masked_mean(x, active).item() for when, x in opposite.items()},
         "used": "after" if args.norm_adv else "before",
-        "correlation": correlation if separate else None,
-        "explained": explained["own" if separate else "team"],
+        "correlation": torch.corrcoef(pairs)[0, 1].nan_to_num().item(),  # a constant has none
         "moments": moments,
         "weight": args.agent_reward_weight if separate else 1,
-        "unit": UNIT,
     }
 
 
@@ -206,11 +183,11 @@ def sentence(credit):
     """The numbers of the page, in words."""
     if not credit["separate"]:
         return "a baseline, one trajectory for the team: no entity has an advantage of its own to compare with"
-    wrong, correlation = credit["wrong"], credit["correlation"]
+    wrong = credit["wrong"]
     return (
-        f"the team's advantage has the wrong sign in {wrong[credit['used']]:.1%} of {credit['cells']:,} "
-        f"entity-steps, {credit['alive']:.1f} alive (before normalization {wrong['before']:.1%}, after it "
-        f"{wrong['after']:.1%}; correlation {'undefined' if correlation is None else f'{correlation:.2f}'})"
+        f"the team's advantage has the wrong sign in {wrong[credit['used']]:.1%} of {credit['cells']:,} entity-steps "
+        f"(before normalization {wrong['before']:.1%}; {credit['alive']:.1f} alive; "
+        f"correlation {credit['correlation']:.2f})"
     )
 
 
@@ -221,34 +198,26 @@ def main():
     parser.add_argument("--steps", type=int, default=1000, help="length of the match, at most")
     parser.add_argument("--team", type=int, default=0, choices=(0, 1), help="whose trajectories are shown")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest actions, not sampled ones")
-    parser.add_argument("--out", help="the page, instead of runs/credit.html or the next free name")
+    parser.add_argument("--out", help="the page, instead of a new one in runs/")
     args = parser.parse_args()
+    out = Path(args.out or f"runs/credit__{time.time_ns() // 10**6}.html")
     try:
         if not 0 <= args.map < lux.HELD_OUT_SEEDS or args.steps < 1:
             raise Refused(f"--map must be between 0 and {lux.HELD_OUT_SEEDS - 1:,}, and --steps at least 1")
-        runs = [load(source) for source in args.run]
-        out, number = Path(args.out or "runs/credit.html"), 1
-        if args.out is None:
-            out.parent.mkdir(exist_ok=True)
-        while args.out is None and out.exists():
-            number += 1
-            out = Path(f"runs/credit-{number}.html")
-        if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        if args.out and not out.parent.is_dir() or out.is_dir():
             raise Refused(f"{out} cannot be written; is its folder there?")
         matches = []
-        for source, (script, flags, agent, step) in zip(args.run, runs):
+        for source, (script, flags, agent, step) in [(source, load(source)) for source in args.run]:
             rollout = play(script, flags, agent, step, args.map, args.steps, args.greedy)
             title = source + ("" if step is None else f", step {step:,}") + ", likeliest actions" * args.greedy
             credit = credit_of(script, flags, rollout, args.team)
             matches.append({"title": title, "board": rollout["board"], "credit": credit})
             print(f"{title}: {sentence(credit)}")
+        out.parent.mkdir(exist_ok=True)
         write_page(out, matches)
     except (Refused, global_ppo.Refused, OSError) as error:
         print(f"credit.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ncredit.py: interrupted; nothing is written", file=sys.stderr)
-        sys.exit(130)
     print(f"written to {out} ({out.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -1,7 +1,4 @@
-"""A match of Lux AI Season 2 as a page that needs no network: from snapshots of the engine to its plain data.
-
-`credit.py` and `match.py --replays` write such pages; `credit.html` is the template that draws the data.
-"""
+"""A match of Lux AI Season 2 as plain data, and as a page that needs no network; `credit.html` draws the data."""
 
 import json
 from collections import Counter
@@ -14,8 +11,6 @@ import lux_wrapper as lux
 TEMPLATE = Path(__file__).with_name("credit.html")
 LICHEN_SHADE = 20  # units of lichen in a shade of its colour
 STOCK = ("power", "ice", "ore", "water", "metal")
-DEEDS = (*lux.ROBOT_ACTIONS, "lost", "build")
-WAYS = list(zip(lux.DX.tolist(), lux.DY.tolist()))
 
 
 def snapshot(state):
@@ -28,15 +23,9 @@ def snapshot(state):
 def board_of(snapshots, ground, names, seed, notes=()):
     """What the page draws of a match, as plain data.
 
-    Args:
-        snapshots: of all steps.
-        ground: the engine's board, for ice and ore.
-        names: of the teams.
-        notes: (step, team, text) for the time line.
-
-    Returns:
-        A dict. `rubble` and `lichen` are changes, for each step [cell, value, cell, value, ...]; the value of
-        lichen is 1 + 6 * team + shade. `units` have lists that begin when they are born.
+    `ground` is the engine's board, `names` are the teams', `notes` (step, team, text) for the time line. In the
+    result, `rubble` and `lichen` are changes, for each step [cell, value, cell, value, ...]; the value of lichen
+    is 1 + 6 * team + shade. `units` have lists that begin when they are born.
     """
     first_shade = np.zeros(1000, int)  # by strain; the last one is for strain -1, no lichen
     for team, factories in enumerate(snapshots[0].factories):
@@ -53,20 +42,17 @@ def board_of(snapshots, ground, names, seed, notes=()):
             changes[key].append(np.stack([cells, x.flat[cells]], 1).ravel().tolist())
         before = now
         score.append([int(seen.lichen[first == 1 + 6 * team].sum()) for team in (0, 1)])
-        after = snapshots[min(step + 1, len(snapshots) - 1)]
         for team in (0, 1):
             for unit_id, unit in (seen.factories[team] | seen.robots[team]).items():
                 if unit_id not in units:
                     units[unit_id] = newborn(unit, seen.factories[team], units, counts, team) | {"born": step}
                 told = units[unit_id]
                 told["cell"].append(int(unit.x) * size + int(unit.y))
-                told["deed"] += str(DEEDS.index(deed(unit_id, unit, team, seen, after)))
-                for key in STOCK:
-                    if key in told:
-                        told[key].append(int(getattr(unit, key)))
+                for key in [key for key in STOCK if key in told]:
+                    told[key].append(int(getattr(unit, key)))
     about = {"names": names, "seed": seed, "size": size, "score": score, "units": units, "notes": notes}
     about |= {"ice": np.flatnonzero(ground.ice).tolist(), "ore": np.flatnonzero(ground.ore).tolist()}
-    return about | changes | {"deeds": DEEDS, "actions": [lux.FACTORY_ACTIONS, lux.ROBOT_ACTIONS]}
+    return about | changes | {"actions": [lux.FACTORY_ACTIONS, lux.ROBOT_ACTIONS]}
 
 
 def newborn(unit, factories, units, counts, team):
@@ -77,27 +63,8 @@ def newborn(unit, factories, units, counts, team):
     if kind != "factory" and factories:
         builder = min(factories, key=lambda id: abs(factories[id].x - unit.x) + abs(factories[id].y - unit.y))
         name += f", built by {units[builder]['name']}"
-    lists = {key: [] for key in ("cell", *STOCK) if key == "cell" or hasattr(unit, key)}
-    return {"name": name, "kind": kind, "team": team, "builder": builder, "deed": ""} | lists
-
-
-def deed(unit_id, unit, team, seen, after):
-    """What a unit does in a step, one of DEEDS, by what changes."""
-    if unit_id not in after.factories[team] | after.robots[team]:
-        return "lost"
-    if unit_id in seen.factories[team]:
-        born = after.robots[team].keys() - seen.robots[team].keys()
-        places = [(after.robots[team][robot].x, after.robots[team][robot].y) for robot in born]
-        return "build" if (unit.x, unit.y) in places else "stay"
-    later = after.robots[team][unit_id]
-    if way := WAYS.index((later.x - unit.x, later.y - unit.y)):
-        return DEEDS[way]
-    gained = later.ice + later.ore - unit.ice - unit.ore
-    if gained > 0 or after.rubble[unit.x, unit.y] < seen.rubble[unit.x, unit.y]:
-        return "dig"
-    if gained < 0:
-        return "deliver"
-    return "pick_up_power" if later.power - unit.power > (1, 10)[unit.heavy] else "stay"  # more than the sun
+    told = {"name": name, "kind": kind, "team": team, "builder": builder, "cell": []}
+    return told | {key: [] for key in STOCK if hasattr(unit, key)}
 
 
 def write_page(path, matches):

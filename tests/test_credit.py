@@ -1,4 +1,4 @@
-"""The page of credit: its numbers, a second time in plain loops; wrong input; and what a reader does with it."""
+"""The page of credit: its numbers; wrong input; and what a reader does with it."""
 
 import json
 import shutil
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import global_ppo
+import lux_wrapper as lux
 import trajsep_ppo
 from hybrid_model import HybridNet
 
@@ -48,49 +49,23 @@ def page_of(folder, *sources, options=""):
 # ------------------------------ Numbers ------------------------------
 
 
-def advantages_of(rewards, values, active, dones, gamma, gae_lambda):
-    """compute_gae for one group, in plain loops."""
-    result = np.zeros(len(rewards))
-    for start in range(len(rewards)):
-        weight = 1.0
-        for t in range(start, len(rewards)):
-            if not active[t]:
-                break
-            goes_on = active[t + 1] and not dones[t]
-            result[start] += weight * (rewards[t] + (gamma * values[t + 1] if goes_on else 0) - values[t])
-            weight *= gamma * gae_lambda
-            if not goes_on:
-                break
-    return result
-
-
 @pytest.mark.parametrize(
     ("flags", "steps", "team"),
     [({}, 170, 0), ({"group_by": "cluster"}, 60, 1), ({"norm_adv": False}, 60, 0), (None, 40, 1)],
 )
 def test_numbers(flags, steps, team, tmp_path):
-    """Advantages, the share of wrong signs and the correlation; None: the bot of the repository."""
+    """The team's advantage, the share of wrong signs and the correlation; None: the bot of the repository."""
     source = MODEL if flags is None else untrained(tmp_path / "run.pt", **flags)
     script, args, agent, step = credit.load(source)
     rollout = credit.play(script, args, agent, step, credit.FIRST_MAP, steps)
     told = json.loads(json.dumps(credit.credit_of(script, args, rollout, team)))
-    earned, dones = rollout["earned"].double().numpy(), rollout["dones"].numpy()
-    values, active = rollout["own"]["values"].double().numpy(), rollout["own"]["active"].numpy()
-    T, B, G = earned.shape
+    dones, active = rollout["dones"], rollout["own"]["active"].numpy()
+    T, B, G = rollout["earned"].shape
     assert dones[-1].all() == (T < steps)
-    own, whole = np.zeros((T, B, G)), np.zeros((T, B))
-    for b in range(B):
-        mixed = np.zeros((T, G))
-        for t in range(T):
-            members = [g for g in range(G) if active[t, b, g]]
-            mean = sum(earned[t, b, g] for g in members) / len(members)
-            for g in members:
-                mixed[t, g] = args.agent_reward_weight * earned[t, b, g] + (1 - args.agent_reward_weight) * mean
-        rest = dones[:, b], args.gamma, args.gae_lambda
-        for g in range(G):
-            own[:, b, g] = advantages_of(mixed[:, g], values[:, b, g], active[:, b, g], *rest)
-        sums = [sum(earned[t, b]) for t in range(T)], [sum(values[t, b]) for t in range(T + 1)]
-        whole[:, b] = advantages_of(*sums, np.ones(T + 1, bool), *rest)
+    sums = [x.sum(-1, keepdim=True) for x in (rollout["earned"], rollout["own"]["values"])]
+    of_team = torch.ones(T + 1, B, 1, dtype=bool), dones, args.gamma, args.gae_lambda
+    whole = trajsep_ppo.compute_gae(*sums, *of_team)[..., 0].double().numpy()
+    own = rollout["own"]["advantages"].double().numpy()
     cells = [(t, g) for t in range(T) for g in range(G) if active[t, team, g]]
     every = [own[t, b, g] for t in range(T) for b in range(B) for g in range(G) if active[t, b, g]]
     scaled, scaled_whole = (own - np.mean(every)) / np.std(every), (whole - whole.mean()) / whole.std()
@@ -103,38 +78,39 @@ def test_numbers(flags, steps, team, tmp_path):
     assert told["whole"]["advantages"] == pytest.approx((whole[:, team] / credit.UNIT).tolist(), abs=20)
     shown = [x for row in told["rows"] for x in row["advantages"]]
     assert sorted(shown) == pytest.approx(sorted(own[t, team, g] / credit.UNIT for t, g in cells), abs=20)
-    assert len({np.sign(x) for x in shown}) > 1 and len(told["rows"]) > 1
+    assert 0 < after < 1 and len(set(shown)) > T / 2 and len(told["rows"]) > 1
 
 
-def test_rows_belong_to_units(tmp_path):
-    """Each unit of the team is in a row as long as it lives, and what the page calls its reward is the game's."""
+def test_rows_belong_to_units():
+    """Each unit of the team is in a row as long as it lives; what it chose and earned, the game did and paid."""
     script, args, agent, step = credit.load(MODEL)
     rollout = credit.play(script, args, agent, step, credit.FIRST_MAP, 60)
     told = credit.credit_of(script, args, rollout, 0)
-    units = rollout["board"]["units"]
-    born = {units[row["leader"]]["name"]: row["born"] for row in told["rows"]}
-    assert any("heavy 1, built by factory" in name for name in born) and len(born) == len(told["rows"])
-    seen = set()
+    units, seen = rollout["board"]["units"], set()
+    names = {row["name"] for row in told["rows"]}
+    assert any("heavy 1, built by factory" in name for name in names) and len(names) == len(told["rows"])
     for index, row in enumerate(told["rows"]):
         unit = units[row["leader"]]
-        assert unit["rows"] == [row["born"], index] and unit["born"] == row["born"]
-        assert len(unit["chosen"]) == len(row["earned"]) <= len(unit["deed"])
-        cargo = np.add(unit["ice"], unit["ore"])
-        for now, gained in enumerate(np.diff(cargo) if unit["kind"] != "factory" else ()):
-            deed = page.DEEDS[int(unit["deed"][now])]
+        assert unit["rows"] == [row["born"], index] and unit["born"] == row["born"] and unit["name"] == row["name"]
+        assert len(unit["chosen"]) == len(row["earned"]) <= len(unit["cell"])
+        if unit["kind"] == "factory":
+            continue
+        for now, gained in enumerate(np.diff(np.add(unit["ice"], unit["ore"]))):
+            chosen = lux.ROBOT_ACTIONS[int(unit["chosen"][now])]
             if gained:
-                assert deed == ("dig" if gained > 0 else "deliver") and row["earned"][now] > 0
-            if deed.startswith("move"):
-                assert unit["cell"][now + 1] != unit["cell"][now]
-            seen.add(deed)
-    assert {"dig", "deliver"} < seen and len(seen) > 5
+                assert chosen == ("dig" if gained > 0 else "deliver") and row["earned"][now] > 0
+                seen.add(chosen)
+            if unit["cell"][now + 1] != unit["cell"][now]:
+                assert chosen.startswith("move")
+                seen.add(chosen)
+    assert {"dig", "deliver"} < seen and len(seen) > 4
 
 
-@pytest.mark.parametrize("script", [trajsep_ppo, global_ppo])
-def test_same_as_in_training(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("script", "flags"), [(trajsep_ppo, {"agent_reward_weight": 0.7}), (global_ppo, {})])
+def test_same_as_in_training(script, flags, tmp_path, monkeypatch):
     """`train` computes the same rewards, values and advantages on the same rollout."""
-    flags = {"num_envs": 1, "num_steps": 48, "num_minibatches": 1, "total_timesteps": 48, "seed": credit.FIRST_MAP}
-    loaded, args, agent, step = credit.load(untrained(tmp_path / "run.pt", script, **flags))
+    short = {"num_envs": 1, "num_steps": 48, "num_minibatches": 1, "total_timesteps": 48, "seed": credit.FIRST_MAP}
+    loaded, args, agent, step = credit.load(untrained(tmp_path / "run.pt", script, **short, **flags))
     seen = []
     compute_gae, make_envs = script.compute_gae, script.make_envs
     monkeypatch.setattr(script, "compute_gae", lambda *x: seen.append((x, compute_gae(*x))) or seen[-1][1])
@@ -177,7 +153,7 @@ def test_example(tmp_path):
     [
         ("empty", "there is no checkpoint at empty"),
         ("nothing", "there is no checkpoint at nothing"),
-        ("text.pt", "text.pt is damaged, or not a checkpoint of trajsep_ppo.py or global_ppo.py"),
+        ("text.pt", "text.pt is damaged, or not a checkpoint of today's trajsep_ppo.py"),
         ("other.pt", "other.pt plays toy_env:ToyVecEnv, and this page draws Lux AI only"),
         ("run.pt --map 1000000", "--map must be between 0 and 999,999"),
         ("run.pt --steps 0", "--steps at least 1"),
@@ -202,18 +178,18 @@ def test_refuses(arguments, reason, tmp_path, monkeypatch, capsys):
     assert [path for path in sorted(Path().rglob("*")) if path.name != "runs"] == before
 
 
-def test_overwrites_nothing(tmp_path, monkeypatch, capsys):
-    """A page that was not named gets a free name; one that was named is replaced."""
+def test_overwrites_nothing(tmp_path, monkeypatch):
+    """A page that was not named is a new one; one that was named is replaced."""
     monkeypatch.chdir(tmp_path)
     untrained("run.pt")
     monkeypatch.setattr(sys, "argv", ["credit.py", "run.pt", "--steps", "2"])
-    for name in ("credit", "credit-2", "credit-3"):
-        credit.main()
-        assert f"written to runs/{name}.html" in capsys.readouterr().out and Path(f"runs/{name}.html").exists()
-    first = Path("runs/credit.html").read_text()
-    Path("runs/credit.html").write_text("mine")
-    page_of(tmp_path, "run.pt", options="--steps 2 --out runs/credit.html")
-    assert Path("runs/credit.html").read_text() == first
+    credit.main()
+    credit.main()
+    one, other = Path("runs").iterdir()
+    page_of(tmp_path, "run.pt", options=f"--steps 2 --out {one}")
+    Path("page.html").write_text("mine")
+    page_of(tmp_path, "run.pt", options="--steps 2")
+    assert Path("page.html").read_text() == one.read_text() == other.read_text()
 
 
 # ------------------------------ The page in a browser ------------------------------
@@ -310,34 +286,50 @@ def test_slider_and_keys(browser, two):
     assert browser.errors() == []
 
 
-def colours(browser):
-    """The colour of each row at the present step, from the picture of the rows."""
-    script = """const brush = $("rows").picture.getContext("2d"), width = $("rows").clientWidth - NAMES;
-        const x = NAMES + page.step / shown().steps * width;
-        return shown().credit.rows.map((_, i) => [...brush.getImageData(x, topOf(shown(), i + 1) + 3, 1, 1).data])"""
-    return [tuple(colour) for colour in browser.driver.execute_script(script)]
+def drawn(browser):
+    """What the rows say at the present step: the colour of each, and all words beside them."""
+    return browser.driver.execute_script("""
+        const prototype = CanvasRenderingContext2D.prototype, {fillText} = prototype, words = [];
+        const width = $("rows").clientWidth - NAMES - NUMBERS, w = width / shown().steps;
+        prototype.fillText = (text, x, y) => words.push([`${text}`, x, y]);
+        drawRows($("rows"), shown(), page.step, page.window, page.row, $("rows").clientWidth, true);
+        prototype.fillText = fillText;
+        const brush = $("rows").getContext("2d"), x = NAMES + (page.step + 0.5) * w;
+        const colourOf = (_, i) => [...brush.getImageData(x, topOf(shown(), i + 1) + 6, 1, 1).data];
+        const beside = (_, i) => words.filter(([, , y]) => y > topOf(shown(), i + 1) && y < topOf(shown(), i + 2));
+        return shown().credit.rows.map((row, i) => [colourOf(row, i), beside(row, i).map(([word]) => word)])""")
 
 
 def test_switch(browser, two):
-    """Separate: each row has colours of its own; team: all have those of the team's row, and wrong signs are marked."""
+    """Separate: each row is told its own advantage; team: all are told the team's, and wrong signs are marked."""
     browser.open(two)
     [match, _] = matches_in(two)
-    wrong = match["credit"]["wrong"]["after"]
-    assert f"{wrong:.1%}" in browser.find("#number").text
-    browser.driver.execute_script("show({step: 30})")
-    own = [row for row in match["credit"]["rows"] if row["born"] < 25 and row["born"] + len(row["earned"]) > 35]
-    assert len(own) > 5
-    browser.click("[data-mode=team]")
-    assert browser.js("page.mode") == "team" and "on" in browser.find("[data-mode=team]").get_attribute("class")
-    in_team = [colour for colour in colours(browser) if colour[3]]
-    assert len(set(in_team)) == 1 and len(in_team) >= len(own)
-    browser.click("[data-mode=separate]")
-    assert len(set(colours(browser))) > 3
-    marked = browser.js(
-        "shown().credit.rows.map(row => row.earned.filter((_, i) => "
-        "isWrong(shown().credit, row, row.born + i)).length).reduce((a, b) => a + b)"
-    )
-    assert marked / match["credit"]["cells"] == pytest.approx(wrong, abs=0.01)
+    told, unit, harm, places = match["credit"], credit.UNIT, {}, {}
+    mean, std = np.array([told["moments"]["own"], told["moments"]["team"]]).T
+    team = (np.array(told["whole"]["advantages"]) * unit - mean[1]) / std[1]
+    for index, row in enumerate(told["rows"]):
+        for i, (earned, own) in enumerate(zip(row["earned"], row["advantages"])):
+            at, own = row["born"] + i, (own * unit - mean[0]) / std[0]
+            places.setdefault(at, []).append((row["name"], earned * unit, own, own * team[at] < 0))
+            if own > 0 > team[at]:
+                harm[index, at] = earned * (own - team[at])
+    assert (browser.js("page.row"), browser.js("page.step")) == max(harm, key=harm.get)
+    assert browser.find("#told strong").text == told["rows"][browser.js("page.row")]["name"]
+    assert "each is told about itself" in browser.find("#lead").text
+    step = max(range(20, 40), key=lambda at: len({wrong for *_, wrong in places[at]}))
+    browser.driver.execute_script(f"show({{step: {step}}})")
+    for mode in ("separate", "team"):
+        browser.click(f"[data-mode={mode}]")
+        assert browser.js("page.mode") == mode
+        assert "on" in browser.find(f"[data-mode={mode}]").get_attribute("class")
+        shown = [(colour, words) for colour, words in drawn(browser) if words[1:]]
+        for (name, earned, own, wrong), (_, words) in zip(places[step], shown, strict=True):
+            numbers = [float(word.replace("\u2212", "-")) for word in words[1:3]]
+            assert numbers == pytest.approx([earned, team[step] if mode == "team" else own], abs=0.0051)
+            assert words[0] == name and words[3:] == (["wrong"] if mode == "team" and wrong else [])
+        colours = {tuple(colour) for colour, _ in shown}
+        assert len(colours) == 1 if mode == "team" else len(colours) > 3
+    assert f"wrong sign in {told['wrong']['after']:.1%}" in browser.find("#lead").text
     assert browser.errors() == []
 
 
@@ -373,10 +365,10 @@ def test_views(browser, two):
     assert "wrong sign" in text and "baseline" in text and str(MODEL) in text
     browser.click("[data-which='1']")
     assert browser.js("page.which") == 1 and browser.find("#match").is_displayed()
-    assert "one trajectory for the whole team" in browser.find("#number").text
+    assert "one trajectory for the whole team" in browser.find("#numbers").text
     assert browser.find("[data-mode=separate]").get_attribute("disabled")
     browser.point("#rows", 60, browser.js("topOf(shown(), 1) + 8"))
-    assert "the team's" in browser.find("#told").text and "its own" not in browser.find("#told").text
+    assert "the team's" in browser.find("#told").text and "its own trajectory" not in browser.find("#told").text
     assert browser.errors() == []
 
 
@@ -397,6 +389,11 @@ def test_other_matches(browser, tmp_path):
         browser.open(tmp_path / "page.html")
         browser.driver.execute_script("show({step: 5000, row: 0})")
         assert browser.js("page.step") == len(rollout["earned"])
+    board_at = "const words = []; CanvasRenderingContext2D.prototype.fillText = word => words.push(word);"
+    board_at += "show({step: arguments[0]}); return words"
+    last = len(rollout["earned"]) - 1
+    assert "\u2715" in browser.driver.execute_script(board_at, last), "factories are lost"
+    assert "\u2715" not in browser.driver.execute_script(board_at, last // 2)
     assert name in browser.find("#score").text and name in browser.find("#notes").text
     assert not browser.find("#credit").is_displayed()
     browser.click("[data-step='5']")

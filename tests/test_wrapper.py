@@ -265,11 +265,35 @@ def test_the_games_numbers():
 
 @pytest.mark.filterwarnings("error")
 def test_render():
-    """Pictures by the engine's renderer, without a screen, for an environment that is made for it."""
+    """The engine's picture, without a screen, above a caption that follows step, ice and factories alone."""
     env, _ = in_process(1, render_mode="rgb_array")
+    [match], width = env.matches, 400
+    state = match.engine.state
+
+    def changed(change):
+        """Rows and columns of the caption in which a change shows."""
+        (before,) = env.render()
+        change()
+        (after,) = env.render()
+        assert after.dtype == np.uint8 and after.shape == (width + lux.CAPTION_HEIGHT, width, 3)
+        rows, columns, _ = np.nonzero(before[width:] != after[width:])
+        return rows, columns
+
+    def bring(player, term):
+        match.totals[player, lux.REWARD_INDEX[term]] += 7
+
     (picture,) = env.render()
-    assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3
-    assert picture.std() > 5
+    board, caption = (part.reshape(-1, 3).astype(int) for part in (picture[:width], picture[width:]))
+    for colour in (*lux.PLAYER_COLOURS, *map(lux.GROUND_COLOURS.get, ("ice", "ore", "ground"))):
+        assert (abs(board - colour).max(1) <= 3).sum() > 20 and (caption == colour).all(1).sum() > 100
+    for change in (lambda: bring(0, "ice_dug"), lambda: state.board.rubble.fill(50)):
+        assert not len(changed(change)[0])
+    rows, columns = changed(lambda: setattr(state, "env_steps", state.env_steps + 5))
+    assert rows.max() < 20 and columns.min() > 300
+    for player, side in enumerate(lux.PLAYERS):
+        for change in (lambda: bring(player, "ice_delivered"), lambda: state.factories[side].popitem()):
+            rows, columns = changed(change)
+            assert player * 20 <= rows.min() <= rows.max() < (player + 1) * 20 and columns.max() < 300
     env.close()
     env, _ = in_process(1)
     with pytest.raises(ValueError, match='^rendering needs .*render_mode="rgb_array"'):
