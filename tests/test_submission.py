@@ -260,6 +260,12 @@ def test_malformed_first_turn(capfd):
     assert capfd.readouterr().err.count("\n") == 2
 
 
+def test_the_script_plays_the_bot():
+    """`trajsep_ppo.py --evaluate submission/model.pt`: the file has every flag of the script."""
+    args = torch.load(MODEL, weights_only=True)["args"]
+    assert dataclasses.asdict(trajsep_ppo.Args(**args)) == args
+
+
 def test_arguments_of_a_model(tmp_path):
     """The encoder's options are those of the training, but for the groups, which only learning needs."""
     game = {"max_robots": 9, "reward": "lichen", "safe_masks": False}
