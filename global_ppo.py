@@ -17,13 +17,14 @@ Source: Takács, Magyar, Gulyás, "Scalable Distributed Reinforcement Learning i
 import io
 import json
 import os
-import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
+from signal import SIGINT, SIGTERM, signal
 from textwrap import shorten
 from zipfile import ZipFile
 
@@ -107,6 +108,13 @@ def group_value(value, team_value, obs):
     return team_value[..., None]
 
 
+def get_policy_and_value(agent, obs):
+    """The policy of the entities, the value of each group [..., G], and whether the group has a member."""
+    logits, value, team_value = agent(obs)
+    active = group_sum(torch.ones_like(value), obs) > 0
+    return Categorical(logits=logits, validate_args=False), group_value(value, team_value, obs), active
+
+
 def compute_gae(rewards, values, active, dones, gamma, gae_lambda):
     """Advantages [T, B, G] of trajectories that begin and end at any step; 0 where inactive.
 
@@ -133,7 +141,6 @@ def masked_mean(x, mask, count=None):
 def train(args, run_dir, device, checkpoint=None):
     """Train, from a checkpoint if there is one, and return the agent; logs and checkpoints go to run_dir."""
     global_step = checkpoint["global_step"] if checkpoint else 0
-    seconds = checkpoint["train_seconds"] if checkpoint else 0
     torch.manual_seed(args.seed + global_step)
     torch.backends.cudnn.deterministic = True
     num_envs = args.num_envs // WORLD_SIZE  # of this process
@@ -182,14 +189,11 @@ def train(args, run_dir, device, checkpoint=None):
     active = torch.zeros((args.num_steps + 1, B, G), dtype=torch.bool, device=device)
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
-    start_time = time.time() - seconds
+    start_time = time.time() - (checkpoint["train_seconds"] if checkpoint else 0)
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
     signals = []  # received by this process
     stopped = []  # received by any process, known to all
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handlers = {x: signal(x, lambda number, _: signals.append(number)) for x in (SIGINT, SIGTERM)}
 
     for update in range(global_step // rollout_steps + 1, num_updates + 1):
         if stopped:
@@ -208,13 +212,10 @@ def train(args, run_dir, device, checkpoint=None):
                 obs[key][step] = x
             step_obs = {key: x[step] for key, x in obs.items()}  # the environment reuses its arrays
             with torch.no_grad():
-                logits, value, team_value = agent(step_obs)
-            policy = Categorical(logits=logits, validate_args=False)
+                policy, values[step], active[step] = get_policy_and_value(agent, step_obs)
             action = sample(policy.probs)
             actions[step] = action
             logprobs[step] = group_sum(policy.log_prob(action), step_obs)
-            values[step] = group_value(value, team_value, step_obs)
-            active[step] = group_sum(torch.ones_like(value), step_obs) > 0
 
             env_actions = action.view(num_envs, -1, E).cpu().numpy()  # waits for the device
             env_obs, reward, terminated, truncated, infos = envs.step(env_actions)
@@ -228,12 +229,9 @@ def train(args, run_dir, device, checkpoint=None):
             if limit.size and "final_obs" in infos:
                 final = {key: x[limit] for key, x in to_tensors(infos["final_obs"], device).items()}
                 with torch.no_grad():
-                    _, value, team_value = agent(final)
-                lives = group_sum(torch.ones_like(value), final) > 0
-                promised = torch.where(lives, group_value(value, team_value, final), 0)
-                rewards[step, limit] += args.gamma * promised
-            done = torch.as_tensor(terminated | truncated, device=device)
-            dones[step] = done.repeat_interleave(B // num_envs)
+                    _, value, lives = get_policy_and_value(agent, final)
+                rewards[step, limit] += args.gamma * torch.where(lives, value, 0)
+            dones[step] = torch.as_tensor(np.repeat(terminated | truncated, B // num_envs))
             next_obs = to_tensors(env_obs, device)
             for match in np.flatnonzero(infos.get("_episode", ())):
                 episode = {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}
@@ -241,9 +239,7 @@ def train(args, run_dir, device, checkpoint=None):
 
         # ADVANTAGES
         with torch.no_grad():
-            _, value, team_value = agent(next_obs)
-            values[-1] = group_value(value, team_value, next_obs)
-            active[-1] = group_sum(torch.ones_like(value), next_obs) > 0
+            _, values[-1], active[-1] = get_policy_and_value(agent, next_obs)
             advantages = compute_gae(rewards, values, active, dones, args.gamma, args.gae_lambda)
             returns = advantages + values[:-1]
 
@@ -260,16 +256,13 @@ def train(args, run_dir, device, checkpoint=None):
                 mb_active = mb["active"]
                 mb_advantage = mb["advantage"]
                 count, mean, variance = all_moments(mb_advantage, mb_active)
-                logits, value, team_value = agent(mb)
-                policy = Categorical(logits=logits, validate_args=False)
+                policy, newvalue, _ = get_policy_and_value(agent, mb)
                 newlogprob = group_sum(policy.log_prob(mb["action"]), mb)
                 entropy = group_sum(policy.entropy(), mb)
-                newvalue = group_value(value, team_value, mb)
                 logratio = torch.where(mb_active, newlogprob - mb["logprob"], 0)
                 ratio = logratio.exp()
                 approx_kl = masked_mean((ratio - 1) - logratio, mb_active, count)
-                clipped = (ratio - 1).abs() > args.clip_coef
-                clipfrac = masked_mean(clipped.float(), mb_active, count)
+                clipfrac = masked_mean(((ratio - 1).abs() > args.clip_coef).float(), mb_active, count)
 
                 if args.norm_adv:
                     mb_advantage = (mb_advantage - mean) / (variance.sqrt() + 1e-8)
@@ -320,8 +313,7 @@ def train(args, run_dir, device, checkpoint=None):
             writer.add_scalar(f"losses/{name}", x, global_step)
         progress.update(rollout_steps)
         if episodes:  # the first metrics say most
-            names = [*episode][:4]
-            means = {key: np.mean([x[key] for _, x in episodes]) for key in names}
+            means = {key: np.mean([x[key] for _, x in episodes]) for key in [*episode][:4]}
             progress.set_postfix({key: f"{mean:.1f}" for key, mean in means.items()})
         if saving:
             writer.flush()  # a run that continues from here finds all that was logged
@@ -346,7 +338,7 @@ def train(args, run_dir, device, checkpoint=None):
     if RANK == 0:
         writer.close()
     for number, handler in handlers.items():
-        signal.signal(number, handler)
+        signal(number, handler)
     if stopped := gather(signals):  # all processes wait here for the last checkpoint
         if RANK == 0:
             print(f"stopped at step {global_step}; continue: python {sys.argv[0]} --resume {run_dir}")
@@ -355,40 +347,31 @@ def train(args, run_dir, device, checkpoint=None):
 
 
 @torch.no_grad()
-def evaluate(agent, args, device, greedy=False, video=None):
-    """Play held-out matches, each once: a dict metric -> list of values, of the matches that ended.
+def evaluate(agent, envs, steps, device, greedy=False, first_map=0, frames=None):
+    """Play each match once, for at most these steps: metric -> its values, of the matches that ended.
 
-    Actions are sampled, or `greedy`: the likeliest ones. `video` is a file for the first match.
+    Values are numbers or arrays [P]. Actions are sampled, or `greedy`: the likeliest ones.
+    `frames` is a list for pictures of the first match.
     """
-    options = {"num_workers": args.num_workers, "held_out": True}
-    options |= {"num_workers": 0, "render_mode": "rgb_array"} if video else {}
-    envs = make_envs(args, args.eval_episodes, **options)
     generator = torch.Generator(device).manual_seed(0)
     finished = {}
-    frames = []
-    what = "video" if video else "greedy" if greedy else "sampled"
-    progress = tqdm(total=args.eval_episodes, desc=f"evaluation, {what}", unit="match", leave=False)
-    obs, _ = envs.reset(seed=0)
-    for step in range(args.eval_steps):
-        if video and step % 4 == 0:
+    obs, _ = envs.reset(seed=first_map)
+    progress = tqdm(total=len(obs["kind"]), desc="evaluation", unit="match", leave=False)
+    for step in range(steps):
+        if frames is not None and step % 4 == 0:
             frames.append(Image.fromarray(envs.render()[0]))
-        logits, _, _ = agent(to_tensors(obs, device))
-        if greedy:
-            action = logits.argmax(-1)
-        else:
-            action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
+        logits = agent(to_tensors(obs, device))[0].flatten(0, -2)
+        sampled = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        action = logits.argmax(-1) if greedy else sampled
         obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).cpu().numpy())
         for match in np.flatnonzero(infos.get("_episode", ())):
-            episode = {key: float(np.mean(x[match])) for key, x in infos["episode"].items()}
+            episode = {key: np.copy(x[match]) for key, x in infos["episode"].items()}
             finished.setdefault(match, episode)  # another match may follow
         progress.update(len(finished) - progress.n)
         progress.set_postfix(step=step + 1)
-        if len(finished) == args.eval_episodes:
+        if len(finished) == progress.total:
             break
     progress.close()
-    envs.close()
-    if video:
-        frames[0].save(video, save_all=True, append_images=frames[1:], duration=50, loop=0)
     episodes = [finished[match] for match in sorted(finished)]
     return {key: [episode[key] for episode in episodes] for key in episodes[0]} if episodes else {}
 
@@ -463,7 +446,7 @@ def check_args(args):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # closes the environments
+    signal(SIGTERM, lambda number, _: sys.exit(128 + number))  # closes the environments
     sys.path.insert(0, os.getcwd())  # --env-id is looked for here first, then beside this script
     args = tyro.cli(Args, console_outputs=RANK == 0)
     run_dir = Path("runs", f"{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
@@ -491,7 +474,7 @@ if __name__ == "__main__":
             args.resume = None
         check_args(args)
         cuda = args.cuda and torch.cuda.is_available()
-        device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
+        device = torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
         if WORLD_SIZE > 1:
             try:
                 dist.init_process_group(timeout=timedelta(minutes=2))  # gloo, or NCCL on GPUs
@@ -511,24 +494,33 @@ if __name__ == "__main__":
         if RANK > 0:
             os._exit(0)  # in Python's usual end torch's threads sometimes abort
         if args.eval_episodes:
-            evaluation = {}
+            evaluation, rows = {}, defaultdict(dict)
             for how in ("sampled", "greedy"):
-                metrics = evaluate(agent, args, device, greedy=how == "greedy")
-                evaluation[how] = {"summary": {}, "matches": metrics}
-                print(f"\n{how} actions on {args.eval_episodes} held-out matches: mean, std, min, max")
-                for key, x in metrics.items():
+                envs = make_envs(args, args.eval_episodes, num_workers=args.num_workers, held_out=True)
+                metrics = evaluate(agent, envs, args.eval_steps, device, greedy=how == "greedy")
+                envs.close()
+                matches = {key: [float(np.mean(x)) for x in values] for key, values in metrics.items()}
+                evaluation[how] = {"summary": {}, "matches": matches}
+                for key, x in matches.items():
                     summary = {"mean": np.mean(x), "std": np.std(x), "min": min(x), "max": max(x)}
                     evaluation[how]["summary"][key] = summary
-                    name = {"l": "episode_length", "r": "episodic_return"}.get(key, key)
-                    numbers = [f"{x:,.1f}" if abs(x) >= 100 else f"{x:.3g}" for x in summary.values()]
-                    print(f"{name:24}" + "".join(f"{number:>11}" for number in numbers))
-                if unfinished := args.eval_episodes - len(metrics.get("l", ())):
+                    rows[key][how] = "{mean:,.2f} ± {std:,.2f}".format(**summary)
+                if unfinished := args.eval_episodes - len(matches.get("l", ())):
                     print(f"left out: {unfinished} matches had not ended after {args.eval_steps} steps")
+            head = f"{'sampled: mean ± std':>28}{'greedy: mean ± std':>26}"
+            print(f"\n{args.eval_episodes:5} held-out matches{head}")
+            for key, cells in rows.items():
+                print(f"{key:24}{cells.get('sampled', '-'):>26}{cells.get('greedy', '-'):>26}")
             run_dir.mkdir(parents=True, exist_ok=True)
             Path(run_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=1))
             print(f"\nwritten to {run_dir}/evaluation.json")
             if args.capture_video:
-                evaluate(agent, replace(args, eval_episodes=1), device, video=f"{run_dir}/video.gif")
+                envs = make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
+                frames = []
+                evaluate(agent, envs, args.eval_steps, device, frames=frames)
+                envs.close()
+                film = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+                frames[0].save(run_dir / "video.gif", **film)
                 print(f"written to {run_dir}/video.gif")
     except (Exception, KeyboardInterrupt) as error:
         if "gloo" in str(error):  # the library that connects the processes
@@ -536,11 +528,11 @@ if __name__ == "__main__":
         code = {Refused: 2, KeyboardInterrupt: 130}.get(type(error), 1)
         if code == 1 and not isinstance(error, (OSError, FloatingPointError, MemoryError)):
             sys.excepthook(type(error), error, error.__traceback__)
-        kept = checkpoints(run_dir)[-1:] if code != 2 else []
-        hint = f"; the last checkpoint is {kept[0]}" if kept else ""
+        what = str(error) or "interrupted"
+        if code != 2 and (kept := checkpoints(run_dir)):
+            what += f"; the last checkpoint is {kept[-1]}"
         if RANK > 0 and code == 2:
             time.sleep(30)  # the first process says why, then torchrun ends this one
         else:
-            what = f"{str(error) or 'interrupted'}{hint}"
             print(f"\n{Path(__file__).name}: error: {what}", file=sys.stderr)
         sys.exit(code)

@@ -27,6 +27,7 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -200,29 +201,6 @@ def programs(patches, folder):
 # -- Evaluation, in a process of its own ---------------------------------------------------
 
 
-@torch.no_grad()
-def play(script, agent, envs, greedy, first_map=0):
-    """Play every match once, on held-out maps from `first_map` on, as the script's evaluation does.
-
-    Returns:
-        for each match its metrics: "l", and arrays [P].
-    """
-    generator = torch.Generator().manual_seed(0)
-    metrics = [None] * envs.num_envs
-    obs, _ = envs.reset(seed=first_map)
-    while None in metrics:
-        logits, _, _ = agent(script.to_tensors(obs, "cpu"))
-        if greedy:
-            action = logits.argmax(-1)
-        else:
-            action = torch.multinomial(logits.softmax(-1).flatten(0, -2), 1, generator=generator)
-        obs, _, _, _, infos = envs.step(action.view(obs["kind"].shape).numpy())
-        for match in np.flatnonzero(infos.get("_episode", ())):
-            episode = {key: x[match] for key, x in infos["episode"].items()}
-            metrics[match] = metrics[match] or episode  # a second match begins where one has ended
-    return metrics
-
-
 def evaluate(script, wanted, num_matches, first_map):
     """Evaluate checkpoints in the current folder, each `wanted` (step, policy), into a file each.
 
@@ -241,14 +219,15 @@ def evaluate(script, wanted, num_matches, first_map):
         agent.load_state_dict(checkpoint["model"])
         what = {"global_step": step, "train_seconds": round(checkpoint["train_seconds"], 1)}
         what["policy"] = policy
+        how = {"greedy": policy == "greedy", "first_map": first_map}
+        metrics = script.evaluate(agent, envs, args.eval_steps, "cpu", **how)
         rows = []
-        for match, metrics in enumerate(play(script, agent, envs, policy == "greedy", first_map)):
-            for player in range(2):
-                row = what | {"match_seed": first_map + match, "player": player}
-                row["episode_length"] = int(metrics["l"])
-                for key in ("starting_factories", *TEAM):
-                    row[key] = f"{metrics[METRIC.get(key, key)][player]:.7g}"
-                rows.append(row)
+        for match, player in itertools.product(range(num_matches), range(2)):
+            row = what | {"match_seed": first_map + match, "player": player}
+            row["episode_length"] = int(metrics["l"][match])
+            for key in ("starting_factories", *TEAM):
+                row[key] = f"{metrics[METRIC.get(key, key)][match][player]:.7g}"
+            rows.append(row)
         write(evaluation(".", step, policy), json.dumps(rows))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("magent2", reason="needs magent2: pip install -r examples/battle/requirements.txt")
 
@@ -201,7 +202,13 @@ def test_random_policy_takes_what_is_allowed():
 def test_equals_are_equal():
     """Two armies that fight alike win about as often, and every battle counts once."""
     rng = np.random.default_rng(0)
-    results = fight(lambda obs: warlike(obs, rng), lambda obs: warlike(obs, rng), 20, 16)
+
+    def network(obs):
+        """Certain of a warlike action."""
+        actions = warlike({key: x.numpy() for key, x in obs.items()}, rng)
+        return torch.eye(obs["action_mask"].shape[-1])[actions].log(), None, None
+
+    results = fight(network, lambda obs: warlike(obs, rng), 20, 16)
     assert 0.2 < results["won"].mean() < 0.8
     assert results["l"].min() > 5 and len(np.unique(results["l"])) > 2, "they do not end together"
     assert (np.maximum(results["kills"], 6 - results["survivors"]) == 6).all()

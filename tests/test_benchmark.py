@@ -1,12 +1,14 @@
 """The ablation: its queue, that it continues where it was stopped, the numbers of its tables."""
 
 import csv
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,29 +52,31 @@ def test_schedules():
         assert all(step % 2048 == 0 and step < 102400 for step in schedule)  # one is saved every 2,048
 
 
-def test_play_is_that_of_the_script_and_can_be_repeated():
-    args = trajsep_ppo.Args(env_kwargs=STAGE, eval_episodes=4, num_workers=0)
+def test_evaluation_can_be_repeated(tmp_path, monkeypatch):
+    """The rows of a checkpoint: of its script, the maps asked for, and the same each time."""
+    monkeypatch.chdir(tmp_path)
+    args = trajsep_ppo.Args(env_kwargs=STAGE)
     envs = trajsep_ppo.make_envs(args, 4, num_workers=0, held_out=True)
     torch.manual_seed(1)
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
     for x in agent.actor.parameters():
         x.data *= 100  # far from uniform, so that no rounding decides
+    content = {"args": asdict(args), "model": agent.state_dict(), "train_seconds": 1}
+    torch.save(content, "checkpoint_64.pt")
 
-    def play(greedy, first_map=0):
-        return ablation.play(trajsep_ppo, agent, envs, greedy, first_map)
+    def rows(policy, first_map=0):
+        ablation.evaluate("trajsep_ppo", [(64, policy)], 4, first_map)
+        return json.loads(Path(f"evaluation_64_{policy}.json").read_text())
 
-    metrics, greedy = play(False), play(True)
-    expected = trajsep_ppo.evaluate(agent, args, torch.device("cpu"))
-    assert [match["l"] for match in metrics] == expected["l"]
-    assert [match["lights_built"].mean() for match in metrics] == expected["lights_built"]
-    for one, other in zip(metrics, play(False)):
-        assert all(np.array_equal(one[key], other[key]) for key in one)
-
-    def returns(matches):
-        return [match["r"].tolist() for match in matches]
-
-    assert returns(metrics) != returns(greedy)
-    assert returns(play(True, 2))[:2] == returns(greedy)[2:]  # maps 2 and 3
+    sampled, greedy = rows("sampled"), rows("greedy")
+    expected = trajsep_ppo.evaluate(agent, envs, 1000, "cpu")
+    assert [row["episode_length"] for row in sampled[::2]] == expected["l"]
+    returns = [float(row["episodic_return"]) for row in sampled]
+    assert returns == pytest.approx(np.ravel(expected["r"]), rel=1e-6)
+    assert sampled == rows("sampled")
+    assert [row["episodic_return"] for row in greedy] != [row["episodic_return"] for row in sampled]
+    others = rows("greedy", 2)[:4]  # of maps 2 and 3
+    assert [row | {"policy": "greedy"} for row in others] == greedy[4:]
 
 
 def rows_of(path):

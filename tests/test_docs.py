@@ -161,9 +161,9 @@ def test_lichen():
 def test_first_output():
     """So are the ice of the first command's team, and the share of advantages that have the wrong sign."""
     text = (ROOT / "benchmark" / "default_run" / "both_ways" / "evaluation.json").read_text()
-    for evaluation in json.loads(text).values():
-        summary = evaluation["summary"]["ice_transferred"].values()
-        assert "ice_transferred" + "".join(f"{x:>11,.1f}" for x in summary).rjust(53) in README
+    summaries = [evaluation["summary"]["ice_transferred"] for evaluation in json.loads(text).values()]
+    cells = ["{mean:,.2f} ± {std:,.2f}".format(**summary) for summary in summaries]
+    assert f"{'ice_transferred':24}{cells[0]:>26}{cells[1]:>26}" in README
     with open(ROOT / "benchmark" / "wrong_sign.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for policy in ("trajsep_ppo.py, seed 1, 102,400 steps", "submission/model.pt"):

@@ -41,7 +41,7 @@ sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmark")]
 from ablation import runs_of, write  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
-from trajsep_ppo import Refused, checkpoints  # noqa: E402
+from trajsep_ppo import Refused, checkpoints, evaluate  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -131,14 +131,19 @@ def random_policy(seed=0):
     return lambda obs: (rng.random(obs["action_mask"].shape) * obs["action_mask"]).argmax(-1)
 
 
-def trained_policy(path, seed=0):
-    """A player that samples from the policy of a checkpoint."""
+def load(path):
+    """The network of a checkpoint."""
     from battle_env import BattleVecEnv  # here: --help works without magent2
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     envs = BattleVecEnv(1, map_size=checkpoint["args"]["env_kwargs"]["map_size"])
     agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
     agent.load_state_dict(checkpoint["model"])
+    return agent
+
+
+def trained_policy(agent, seed):
+    """A player that samples from the policy of a network."""
     generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
@@ -149,28 +154,21 @@ def trained_policy(path, seed=0):
     return act
 
 
-def fight(player, opponent, battles, map_size):
-    """Fight each battle once, half of them from either side; a dict of arrays [battles]."""
+def fight(agent, opponent, battles, map_size):
+    """Let a network fight each battle once, half of them from either side; a dict of arrays [battles]."""
     from battle_env import BattleVecEnv
 
     envs = BattleVecEnv(battles, map_size=map_size, held_out=True, opponent=opponent)
-    obs, _ = envs.reset(seed=0)
-    results, going = {}, np.ones(battles, bool)
-    while going.any():
-        actions = player({key: x[:, 0] for key, x in obs.items()})
-        obs, _, _, _, infos = envs.step(actions[:, None])
-        for i in np.flatnonzero(infos.get("_episode", False) & going):
-            for key, x in infos["episode"].items():
-                results.setdefault(key, np.zeros(battles))[i] = x[i].item()
-            going[i] = False
-    return results
+    metrics = evaluate(agent, envs, envs.max_steps, "cpu")
+    return {key: np.ravel(x).astype(float) for key, x in metrics.items()}
 
 
 def measure(args, script, seed):
     """Train, then fight both opponents with every checkpoint; a row for each battle."""
     torch.set_num_threads(1)
     folder = train(args, script, seed, args.steps)
-    *_, frozen = checkpoints(args.work / "{}_{}".format(*FROZEN))
+    *_, path = checkpoints(args.work / "{}_{}".format(*FROZEN))
+    frozen = load(path)
     rows = []
     for path in checkpoints(folder):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -178,7 +176,7 @@ def measure(args, script, seed):
         about["train_seconds"] = round(checkpoint["train_seconds"])
         for opponent in ("random", "frozen"):
             other = random_policy() if opponent == "random" else trained_policy(frozen, seed=1)
-            results = fight(trained_policy(path), other, args.battles, args.map_size)
+            results = fight(load(path), other, args.battles, args.map_size)
             for values in zip(*(results[key].tolist() for key in ("won", "kills", "survivors", "l"))):
                 rows.append({**about, "opponent": opponent, **dict(zip(COLUMNS[5:], values))})
     return rows
