@@ -24,9 +24,7 @@ checkpoints also play with their most likely actions.
 """
 
 import contextlib
-import csv
 import importlib
-import io
 import itertools
 import json
 import os
@@ -44,12 +42,11 @@ from typing import Optional
 import numpy as np
 import torch
 import tyro
-from plot import Refused, start
+from plot import ROOT, Refused, start, write, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trajsep_ppo import checkpoints
 
-ROOT = Path(__file__).resolve().parent.parent
 PATCH_FOLDER = ROOT / "benchmark" / "arms"
 
 # The authors' arms pay each member its own reward (weight 1) and differ in one thing from
@@ -239,13 +236,6 @@ def evaluation(folder, step, policy):
 # -- Files ---------------------------------------------------------------------------------
 
 
-def write(path, text):
-    """Write a file so that it is whole at any time."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def write_tables(out):
     """Write ablation.csv and runs.csv of all that is trained and evaluated."""
     runs, rows = [], []
@@ -253,13 +243,9 @@ def write_tables(out):
         runs.append(run)
         for path in evaluations(folder):
             rows += [{"arm": run["arm"], "seed": run["seed"]} | row for row in json.loads(path.read_text())]
+    keys = ("arm", "seed", "global_step", "policy", "match_seed", "player")
     for name, columns, table in (("runs.csv", RUN_COLUMNS, runs), ("ablation.csv", COLUMNS, rows)):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        keys = ("arm", "seed", "global_step", "policy", "match_seed", "player")
-        writer.writerows(sorted(table, key=lambda row: [row.get(key, 0) for key in keys]))
-        write(out / name, text.getvalue())
+        write_csv(out / name, columns, sorted(table, key=lambda row: [row.get(key, 0) for key in keys]))
 
 
 # Only names that the programs write are read: a folder may hold a person's copies too.

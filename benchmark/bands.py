@@ -9,17 +9,17 @@ The runs are `trajsep_ppo.py` with `--seed 11`, with `--seed 12`, and with `--le
 last one from step 8,192 on.
 """
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import tyro
-from plot import Refused, start, table
+from plot import ROOT, Refused, read_csv, start, table, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-CSV = Path(__file__).resolve().parent / "healthy_run" / "scalars.csv"
+CSV = ROOT / "benchmark" / "healthy_run" / "scalars.csv"
+COLUMNS = ("run", "tag", "global_step", "value")
 RUNS = ("seed 11", "seed 12", "learning rate 0.03")
 BANDS = {  # column -> its runs, and its first and last step
     "up to 4,096 steps": (RUNS[:2], 0, 4096),
@@ -44,7 +44,8 @@ def read(runs):
     for name, folder in zip(RUNS, runs):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         for tag in sorted(events.Tags()["scalars"]):
-            rows += [(name, tag, x.step, f"{x.value:.5g}") for x in events.Scalars(tag)]
+            values = [(name, tag, x.step, f"{x.value:.5g}") for x in events.Scalars(tag)]
+            rows += [dict(zip(COLUMNS, value)) for value in values]
     return rows
 
 
@@ -55,14 +56,10 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Optional[Path] 
         runs: three runs to take instead of the kept scalars.
         out: a CSV file to write the scalars of these runs to.
     """
-    if runs or out:
-        scalars = read(runs)
-    else:
-        with open(CSV, newline="") as file:
-            _, *scalars = csv.reader(file)
+    scalars = read(runs) if runs or out else read_csv(CSV)
     values = defaultdict(list)  # (run, tag) -> (step, value)
-    for run, tag, step, value in scalars:
-        values[run, tag].append((int(step), float(value)))
+    for row in scalars:
+        values[row["run"], row["tag"]].append((int(row["global_step"]), float(row["value"])))
     rows = []
     for tag in sorted({tag for _, tag in values}):
         cells = [f"`{tag}`"]
@@ -74,9 +71,7 @@ def main(runs: tyro.conf.Positional[tuple[Path, ...]] = (), out: Optional[Path] 
         rows.append(cells)
     print(table(["metric", *BANDS], rows))
     if out:
-        with open(out, "w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([("run", "tag", "global_step", "value"), *scalars])
+        write_csv(out, COLUMNS, scalars)
         print(f"written to {out}")
 
 

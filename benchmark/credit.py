@@ -18,18 +18,16 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
+from page import board_of, snapshot, write_page
+from plot import check_writable
 from torch.distributions import Categorical
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from page import board_of, snapshot, write_page  # noqa: E402
-
-import global_ppo  # noqa: E402
-import lux_wrapper as lux  # noqa: E402
-import trajsep_ppo  # noqa: E402
-from hybrid_model import HybridNet  # noqa: E402
-from trajsep_ppo import Refused, checkpoints, group_sum, group_value, share_reward  # noqa: E402
+import global_ppo
+import lux_wrapper as lux
+import trajsep_ppo
+from hybrid_model import HybridNet
+from trajsep_ppo import Refused, checkpoints, group_sum, group_value, share_reward
 
 FIRST_MAP = 6000  # from here on no map was used to choose anything
 KEYS = ("rewards", "values", "advantages")
@@ -204,8 +202,8 @@ def main():
     try:
         if not 0 <= args.map < lux.HELD_OUT_SEEDS or args.steps < 1:
             raise Refused(f"--map must be between 0 and {lux.HELD_OUT_SEEDS - 1:,}, and --steps at least 1")
-        if args.out and not out.parent.is_dir() or out.is_dir():
-            raise Refused(f"{out} cannot be written; is its folder there?")
+        if args.out:
+            check_writable(out)
         matches = []
         for source, (script, flags, agent, step) in [(source, load(source)) for source in args.run]:
             rollout = play(script, flags, agent, step, args.map, args.steps, args.greedy)

@@ -7,65 +7,29 @@ The result is from benchmark/study: both scripts, on maps that were never looked
 chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
 """
 
-import csv
-import sys
 from pathlib import Path
 from typing import Optional
 
 import matplotlib
 import numpy as np
+import plot
+from plot import ROOT, plt
+from study import Study
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
-
-import plot  # noqa: E402
-from plot import plt  # noqa: E402
-
-SAMPLES = 2000
 SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
 
 
-def resampled(runs, metric, steps, seed=0):
-    """Means [SAMPLES, T] of a metric: seeds drawn with replacement, and matches of each seed."""
-    values = [[run[step][metric] for step in steps] for run in runs.values()]
-    values = np.array(values, float)  # [seed, T, match]
-    rng = np.random.default_rng(seed)
-    seeds = rng.integers(len(values), size=(SAMPLES, len(values)))
-    matches = rng.integers(values.shape[2], size=(SAMPLES, len(values), values.shape[2]))
-    places = np.arange(SAMPLES)[:, None, None], seeds[..., None], matches
-    drawn = np.ravel_multi_index(places, matches.shape).ravel()
-    times = np.bincount(drawn, minlength=matches.size).reshape(SAMPLES, -1)  # each match is drawn
-    return times @ values.swapaxes(1, 2).reshape(times.shape[1], -1) / times.shape[1]
-
-
-def interval(samples):
-    """The 95% interval of bootstrap samples, infinity allowed."""
-    return np.quantile(samples, [0.025, 0.975], axis=0, method="nearest")
-
-
-def row(runs, last, steps):
-    """Final length and ice, per team and per factory, and steps to 95% full-length, with intervals."""
-    cells = []
-    for metric in ("episode_length", "ice_transferred", "ice_per_factory"):
-        mean = np.mean([run[last][metric].mean() for run in runs.values()])
-        low, high = interval(resampled(runs, metric, [last])[:, 0])
-        cells.append(f"{mean:,.0f} ({low:,.0f} to {high:,.0f})")
-    share = plot.curves(runs, "full_length", steps)[1].mean(0)
-    found = [plot.crossing(steps, sample, 0.95) for sample in resampled(runs, "full_length", steps)]
-    low, high = map(plot.step_text, interval(np.array(found)))
-    return [*cells, f"{plot.step_text(plot.crossing(steps, share, 0.95))} ({low} to {high})"]
-
-
 def results(data, last):
-    """The rows of the README's table."""
-    arms = {arm: data[arm, "sampled"] for arm in SCRIPTS}
-    steps = plot.common(*arms.values())
-    head = ["", "episode length", "ice per team", "ice per starting factory"]
-    head.append("95% of matches full-length by step")
-    rows = [[f"`{SCRIPTS[arm][0]}`", *row(runs, last, steps)] for arm, runs in arms.items()]
+    """The rows of the README's table: final means and steps, with their intervals."""
+    study, rows = Study(data, last), []
+    steps = study.steps(SCRIPTS)
+    for arm, (script, _) in SCRIPTS.items():
+        cells = [study.final(arm, metric, steps) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
+        rows.append([f"`{script}`", *cells, study.reached(arm, "full_length", 0.95, steps)])
     rows.append(["the authors, all separate", AUTHORS["length"], AUTHORS["ice"], "-", AUTHORS["full"]])
-    return plot.table(head, rows)
+    head = ["", "episode length", "ice per team", "ice per starting factory"]
+    return plot.table([*head, "95% of matches full-length by step"], rows)
 
 
 def comparison(data, last):
@@ -103,30 +67,12 @@ def comparison(data, last):
 
 
 def draw_result(data, last, path):
-    """Episode length and ice against environment steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.7), layout="constrained")
-    panels = {  # metric -> title, and the authors' final value
-        "episode_length": ("episode length (steps)", 1000),
-        "ice_transferred": ("ice transferred (per team)", 44472),
-    }
-    mark = {"marker": "D", "ms": 7, "mfc": "white", "mew": 1.8, "color": "0.3", "ls": "none"}
-    for axis, (metric, (title, final)) in zip(axes, panels.items()):
-        for arm, (script, colour) in SCRIPTS.items():
-            steps, values = plot.curves(data[arm, "sampled"], metric)
-            low, high = interval(resampled(data[arm, "sampled"], metric, steps))
-            label = f"{script}, {len(values)} seeds"
-            axis.plot(steps / 1000, values.mean(0), color=colour, lw=2, label=label)
-            axis.fill_between(steps / 1000, low, high, color=colour, alpha=0.15, lw=0)
-        label = "the authors' final value"
-        axis.plot(last / 1000, final, **mark, clip_on=False, zorder=4, label=label)
-        axis.set_title(title, fontsize=11)
-        axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))
-    axes[1].legend(loc="lower right", frameon=False, fontsize=9.5)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    """Episode length and ice against environment steps, and the authors' final values."""
+    study, lines = Study(data, last), {}
+    for arm, (script, colour) in SCRIPTS.items():
+        label = f"{script}, {len(study.runs[arm])} seeds"
+        lines[label] = colour, "-", *study.lines(arm, study.steps([arm]))
+    plot.draw(lines, path, marks={"episode_length": 1000, "ice_transferred": 44472})
 
 
 def draw_network(path):
@@ -185,8 +131,7 @@ def matches(folder):
     head += ["ice", "its ice", "orders refused"]
     rows = []
     for name, opponent in OPPONENTS.items():
-        with open(folder / f"{name}.csv", newline="") as file:
-            both = list(csv.DictReader(file))
+        both = plot.read_csv(folder / f"{name}.csv")
         ours = [row for row in both if row["bot"] == "submission"]
         theirs = [row for row in both if row["bot"] != "submission"]
         means = []

@@ -16,7 +16,6 @@ The command line `luxai-s2` does the same for one match; it starts on Python 3.1
 import argparse
 import asyncio
 import contextlib
-import csv
 import dataclasses
 import functools
 import io
@@ -33,13 +32,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from plot import ROOT, check_writable, write_csv
 from tqdm import tqdm
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # luxai_s2 imports pygame, which prints a banner
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # draws in memory, needs no screen
 warnings.filterwarnings("ignore", "The system font")  # pygame falls back to another
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "submission")]
+sys.path.insert(0, str(ROOT / "submission"))
 
 import luxai_s2.env  # noqa: E402
 from luxai_runner.bot import Bot  # noqa: E402
@@ -368,17 +367,6 @@ def summary(rows, name):
             yield from (f"      {text}" for text in row["stderr"].splitlines())
 
 
-def check_writable(path):
-    """Before much time is spent, and without touching a file that is there.
-
-    Raises:
-        Refused: if no file can be written at this path.
-    """
-    path = Path(path)
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise Refused(f"{path} cannot be written; is its folder there?")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = "a bot: a folder, a file, a run, a checkpoint, an archive of pack.py, or idle"
@@ -394,7 +382,7 @@ def main():
     parser.add_argument("--turn-seconds", type=float, default=9, help="per turn (on Kaggle 3)")
     overage = "for all longer turns together (on Kaggle 60)"
     parser.add_argument("--overage", type=float, default=600, help=overage)
-    parser.add_argument("--out", help="a CSV file: a row for each game and player")
+    parser.add_argument("--out", type=Path, help="a CSV file: a row for each game and player")
     parser.add_argument("--replays", help="a folder for replays: a page, a GIF, and JSON for the official viewer")
     args = parser.parse_args()
     names = args.a, args.b
@@ -409,11 +397,8 @@ def main():
                 Path(args.replays).mkdir(parents=True, exist_ok=True)
             games = run(bots, names, args)
         if args.out:
-            with open(args.out, "w", newline="") as file:
-                writer = csv.DictWriter(file, ["game", *games[0][0]], lineterminator="\n")
-                writer.writeheader()
-                for game, rows in enumerate(games):
-                    writer.writerows({"game": game, **row} for row in rows)
+            table = [{"game": game} | row for game, rows in enumerate(games) for row in rows]
+            write_csv(args.out, [*table[0]], table)
     except (Refused, OSError) as error:
         print(f"match.py: error: {error}", file=sys.stderr)
         sys.exit(2)

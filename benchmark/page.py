@@ -5,10 +5,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from plot import ROOT
 
 import lux_wrapper as lux
 
-TEMPLATE = Path(__file__).with_name("credit.html")
+TEMPLATE = ROOT / "benchmark" / "credit.html"
 LICHEN_SHADE = 20  # units of lichen in a shade of its colour
 STOCK = ("power", "ice", "ore", "water", "metal")
 

@@ -3,7 +3,6 @@
 python benchmark/placement.py --seed 7        # writes runs/placement.png
 """
 
-import sys
 from pathlib import Path
 from typing import Optional
 
@@ -11,10 +10,7 @@ import numpy as np
 from luxai_s2 import LuxAI_S2
 from plot import named_or, plt, start
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from lux_wrapper import PLAYERS, early_phase_action, placement_score  # noqa: E402
+from lux_wrapper import PLAYERS, early_phase_action, placement_score
 
 
 def main(seed: int = 7, out: Optional[Path] = None):

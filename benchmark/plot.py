@@ -9,7 +9,9 @@ whose last checkpoint is not evaluated yet.
 """
 
 import csv
+import io
 import itertools
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,6 +29,7 @@ sys.path.append(str(ROOT))  # last: an arm's own programs come first
 
 from trajsep_ppo import Refused  # noqa: E402
 
+SAMPLES = 2000  # of a bootstrap
 RESULTS = ROOT / "benchmark" / "study"
 KEYS = ("arm", "seed", "global_step", "train_seconds", "policy", "match_seed", "player")
 METRICS = ("episode_length", "ice_transferred", "factories_alive")
@@ -100,6 +103,39 @@ def named_or(default, out, files):
     return out or Path(default)
 
 
+def check_writable(path):
+    """Before much time is spent, and without touching a file that is there.
+
+    Raises:
+        Refused: if no file can be written at this path.
+    """
+    path = Path(path)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise Refused(f"{path} cannot be written; is its folder there?")
+
+
+def write(path, text):
+    """Write a file so that it is whole at any time."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_csv(path, columns, rows):
+    """Write a table of dicts, whole at any time."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
+
+
+def read_csv(path):
+    """The rows of a table, a list of dicts."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def load(path):
     """Read ablation.csv, and say which trainings are not evaluated to the end.
 
@@ -112,9 +148,7 @@ def load(path):
     """
     if not Path(path).exists():
         raise Refused(f"there is no {path}; ablation.py makes it")
-    rows_of = {}
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows_of, rows = {}, read_csv(path)
     if rows and (missing := set(KEYS + METRICS) - set(rows[0])):
         raise Refused(f"{path} is no table of ablation.py, it has no {', '.join(sorted(missing))}")
     for row in rows:
@@ -173,6 +207,24 @@ def crossing(steps, values, level):
         return float(steps[0])
     part = (level - values[index - 1]) / (values[index] - values[index - 1])
     return float(steps[index - 1] + part * (steps[index] - steps[index - 1]))
+
+
+def resampled(runs, metric, steps):
+    """Means [SAMPLES, T] of a metric: seeds drawn with replacement, and matches of each seed."""
+    values = [[run[step][metric] for step in steps] for run in runs.values()]
+    values = np.array(values, float)  # [seed, T, match]
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(len(values), size=(SAMPLES, len(values)))
+    matches = rng.integers(values.shape[2], size=(SAMPLES, len(values), values.shape[2]))
+    places = np.arange(SAMPLES)[:, None, None], seeds[..., None], matches
+    drawn = np.ravel_multi_index(places, matches.shape).ravel()
+    times = np.bincount(drawn, minlength=matches.size).reshape(SAMPLES, -1)  # each match is drawn
+    return times @ values.swapaxes(1, 2).reshape(times.shape[1], -1) / times.shape[1]
+
+
+def interval(samples):
+    """The 95% interval of bootstrap samples, infinity allowed."""
+    return np.quantile(samples, [0.025, 0.975], axis=0, method="nearest")
 
 
 # -- Tables --------------------------------------------------------------------------------
@@ -284,11 +336,12 @@ def styles(arms):
     return chosen
 
 
-def draw(lines, path, columns=3):
+def draw(lines, path, columns=3, marks=None):
     """Length and ice against environment steps.
 
     Args:
         lines: label -> colour, line style, steps [T], and metric -> mean, low and high, each [T].
+        marks: metric -> the authors' final value.
     """
     size = (9, 3.1 + 0.2 * -(-len(lines) // columns))
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
@@ -301,6 +354,9 @@ def draw(lines, path, columns=3):
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
             if len(x) == 1:  # a line has no length
                 axis.plot(x, mean, "o", color=colour, clip_on=False)
+        if marks:
+            mark = {"ms": 7, "mfc": "white", "mew": 1.8, "color": "0.3", "clip_on": False, "zorder": 4}
+            axis.plot(last / 1000, marks[metric], "D", **mark, label="the authors' final value")
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
         axis.grid(alpha=0.25)

@@ -24,17 +24,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal, Optional
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmark")]
+import luxai_s2.env
+import numpy as np
+import torch
+from plot import ROOT, Refused, named_or, start
+from throughput import commit, machine, memory_of
 
-import luxai_s2.env  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from plot import Refused, named_or, start  # noqa: E402
-from throughput import commit, machine, memory_of  # noqa: E402
+import lux_wrapper as lux
+import trajsep_ppo
 
-import lux_wrapper as lux  # noqa: E402
-import trajsep_ppo  # noqa: E402
+sys.path.append(str(ROOT / "tests"))
+
+from helpers import judged, masked_random, weak_robots  # noqa: E402
 
 STAGES = {
     "48": {"map_size": 48, "min_factories": 2, "max_factories": 5, "max_robots": 20},
@@ -56,20 +57,16 @@ class Referee:
 
     def step(self, orders):
         Referee.now, state = self, self.engine.state
-        robots = [unit for units in state.units.values() for unit in units.values()]
-        # These cannot pay for an order, and so cannot stop what they can no longer pay for either.
-        cost = {"LIGHT": lux.ORDER_COST[0], "HEAVY": lux.ORDER_COST[1]}
-        self.weak = {unit.unit_id for unit in robots if unit.power < cost[unit.unit_type.name]}
+        self.weak = weak_robots(state)  # they cannot stop what they can no longer pay for
         if state.real_env_steps >= 0:  # not while factories are placed
             self.count["orders"] += sum(map(len, orders.values()))
             self.state = state
         return self.play(orders)
 
     def validate(self, accepted, by_type):
-        for kind, orders in by_type.items():
-            passed = {entity.unit_id for entity, _ in accepted[kind]}
-            for refused in {entity.unit_id for entity, _ in orders} - passed:
-                self.count["stranded" if refused in self.weak else "rejected"] += 1
+        refused = {entity.unit_id for entity, _, taken in judged(accepted, by_type) if not taken}
+        for unit_id in refused:
+            self.count["stranded" if unit_id in self.weak else "rejected"] += 1
 
     def compare(self, metrics):
         """At the end of a match: its metrics ("l", and arrays [P]) and the engine's counters."""
@@ -101,9 +98,7 @@ def soak_stage(settings, steps, seed):
     rng, weights = np.random.default_rng(seed), np.ones(lux.NUM_ACTIONS)
     weights[[lux.DIG, lux.DELIVER]] = 5
     for step in range(0, steps, env.num_envs):
-        mask = obs["action_mask"]
-        actions = np.where(mask, rng.random(mask.shape) ** (1 / weights), -1).argmax(-1)
-        obs, _, _, _, infos = env.step(actions)
+        obs, _, _, _, infos = env.step(masked_random(rng, obs["action_mask"], weights))
         for match in np.flatnonzero(infos.get("_episode", ())):
             referees[match].compare({key: x[match] for key, x in infos["episode"].items()})
         if step % max(steps // 10, 1) < env.num_envs:

@@ -9,23 +9,16 @@ study_page.md, and writes study.md and a picture for each of its tables, study/<
 is printed.
 """
 
-import csv
 import functools
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmark"))
-
-from ablation import ARMS, FIRST_MAP, LOSSES, PATCH_FOLDER, PATCHES  # noqa: E402
-from figures import SAMPLES, interval, resampled  # noqa: E402
-from plot import ARMS as STYLES  # noqa: E402
-from plot import PANELS, Refused, common, crossing, curves, draw, load, named_or, start, step_text, table  # noqa: E402
+import plot
+from ablation import ARMS, FIRST_MAP, LOSSES, PATCH_FOLDER, PATCHES
+from plot import ROOT, SAMPLES, Refused, crossing, curves, interval, resampled, step_text, table
 
 PAGE = ROOT / "benchmark" / "study_page.md"
 # What the authors report after 102,400 steps (3_results.tex of their thesis): final ice per team and
@@ -138,16 +131,16 @@ class Study:
 
     def steps(self, arms):
         """Steps at which all these arms were evaluated; the last one is the end of the training."""
-        return tuple(common(*(self.runs[arm] for arm in arms)))
+        return tuple(plot.common(*(self.runs[arm] for arm in arms)))
 
     def mean(self, arm, metric):
         """At the end of the training."""
         return curves(self.runs[arm], metric, [self.last])[1].mean()
 
-    def ice(self, arm, steps):
-        """Final ice per team, and its interval."""
-        low, high = interval(self.samples(arm, "ice_transferred", steps)[:, -1])
-        return f"{self.mean(arm, 'ice_transferred'):,.0f} ({low:,.0f} to {high:,.0f})"
+    def final(self, arm, metric, steps):
+        """A metric at the end, the last of these steps, and its interval."""
+        low, high = interval(self.samples(arm, metric, steps)[:, -1])
+        return f"{self.mean(arm, metric):,.0f} ({low:,.0f} to {high:,.0f})"
 
     def per_factory(self, arm):
         """Final ice per starting factory, a ratio of sums over all teams."""
@@ -186,6 +179,14 @@ class Study:
             samples.append(np.take_along_axis(drawn, maps, 1).mean(1))
         return means[0] - means[1], *interval(samples[0] - samples[1])
 
+    def lines(self, arm, steps):
+        """These steps, and metric -> mean, low and high [T] of an arm, as `plot.draw` takes them."""
+        values = {}
+        for metric in plot.PANELS:
+            mean = curves(self.runs[arm], metric, steps)[1].mean(0)
+            values[metric] = mean, *interval(self.samples(arm, metric, steps))
+        return steps, values
+
     def order(self, section):
         """Pairs of arms that have data: neighbours by the authors' final ice, or the section's own."""
         if section.pairs:
@@ -220,7 +221,7 @@ def how(arm, root):
 def label(arm):
     """What an arm is and how it is run; "theirs" is what the authors call it."""
     theirs = f'; theirs: "{NAMES[arm]}"' if arm in NAMES else ""
-    return f"**{arm}**: {STYLES[arm][0]}{theirs}; {how(arm, '../')}"
+    return f"**{arm}**: {plot.ARMS[arm][0]}{theirs}; {how(arm, '../')}"
 
 
 def changes(arms):
@@ -247,7 +248,8 @@ def results(study, section, arms, steps):
     rows = []
     for arm in arms:
         ice, ice_std, length, length_std, tenth, most = published(section, arm) or (None,) * 6
-        row = [label(arm), str(len(study.runs[arm])), theirs(ice, ice_std), study.ice(arm, steps)]
+        row = [label(arm), str(len(study.runs[arm])), theirs(ice, ice_std)]
+        row += [study.final(arm, "ice_transferred", steps)]
         row += [f"{study.per_factory(arm):,.0f}", theirs(length, length_std)]
         row += [f"{study.mean(arm, 'episode_length'):,.0f}"]
         row += [theirs(tenth), study.reached(arm, "full_length", 0.1, steps)]
@@ -277,14 +279,7 @@ def orders(study, section):
 
 def draw_section(study, arms, steps, path):
     """Length and ice of some arms against environment steps, with their intervals."""
-    lines = {}
-    for arm in arms:
-        values = {}
-        for metric in PANELS:
-            mean = curves(study.runs[arm], metric, steps)[1].mean(0)
-            values[metric] = mean, *interval(study.samples(arm, metric, steps))
-        lines[arm] = (*STYLES[arm][1:], steps, values)
-    draw(lines, path)
+    plot.draw({arm: (*plot.ARMS[arm][1:], *study.lines(arm, steps)) for arm in arms}, path)
 
 
 def block(study, section):
@@ -314,7 +309,7 @@ def components(data, last):
     steps, rows = study.steps(arms) if arms else (), []
     for arm in arms:
         speed = study.reached(arm, "ice_transferred", 10000, steps, over="starting_factories")
-        ice = [study.ice(arm, steps), speed, theirs(PUBLISHED[arm][0])]
+        ice = [study.final(arm, "ice_transferred", steps), speed, theirs(PUBLISHED[arm][0])]
         rows.append([how(arm, ""), SHARED[arm], *ice])
     head = ["", "what the team shares", "final ice per team", "10,000 ice per starting factory by step"]
     return table([*head, "final ice, the authors"], rows)
@@ -370,16 +365,14 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = Non
         results: folder of ablation.csv and runs.csv.
         out: folder of study.md and of study/, the pictures, instead of runs/study_page.
     """
-    out = named_or("runs/study_page", out, ("study.md", "study"))
-    data, last = load(results / "ablation.csv")
+    out = plot.named_or("runs/study_page", out, ("study.md", "study"))
+    data, last = plot.load(results / "ablation.csv")
     if not (results / "runs.csv").exists():
         raise Refused(f"there is no {results / 'runs.csv'}; ablation.py makes it")
     study = Study(data, last)
     if not set(study.runs) & set(ARMS):
         raise Refused(f"{results} has no arm of the study, only {names(study.runs)}; plot.py draws these")
-    with open(results / "runs.csv", newline="") as file:
-        trainings = list(csv.DictReader(file))
-    text = page(data, last, trainings)
+    text = page(data, last, plot.read_csv(results / "runs.csv"))
     (out / "study").mkdir(parents=True, exist_ok=True)
     (out / "study.md").write_text(text)
     for section in SECTIONS:
@@ -390,4 +383,4 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = Non
 
 
 if __name__ == "__main__":
-    start(main)
+    plot.start(main)

@@ -8,14 +8,12 @@ ratios come from runs in turns (those of `entities` from one run of each size). 
 alone, which keeps the results of the others:
 
     python benchmark/throughput.py --parts wrapper entities
-    python benchmark/throughput.py --parts before --against <commit>
 
     part        what it measures
     training    a training with the default flags: speed, where the time goes, peak memory
     wrapper     LuxVecEnv against the bare engine: the same matches, the same orders, one core
     torchrun    two processes with a thread each against one
     entities    time and memory of an update by live entities per player
-    before      the training of an older commit against this one
 """
 
 import json
@@ -33,19 +31,19 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import numpy as np
+import torch
+from ablation import commit
+from luxai_s2 import LuxAI_S2
+from plot import ROOT, named_or, start, table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from ablation import commit  # noqa: E402
+import lux_wrapper as lux
+import trajsep_ppo
+
+sys.path.append(str(ROOT / "tests"))
+
 from helpers import scripted  # noqa: E402
-from luxai_s2 import LuxAI_S2  # noqa: E402
-from plot import Refused, named_or, start, table  # noqa: E402
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
-
-import lux_wrapper as lux  # noqa: E402
-import trajsep_ppo  # noqa: E402
 
 # -- Tools ---------------------------------------------------------------------------------
 
@@ -106,13 +104,13 @@ def memory_of(pid):
     return size / 1024 + sum(map(memory_of, children))
 
 
-def train(folder, *flags, processes=1, threads=None, script=ROOT / "trajsep_ppo.py"):
-    """Run a script as its users do; environment steps/s of its training, as it logs them itself."""
+def train(folder, *flags, processes=1, threads=None):
+    """Run trajsep_ppo.py as its users do; environment steps/s of its training, as it logs them itself."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*launcher, script, "--eval-episodes", "1", *flags]
+    command = [*launcher, ROOT / "trajsep_ppo.py", "--eval-episodes", "1", *flags]
     result = subprocess.run([*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True)
     if result.returncode:
         sys.exit(result.stderr[-3000:])
@@ -259,7 +257,7 @@ def report_wrapper(result):
     )
 
 
-# -- Processes, and an older commit --------------------------------------------------------
+# -- Processes -----------------------------------------------------------------------------
 
 
 def torchrun(repeats=3, steps=8192):
@@ -282,31 +280,6 @@ def report_torchrun(result):
     rows = [(name, spread(x), spread(np.divide(x, base), 2)) for name, x in runs.items()]
     head = ("processes", "environment steps/s", "ratio")
     return "The first 8,192 steps of a training.\n\n" + table(head, rows)
-
-
-def before(against, repeats=3, steps=4096):
-    speeds = defaultdict(list)
-    git = partial(subprocess.run, cwd=ROOT, check=True, capture_output=True)
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder, "tree")
-        git(["git", "worktree", "add", "--detach", tree, against])
-        try:
-            for _ in range(repeats):
-                for name, root in (("before", tree), ("now", ROOT)):
-                    script = root / "trajsep_ppo.py"
-                    speeds[name].append(train(folder, "--total-timesteps", steps, script=script))
-        finally:
-            git(["git", "worktree", "remove", "--force", tree])
-    return dict(speeds) | {"against": against}
-
-
-def report_before(result):
-    ratios = np.divide(result["now"], result["before"])
-    return (
-        f"The first 4,096 steps of a training with default flags: at commit {result['against']} "
-        f"{spread(result['before'])} environment steps/s, now {spread(result['now'])}, "
-        f"**{spread(ratios, 2)}x**."
-    )
 
 
 # -- Entities ------------------------------------------------------------------------------
@@ -386,32 +359,21 @@ REPORTS = {
     "wrapper": report_wrapper,
     "torchrun": report_torchrun,
     "entities": report_entities,
-    "before": report_before,
 }
-PARTS = ("training", "wrapper", "torchrun", "entities")
 
 
 def main(
-    parts: tuple[Literal["training", "wrapper", "torchrun", "entities", "before"], ...] = PARTS,
-    against: Optional[str] = None,
+    parts: tuple[Literal["training", "wrapper", "torchrun", "entities"], ...] = tuple(REPORTS),
     out: Optional[Path] = None,
 ):
     """Measure, print and keep.
 
     Args:
         parts: what to measure.
-        against: the commit that the part `before` compares with.
         out: folder of the report and of each part's numbers, instead of runs/throughput.
     """
-    if "before" in parts:
-        if against is None:
-            raise Refused("the part `before` needs --against <commit>")
-        known = ["git", "cat-file", "-e", f"{against}^{{commit}}"]
-        if subprocess.run(known, cwd=ROOT, capture_output=True).returncode:
-            raise Refused(f"there is no commit {against}")
     out = named_or("runs/throughput", out, [f"{part}.json" for part in parts])
     measures = {"training": training, "wrapper": wrapper, "torchrun": torchrun, "entities": entities}
-    measures["before"] = partial(before, against)
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         print(f"measuring {part}", flush=True)

@@ -213,6 +213,5 @@ def test_bootstrap_draws_matches_within_seeds():
 
 def test_the_page_shows_what_the_data_says():
     """docs/study.md is what study.py makes of the matches that are kept."""
-    with open(KEPT / "runs.csv", newline="") as file:
-        made = study.page(*plot.load(KEPT / "ablation.csv"), list(csv.DictReader(file)))
+    made = study.page(*plot.load(KEPT / "ablation.csv"), plot.read_csv(KEPT / "runs.csv"))
     assert made == (ROOT / "docs" / "study.md").read_text()

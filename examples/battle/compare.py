@@ -16,10 +16,7 @@ Started again, it continues; only trainings that were not finished begin again. 
 Checkpoints and logs lie in --work.
 """
 
-import contextlib
-import csv
 import importlib.util
-import io
 import itertools
 import os
 import shutil
@@ -30,7 +27,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -38,13 +34,11 @@ import tyro
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmark")]
 
-from ablation import runs_of, write  # noqa: E402
+from ablation import keep, runs_of  # noqa: E402
+from plot import plt, read_csv, write_csv  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
 from trajsep_ppo import Refused, checkpoints, evaluate  # noqa: E402
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 SCRIPTS = {"trajsep_ppo": "separate trajectories", "global_ppo": "one trajectory per team"}
 FROZEN = ("trajsep_ppo", 1000)  # script and seed of the opponent
@@ -113,11 +107,7 @@ def train(args, script, seed, steps):
         running = True
         while running:
             running = process.poll() is None
-            for path in [path for run in runs_of(folder) for path in checkpoints(run)]:
-                wanted = steps_of(path) <= COARSE or steps_of(path) % COARSE == 0
-                if wanted and not (folder / path.name).exists():
-                    with contextlib.suppress(FileNotFoundError):  # removed just now
-                        os.link(path, folder / path.name)  # stays when the script removes its own
+            keep(folder)
             time.sleep(0.1)
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}; see {folder / 'log'}")
@@ -170,7 +160,8 @@ def measure(args, script, seed):
     *_, path = checkpoints(args.work / "{}_{}".format(*FROZEN))
     frozen = load(path)
     rows = []
-    for path in checkpoints(folder):
+    wanted = [path for path in checkpoints(folder) if steps_of(path) <= COARSE or steps_of(path) % COARSE == 0]
+    for path in wanted:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         about = {"script": script, "seed": seed, "global_step": steps_of(path)}
         about["train_seconds"] = round(checkpoint["train_seconds"])
@@ -216,7 +207,7 @@ def main(args):
     if not importlib.util.find_spec("magent2"):
         raise Refused("the battle needs magent2: pip install -r examples/battle/requirements.txt")
     args.work, table = args.work.resolve(), args.out / "battle.csv"
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = read_csv(table) if table.exists() else []
     measured = {(x["script"], int(x["seed"])) for x in rows}
     runs = [(name, seed) for seed, name in itertools.product(range(1, args.seeds + 1), SCRIPTS)]
     missing = [run for run in runs if run not in measured]
@@ -232,11 +223,7 @@ def main(args):
         jobs = [pool.submit(measure, args, *run) for run in missing]
         for number, job in enumerate(as_completed(jobs), start=len(runs) - len(missing) + 1):
             rows = sorted(rows + job.result(), key=lambda x: (x["script"], int(x["seed"]), int(x["global_step"])))
-            text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write(table, text.getvalue())
+            write_csv(table, COLUMNS, rows)
             draw(rows, args.out / "battle.png")
             print(f"{number} of {len(runs)} trainings have fought, see {table} and battle.png", flush=True)
 
