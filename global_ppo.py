@@ -356,7 +356,8 @@ def evaluate(agent, envs, steps, device, greedy=False, first_map=0, frames=None)
     generator = torch.Generator(device).manual_seed(0)
     finished = {}
     obs, _ = envs.reset(seed=first_map)
-    progress = tqdm(total=len(obs["kind"]), desc="evaluation", unit="match", leave=False)
+    what = "greedy" if greedy else "sampled" if frames is None else "video"
+    progress = tqdm(total=len(obs["kind"]), desc=f"evaluation, {what}", unit="match", leave=False)
     for step in range(steps):
         if frames is not None and step % 4 == 0:
             frames.append(Image.fromarray(envs.render()[0]))
