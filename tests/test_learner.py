@@ -520,7 +520,7 @@ CASES = {
     "team": "--max-grad-norm 10",
     "team, small rewards": "--positive-reward-weight 1 --no-anneal-lr",
     "team, not normalized": f"--no-norm-adv --no-anneal-ent {ANY_GRADIENT}",
-    "team, target_kl": "--target-kl 0.1",
+    "team, target_kl": "--target-kl 0.2",
     "team, few entities": "--num-minibatches 8",
 }
 ARMS = {  # flags by patches
