@@ -16,9 +16,7 @@ side by side, each with one thread, seed by seed. Started again, it continues; a
     <game>__<arm>__<seed>/  a training's log and run
 """
 
-import csv
 import importlib
-import io
 import json
 import os
 import subprocess
@@ -28,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ablation import commit, programs, runs_of, say, write
-from plot import ROOT, Refused, plt, start
+from ablation import commit, programs, runs_of, say
+from plot import ROOT, Refused, plt, start, table, write, write_csv
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -114,7 +112,7 @@ def random_return(game):
     return np.mean([*returns.values()])
 
 
-def interval(values):
+def mean_and_interval(values):
     """Mean and half the width of its 95% interval by Student's t, as text."""
     if len(values) < 2:
         return f"{np.mean(values):.3g}"
@@ -122,19 +120,18 @@ def interval(values):
     return f"{np.mean(values):.3g} ± {half:.2g}"
 
 
-def table(rows):
-    """The table in Markdown: team returns of every game and arm, with sampled actions."""
-    names = [name for name, *_ in ARMS.values()]
-    lines = [f"| game | steps | random play | {' | '.join(names)} |", "|---" * (3 + len(ARMS)) + "|"]
+def mean_returns(rows):
+    """In Markdown: team returns of every game and arm, with sampled actions."""
+    lines = []
     for game, (name, _, _, steps) in GAMES.items():
         returns = {arm: [] for arm in ("random", *ARMS)}
         for row in rows:
             if row["game"] == game:
                 returns[row["arm"]].append(float(row["sampled"]))
         if returns["random"]:
-            cells = [interval(values) if values else "" for values in returns.values()]
-            lines.append(f"| {name} | {steps:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells = [mean_and_interval(values) if values else "" for values in returns.values()]
+            lines.append([name, f"{steps:,}", *cells])
+    return table(["game", "steps", "random play", *(name for name, *_ in ARMS.values())], lines) + "\n"
 
 
 def draw(rows, curves, path):
@@ -172,16 +169,9 @@ def write_results(results, floor, out):
     for row, points in results:
         training = {key: row[key] for key in ("game", "arm", "seed")}
         curves += [training | {"step": step, "return": value} for step, value in points]
-    for name, columns, contents in (
-        ("games.csv", COLUMNS, rows),
-        ("curves.csv", ("game", "arm", "seed", "step", "return"), curves),
-    ):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(contents)
-        write(out / name, text.getvalue())
-    write(out / "games.md", table(rows))
+    write_csv(out / "games.csv", COLUMNS, rows)
+    write_csv(out / "curves.csv", ("game", "arm", "seed", "step", "return"), curves)
+    write(out / "games.md", mean_returns(rows))
     draw(rows, curves, out / "games.png")
 
 

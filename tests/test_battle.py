@@ -256,7 +256,7 @@ def test_small_boards_are_refused():
 def test_comparison_continues_and_draws(tmp_path):
     """compare.py trains, fights with every checkpoint, draws, and does nothing twice."""
     script = str(ROOT / "examples" / "battle" / "compare.py")
-    flags = "--seeds 1 --jobs 2 --steps 2048 --frozen-steps 1024 --battles 2 --map-size 24"
+    flags = "--arms mappo global --seeds 1 --jobs 2 --steps 2048 --frozen-steps 1024 --battles 2 --map-size 24"
     folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     command = [sys.executable, script, *flags.split(), *folders]
     table = tmp_path / "out" / "battle.csv"
@@ -266,9 +266,12 @@ def test_comparison_continues_and_draws(tmp_path):
         assert result.returncode == 0, result.stderr
         rows = list(csv.DictReader(table.open()))
         written.append(table.stat().st_mtime_ns)
-        fought = sorted({(x["script"], x["seed"], x["global_step"], x["opponent"]) for x in rows})
+        fought = sorted({(x["arm"], x["seed"], x["global_step"], x["opponent"]) for x in rows})
         assert len(rows) == 16 and len(fought) == 8
         assert {x["global_step"] for x in rows} == {"1024", "2048"}
         assert all(float(x["kills"]) <= 16 and float(x["won"]) in (0, 0.5, 1) for x in rows)
     assert written[0] == written[1]
     assert (tmp_path / "out" / "battle.png").stat().st_size > 10_000
+    won = [float(x["won"]) for x in rows if (x["arm"], x["global_step"], x["opponent"]) == ("mappo", "2048", "frozen")]
+    last = (tmp_path / "out" / "battle.md").read_text().splitlines()[-1]
+    assert last.split(" | ")[:2] == ["| 2,048", f"{sum(won) / 2:.3g}"]

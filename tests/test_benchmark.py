@@ -272,14 +272,14 @@ def test_battle(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(poll=lambda: 0, returncode=0)
 
     monkeypatch.setattr(compare.subprocess, "Popen", popen)
-    folder = args.work / "global_ppo_1"
+    folder = args.work / "global_1"
     folder.mkdir(parents=True)
     for name in COPIES:
         (folder / name).touch()
-    assert compare.train(args, "global_ppo", 1, 512) == folder
+    assert compare.train(args, "global", 1, 512) == folder
     assert {path.name for path in folder.glob("*.pt")} == {"checkpoint_512.pt", *COPIES}
     with pytest.raises(trajsep_ppo.Refused, match="holds a training with other flags"):
-        compare.train(args, "global_ppo", 1, 1024)
+        compare.train(args, "global", 1, 1024)
 
 
 def test_lost_checkpoints(tmp_path, capfd, monkeypatch):

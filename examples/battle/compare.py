@@ -1,17 +1,19 @@
-"""Train both scripts on the battle, three seeds each, and measure them against fixed opponents while they learn.
+"""Train arms on the battle, three seeds each, and measure them against fixed opponents while they learn.
 
     pip install -r requirements.txt -r examples/battle/requirements.txt
     python examples/battle/compare.py
+    python examples/battle/compare.py --arms separate ippo mappo global --map-size 24 --seeds 5 --out runs/small
 
 They learn by self-play. Their checkpoints then fight two opponents that never learn: one that takes random actions
-that are not masked (`random`), and one that trajsep_ppo.py trained before, with another seed and fewer steps
+that are not masked (`random`), and one that the arm `separate` trained before, with another seed and fewer steps
 (`frozen`). The army with more soldiers at the end has won; a draw counts half.
 
 Started again, it continues; only trainings that were not finished begin again. All of it again: with other folders.
 
     written to --out
-    battle.csv      a row for every battle: script, seed, step, seconds trained, opponent, won, kills, survivors, length
+    battle.csv      a row for every battle: arm, seed, step, seconds trained, opponent, won, kills, survivors, length
     battle.png      share won and kills against environment steps, mean of the seeds and each of them
+    battle.md       share won against the frozen army after each arm's last step
 
 Checkpoints and logs lie in --work.
 """
@@ -34,18 +36,18 @@ import tyro
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmark")]
 
-from ablation import keep, runs_of  # noqa: E402
-from plot import plt, read_csv, write_csv  # noqa: E402
+from ablation import keep, programs, runs_of  # noqa: E402
+from other_games import ARMS, mean_and_interval  # noqa: E402
+from plot import plt, read_csv, table, write, write_csv  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
 from trajsep_ppo import Refused, checkpoints, evaluate  # noqa: E402
 
-SCRIPTS = {"trajsep_ppo": "separate trajectories", "global_ppo": "one trajectory per team"}
-FROZEN = ("trajsep_ppo", 1000)  # script and seed of the opponent
+FROZEN = ("separate", 1000)  # arm and seed of the opponent
 FINE, COARSE = 1024, 8192  # environment steps between two checkpoints that fight, up to COARSE and beyond it
 # With the default gamma of 0.99 armies learn to wait for the enemy: who comes first is hit first.
 FLAGS = f"--gamma 0.9 --num-envs 16 --num-steps 32 --save-every {FINE // (16 * 32)} --num-workers 0 --eval-episodes 0"
-COLUMNS = ("script", "seed", "global_step", "train_seconds", "opponent", "won", "kills", "survivors", "length")
+COLUMNS = ("arm", "seed", "global_step", "train_seconds", "opponent", "won", "kills", "survivors", "length")
 
 
 @dataclass
@@ -54,8 +56,10 @@ class Args:
     """folder of the results"""
     work: Path = ROOT / "runs" / "battle"
     """folder of the trainings"""
+    arms: tuple[str, ...] = ("separate", "global")
+    """which of ARMS in benchmark/other_games.py"""
     seeds: int = 3
-    """trainings of each script"""
+    """trainings of each arm"""
     jobs: int = 2
     """trainings at a time, with one thread each"""
     steps: int = 16384
@@ -73,14 +77,15 @@ def steps_of(path):
     return int(path.stem.split("_")[1])
 
 
-def is_done(args, script, seed, steps):
+def is_done(args, arm, seed, steps):
     """Whether a training has been run; and its folder and its command.
 
     Raises:
         Refused: if one with other flags has been run there.
     """
-    folder = args.work / f"{script}_{seed}"
-    command = f"{script}.py --seed {seed} --total-timesteps {steps} {FLAGS}"
+    folder = args.work / f"{arm}_{seed}"
+    _, script, _, _ = ARMS[arm]
+    command = f"{script} --seed {seed} --total-timesteps {steps} {FLAGS}"
     command += f" --env-id battle_env:BattleVecEnv --env-kwargs map_size {args.map_size}"
     done = (folder / "done").exists()
     if done and (folder / "done").read_text() != command:
@@ -88,9 +93,9 @@ def is_done(args, script, seed, steps):
     return done, folder, command
 
 
-def train(args, script, seed, steps):
+def train(args, arm, seed, steps):
     """Run a training unless it has been run; returns a folder with all its checkpoints."""
-    done, folder, command = is_done(args, script, seed, steps)
+    done, folder, command = is_done(args, arm, seed, steps)
     if done:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,11 +103,13 @@ def train(args, script, seed, steps):
         path.unlink()  # of a training that was cut off
     shutil.copy(HERE / "battle_env.py", folder)  # --env-id is looked for in the current folder
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    print(f"{time.strftime('%H:%M:%S')} {script} seed {seed}: training, see {folder / 'log'}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {arm} seed {seed}: training, see {folder / 'log'}", flush=True)
     words = command.split()
+    _, _, patches, _ = ARMS[arm]
+    program = programs(patches, folder / "programs") / words[0]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
-            [sys.executable, ROOT / words[0], *words[1:]], cwd=folder, stdout=log, stderr=log, env=environment
+            [sys.executable, program, *words[1:]], cwd=folder, stdout=log, stderr=log, env=environment
         )
         running = True
         while running:
@@ -153,17 +160,17 @@ def fight(agent, opponent, battles, map_size):
     return {key: np.ravel(x).astype(float) for key, x in metrics.items()}
 
 
-def measure(args, script, seed):
+def measure(args, arm, seed):
     """Train, then fight both opponents with every checkpoint; a row for each battle."""
     torch.set_num_threads(1)
-    folder = train(args, script, seed, args.steps)
+    folder = train(args, arm, seed, args.steps)
     *_, path = checkpoints(args.work / "{}_{}".format(*FROZEN))
     frozen = load(path)
     rows = []
     wanted = [path for path in checkpoints(folder) if steps_of(path) <= COARSE or steps_of(path) % COARSE == 0]
     for path in wanted:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        about = {"script": script, "seed": seed, "global_step": steps_of(path)}
+        about = {"arm": arm, "seed": seed, "global_step": steps_of(path)}
         about["train_seconds"] = round(checkpoint["train_seconds"])
         for opponent in ("random", "frozen"):
             other = random_policy() if opponent == "random" else trained_policy(frozen, seed=1)
@@ -179,23 +186,37 @@ def draw(rows, path):
     figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True, sharey="row", layout="constrained")
     for column, opponent in enumerate(("random", "frozen")):
         for row, (key, label) in enumerate((("won", "share of battles won"), ("kills", "enemies killed"))):
-            for color, (script, name) in zip(("#0072b2", "#d55e00"), SCRIPTS.items()):
+            for arm, (name, _, _, colour) in ARMS.items():
                 curves = {}
                 for x in rows:
-                    if (x["script"], x["opponent"]) == (script, opponent):
+                    if (x["arm"], x["opponent"]) == (arm, opponent):
                         curve = curves.setdefault(x["seed"], {})
                         curve.setdefault(int(x["global_step"]), []).append(float(x[key]))
                 lines = [[(step, np.mean(y)) for step, y in sorted(curve.items())] for curve in curves.values()]
                 for line in lines:
-                    axes[row, column].plot(*zip(*line), color=color, alpha=0.3, linewidth=1)
+                    axes[row, column].plot(*zip(*line), color=colour, alpha=0.3, linewidth=1)
                 if lines:
-                    axes[row, column].plot(*np.mean(lines, 0).T, color=color, label=f"{name} ({script}.py)")
+                    axes[row, column].plot(*np.mean(lines, 0).T, color=colour, label=name)
             axes[row, column].set_ylabel(label if column == 0 else None)
         axes[0, column].set_title(f"against the {opponent} opponent")
         axes[1, column].set(xlabel="environment steps", xscale="log")
     axes[0, 0].legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def shares_won(rows):
+    """In Markdown, the share won against the frozen army by the last checkpoints, with 95% intervals over seeds."""
+    last = max(int(x["global_step"]) for x in rows)
+    cells = {}
+    for arm, (name, *_) in ARMS.items():
+        seeds = {}
+        for x in rows:
+            if (x["arm"], x["opponent"], int(x["global_step"])) == (arm, "frozen", last):
+                seeds.setdefault(x["seed"], []).append(float(x["won"]))
+        if seeds:
+            cells[name] = mean_and_interval([np.mean(won) for won in seeds.values()])
+    return table(["steps", *cells], [[f"{last:,}", *cells.values()]]) + "\n"
 
 
 def main(args):
@@ -206,26 +227,29 @@ def main(args):
     """
     if not importlib.util.find_spec("magent2"):
         raise Refused("the battle needs magent2: pip install -r examples/battle/requirements.txt")
-    args.work, table = args.work.resolve(), args.out / "battle.csv"
-    rows = read_csv(table) if table.exists() else []
-    measured = {(x["script"], int(x["seed"])) for x in rows}
-    runs = [(name, seed) for seed, name in itertools.product(range(1, args.seeds + 1), SCRIPTS)]
+    if unknown := [arm for arm in args.arms if arm not in ARMS]:
+        raise Refused(f"there is no arm {unknown[0]}; there are {', '.join(ARMS)}")
+    args.work, results = args.work.resolve(), args.out / "battle.csv"
+    rows = read_csv(results) if results.exists() else []
+    measured = {(x["arm"], int(x["seed"])) for x in rows}
+    runs = [(name, seed) for seed, name in itertools.product(range(1, args.seeds + 1), args.arms)]
     missing = [run for run in runs if run not in measured]
     for run in runs:
         is_done(args, *run, args.steps)  # before anything is written
     is_done(args, *FROZEN, args.frozen_steps)
     if not missing:
-        print(f"all of it is in {table} already; another --out and --work make it again")
+        print(f"all of it is in {results} already; another --out and --work make it again")
         return
     args.out.mkdir(parents=True, exist_ok=True)
     train(args, *FROZEN, args.frozen_steps)
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(measure, args, *run) for run in missing]
         for number, job in enumerate(as_completed(jobs), start=len(runs) - len(missing) + 1):
-            rows = sorted(rows + job.result(), key=lambda x: (x["script"], int(x["seed"]), int(x["global_step"])))
-            write_csv(table, COLUMNS, rows)
+            rows = sorted(rows + job.result(), key=lambda x: (x["arm"], int(x["seed"]), int(x["global_step"])))
+            write_csv(results, COLUMNS, rows)
             draw(rows, args.out / "battle.png")
-            print(f"{number} of {len(runs)} trainings have fought, see {table} and battle.png", flush=True)
+            write(args.out / "battle.md", shares_won(rows))
+            print(f"{number} of {len(runs)} trainings have fought, see {results} and battle.png", flush=True)
 
 
 if __name__ == "__main__":
