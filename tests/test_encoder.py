@@ -542,8 +542,7 @@ def compare(side, seen, options):
             objections[id] = factory_objections(side, id, options.safe_masks)
             wanted = factory_features(side, id)
         else:
-            kind = {"LIGHT": lux.LIGHT, "HEAVY": lux.HEAVY}[entity["unit_type"]]
-            actions, head = lux.ROBOT_ACTIONS, side.home[id]
+            kind, actions, head = lux.ROBOT, lux.ROBOT_ACTIONS, side.home[id]
             objections[id] = robot_objections(side, id)
             wanted = robot_features(side, id)
         assert seen["kind"][slot] == kind
