@@ -1,6 +1,7 @@
 """Tools that several tests share: observations made up, play, and taps into the engine."""
 
 import hashlib
+import json
 
 import gymnasium as gym
 import numpy as np
@@ -136,6 +137,11 @@ def judged(accepted, actions_by_type):
         passed = {entity.unit_id for entity, _ in accepted[kind]}
         for entity, order in orders:
             yield entity, order, entity.unit_id in passed
+
+
+def to_json(obs):
+    """What the official runner sends: text."""
+    return json.dumps(obs, default=lambda x: x.tolist())
 
 
 def hash_of(*arrays):

@@ -47,7 +47,7 @@ class Referee:
         state, match, encoder = self.match.engine.state, self.match, self.env.games.envs[0].encoder
         slots = [a | b for a, b in zip(encoder.robot_slots[0], encoder.factory_slots[0])]
         weak = weak_robots(state)
-        yielded, collisions = match.yielded_moves.sum(), match.own_collisions.sum()
+        before = {name: count.sum() for name, count in match.counts.items()}
         self.accepted, self.rejected, self.messages = {}, {}, []
         self.held_back, self.chosen, self.stranded = 0, set(), set()
         result = self.env.step(actions)
@@ -60,8 +60,9 @@ class Referee:
                     self.judge(unit_id, names[actions[0, team, slot]], unit_id in weak)
         assert self.accepted.keys() | self.rejected.keys() <= self.chosen | self.stranded
         if not result[2][0]:  # a new match begins with new counts
-            self.count["own_collisions"] += match.own_collisions.sum() - collisions
-            assert self.held_back == match.yielded_moves.sum() - yielded
+            gained = {name: count.sum() - before[name] for name, count in match.counts.items()}
+            self.count["own_collisions"] += gained["own_collisions"]
+            assert self.held_back == gained["right_of_way"]
         for message in self.messages:
             if "Tried to update action queue" in message:
                 assert any(f" {unit_id} " in message for unit_id in self.stranded), message
