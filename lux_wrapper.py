@@ -804,12 +804,12 @@ class LuxEncoder:
         cargo = CARGO[robots.heavy]
         on_ice = self.ice[here]
         on_ore = self.ore[here]
-        lichen = scene.lichen[here] > 0
-        is_own = self.strain_owner[robots.match, scene.strains[here]] == robots.player
+        owner = self.strain_owner[robots.match, scene.strains[here]]
+        others_lichen = (scene.lichen[here] > 0) & (owner != robots.player)
         mines = (on_ice & (robots.ice < cargo)) | (on_ore & (robots.ore < cargo))
-        clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | lichen & ~is_own
+        clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | others_lichen
         clears |= (around.worth_clearing > 0) & (robots.heavy == 0)
-        harmless[DIG] = mines & ~(lichen & is_own) | clears
+        harmless[DIG] = mines | clears
 
         order_cost = ORDER_COST[robots.heavy]
         harmless[PICK_UP] = gain >= 10 * order_cost
@@ -1257,8 +1257,8 @@ class LuxMatch:
         """
         state = self.engine.state
         # Engine objects; they outlive the destruction of what they stand for
-        robots = {unit.unit_id: unit for player in PLAYERS for unit in state.units[player].values()}
-        factories = {f.unit_id: f for player in PLAYERS for f in state.factories[player].values()}
+        robots = state.units["player_0"] | state.units["player_1"]
+        factories = state.factories["player_0"] | state.factories["player_1"]
         self.engine.births.clear()
         _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         amounts = self._achievements(acts, robots, factories)

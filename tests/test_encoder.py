@@ -556,7 +556,7 @@ def compare(side, seen, options):
 
 
 # ------------------------------------------------------------------------------------------------
-# Situations made by hand or at random, and placement
+# Situations made up, and placement
 # ------------------------------------------------------------------------------------------------
 
 SIZE = 24

@@ -12,7 +12,7 @@ from collections import Counter
 import luxai_s2.env
 import numpy as np
 import pytest
-from helpers import after_every_step, entities, in_process, judged, masked_random, weak_robots
+from helpers import after_every_step, entities, in_process, masked_random, watched_validator, weak_robots
 
 import lux_wrapper as lux
 
@@ -28,19 +28,15 @@ class Referee:
 
     def __init__(self, monkeypatch, env, match):
         self.env, self.match, self.count = env, match, Counter()
-        validate = luxai_s2.env.validate_actions
-
-        def watched(env_cfg, state, actions_by_type, verbose=1):
-            accepted = validate(env_cfg, state, actions_by_type, verbose)
-            for entity, order, passed in judged(accepted, actions_by_type):
-                target = self.accepted if passed else self.rejected
-                assert entity.unit_id not in target
-                target[entity.unit_id] = order
-            return accepted
-
-        monkeypatch.setattr(luxai_s2.env, "validate_actions", watched)
+        monkeypatch.setattr(luxai_s2.env, "validate_actions", watched_validator(self.see))
         for level in ("log_error", "log_warning", "log_info"):
             monkeypatch.setattr(match.engine, level, lambda *words: self.messages.append(" ".join(words)))
+
+    def see(self, entity, order, passed):
+        """What the validator makes of an order."""
+        target = self.accepted if passed else self.rejected
+        assert entity.unit_id not in target
+        target[entity.unit_id] = order
 
     def step(self, obs, actions):
         """Play one step and judge it; what `env.step` returned."""

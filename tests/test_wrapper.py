@@ -1,4 +1,4 @@
-"""The wrapper against the real engine: spaces, slots, rewards, placement, matches, workers.
+"""The wrapper against the real engine: spaces, refusals, matches side by side and resumed, workers.
 
 test_encoder.py computes what it observes, allows, orders and pays a second time.
 """
@@ -55,9 +55,9 @@ def play(env, obs, policy, steps):
         obs = result[0]
 
 
-def random_policy(seed=0, weights=1.0):
+def random_policy(seed=0):
     rng = np.random.default_rng(seed)
-    return lambda obs: masked_random(rng, obs["action_mask"], weights)
+    return lambda obs: masked_random(rng, obs["action_mask"])
 
 
 def idle(obs):
@@ -266,17 +266,12 @@ def test_render():
 
 
 # ------------------------------------------------------------------------------------------------
-# Slots
-# ------------------------------------------------------------------------------------------------
-
-
-# ------------------------------------------------------------------------------------------------
-# Rewards
+# Robots out of nowhere
 # ------------------------------------------------------------------------------------------------
 
 
 def ice_beside(state, team, dy=0):
-    """The first factory of a team, a cell beside it that is made ice, and the way from there to it."""
+    """A cell beside the first factory of a team that is made ice, and the way from there to it."""
     factory = next(iter(state.factories[lux.PLAYERS[team]].values()))
     x, y = factory.pos.pos
     right = x + 2 < state.board.width
@@ -284,13 +279,13 @@ def ice_beside(state, team, dy=0):
     state.board.rubble[cell] = 0
     state.board.ice[cell] = 1
     state.board.ore[cell] = 0
-    return factory, cell, lux.LEFT if right else lux.RIGHT
+    return cell, lux.LEFT if right else lux.RIGHT
 
 
-def place_robot(match, team, cell, kind=UnitType.HEAVY):
-    """A robot out of nowhere; it is seen from the next observation on."""
-    engine = match.engine
-    return engine.add_unit(engine.state.teams[lux.PLAYERS[team]], kind, np.array(cell))
+def place_robot(match, team, cell):
+    """A heavy robot out of nowhere; it is seen from the next observation on."""
+    owner = match.engine.state.teams[lux.PLAYERS[team]]
+    return match.engine.add_unit(owner, UnitType.HEAVY, np.array(cell))
 
 
 def test_a_robot_without_a_slot_shifts_no_reward():
@@ -299,10 +294,10 @@ def test_a_robot_without_a_slot_shifts_no_reward():
     env.reset(seed=10)
     state = match.engine.state
     for team in range(2):
-        _, cell, home = ice_beside(state, team)
+        cell, home = ice_beside(state, team)
         place_robot(match, team, cell)
         if team == 0:
-            _, cell, _ = ice_beside(state, team, dy=1)
+            cell, _ = ice_beside(state, team, dy=1)
             extra = place_robot(match, team, cell)
             extra.action_queue = [
                 engine_orders.DigAction(n=3),
@@ -331,8 +326,8 @@ def test_dropping_pays_nothing():
     """Only an own factory pays for ice: `deliver` elsewhere is masked, and pays nothing if sent anyway."""
     env, (match,) = in_process(1)
     env.reset(seed=10)
-    _, (x, y), home = ice_beside(match.engine.state, 0)
-    _, beside_theirs, _ = ice_beside(match.engine.state, 1)
+    (x, y), home = ice_beside(match.engine.state, 0)
+    beside_theirs, _ = ice_beside(match.engine.state, 1)
     for cell in ((x - lux.DX[home], y), beside_theirs):
         place_robot(match, 0, cell).cargo.ice = 20
     obs = look(env)
@@ -445,7 +440,7 @@ def test_a_bot_needs_numpy_alone(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# Placement, and many matches
+# Many matches
 # ------------------------------------------------------------------------------------------------
 
 
