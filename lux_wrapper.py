@@ -616,10 +616,7 @@ class LuxEncoder:
         if soil is not None:
             here = robots.match, robots.player, robots.x, robots.y
             worth_clearing = rubble_there[STAY] * soil.to_clear[here]
-        return Around(
-            *(x, y, factory, impassable, rubble_there),
-            *(steps_home, nearest, worth_clearing),
-        )
+        return Around(x, y, factory, impassable, rubble_there, steps_home, nearest, worth_clearing)
 
     # ---------- Observing ----------
 
@@ -965,7 +962,7 @@ def legal_actions(robots, around, left, gain):
     legal = left >= 0
     in_factory = around.factory[STAY] >= 0
     legal[MOVES] &= ~around.impassable[MOVES]
-    legal[DIG] &= ~in_factory & ~around.impassable[STAY]
+    legal[DIG] &= ~in_factory
     legal[DELIVER] &= (around.factory >= 0).any(0) & (robots.ice + robots.ore > 0)
     legal[PICK_UP] &= in_factory & (gain > 0)
     return legal

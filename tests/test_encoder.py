@@ -422,7 +422,7 @@ def robot_objections(side, id):
         if steps_then >= steps and left[action] < way_home_cost(config, steps_then):
             against.add("5: stepping away")
 
-    if here in side.area or here in side.their_area:
+    if here in side.area:
         objections["dig"].add("on a factory")
     if reason := nothing_to_dig(side, robot):
         objections["dig"].add(reason)
