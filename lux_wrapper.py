@@ -67,6 +67,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -223,11 +224,7 @@ ALLOWED_OPTIONS = {
 
 
 def checked_options(**given):
-    """LuxOptions of these names and values.
-
-    Raises:
-        ValueError: if there is no option of a name, or a value is not allowed.
-    """
+    """LuxOptions of these names and values; a ValueError says what is not allowed."""
     for name, value in given.items():
         if name not in ALLOWED_OPTIONS:
             raise ValueError(f"there is no option {name}; there are {', '.join(ALLOWED_OPTIONS)}")
@@ -247,8 +244,7 @@ def checked_options(**given):
 def weights_of(preset="ice", changes=None):
     """Weight of each reward term: those of a preset, except for `changes`, a dict by term.
 
-    Raises:
-        ValueError: if there is no such term, or a weight is not a number.
+    A ValueError says what is no term or no number.
     """
     weights = REWARDS | REWARD_PRESETS[preset] | (changes or {})
     if unknown := ", ".join(weights.keys() - REWARDS.keys()):
@@ -285,7 +281,9 @@ def checked_numbers(num_envs, num_workers, first_match, render_mode, engine_opti
 
 # ---------- Numbers of the game (luxai_s2.config.EnvConfig, the same in every match); index 0 light, 1 heavy ----------
 
-GAME_LENGTH, CYCLE, DAY = 1000, 50, 30  # steps
+GAME_LENGTH = 1000  # steps
+CYCLE = 50
+DAY = 30
 METAL_COST = np.array([10, 100])
 POWER_COST = np.array([50, 500])
 CARGO = np.array([100, 1000])
@@ -296,7 +294,8 @@ DIG_COST = np.array([5, 60])
 DIG_RUBBLE = np.array([2, 20])  # units of rubble that a dig removes
 ORDER_COST = np.array([1, 10])  # power for a new order
 MOVE_COST_ONTO = np.floor(MOVE_COST[:, None] + RUBBLE_COST[:, None] * np.arange(101)).astype(int)
-ICE_PER_WATER, ORE_PER_METAL = 4, 5
+ICE_PER_WATER = 4
+ORE_PER_METAL = 5
 GROWTH_PER_WATER = 10  # cells of lichen that a unit of water keeps
 LICHEN_TO_SPREAD = 20  # units from which a cell spreads to its neighbours
 
@@ -322,19 +321,22 @@ ENGINE_MOVE, ENGINE_TRANSFER, ENGINE_PICKUP, ENGINE_DIG = range(4)  # types of o
 
 def read_observation(obs):
     """The Snapshot of an official observation of a step after placement."""
-    factories, robots = ({}, {}), ({}, {})
+    factories = ({}, {})
+    robots = ({}, {})
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in obs["factories"][name].items():
-            x, y = map(int, factory["pos"])
+            cell = map(int, factory["pos"])
             cargo = factory["cargo"]
             stock = factory["power"], cargo["ice"], cargo["ore"], cargo["water"], cargo["metal"]
-            factories[player][unit_id] = Factory(x, y, *stock, factory["strain_id"])
+            factories[player][unit_id] = Factory(*cell, *stock, factory["strain_id"])
         for unit_id, unit in obs["units"][name].items():
-            x, y = map(int, unit["pos"])
-            heavy, cargo, queue = int(unit["unit_type"] == "HEAVY"), unit["cargo"], unit["action_queue"]
+            heavy = int(unit["unit_type"] == "HEAVY")
+            cell = map(int, unit["pos"])
+            stock = unit["power"], unit["cargo"]["ice"], unit["cargo"]["ore"]
+            queue = unit["action_queue"]
             order, direction = queue[0][:2] if len(queue) else (None, STAY)
             action = {ENGINE_DIG: DIG, ENGINE_MOVE: int(direction)}.get(order, STAY)
-            robots[player][unit_id] = Robot(heavy, x, y, unit["power"], cargo["ice"], cargo["ore"], action)
+            robots[player][unit_id] = Robot(heavy, *cell, *stock, action)
     board = obs["board"]
     maps = board["rubble"], board["lichen"], board["lichen_strains"]
     return Snapshot(obs["real_env_steps"], *maps, factories, robots)
@@ -342,17 +344,21 @@ def read_observation(obs):
 
 def read_engine(state):
     """What `read_observation(state.get_obs())` returns, without making that observation."""
-    factories, robots = ({}, {}), ({}, {})
+    factories = ({}, {})
+    robots = ({}, {})
     for player, name in enumerate(PLAYERS):
         for unit_id, factory in state.factories[name].items():
-            pos, cargo = factory.pos, factory.cargo
+            cargo = factory.cargo
             stock = factory.power, cargo.ice, cargo.ore, cargo.water, cargo.metal
-            factories[player][unit_id] = Factory(pos.x, pos.y, *stock, factory.num_id)
+            cell = factory.pos.x, factory.pos.y
+            factories[player][unit_id] = Factory(*cell, *stock, factory.num_id)
         for unit_id, unit in state.units[name].items():
-            heavy, pos, cargo, queue = int(unit.is_heavy()), unit.pos, unit.cargo, unit.action_queue
+            cell = unit.pos.x, unit.pos.y
+            stock = unit.power, unit.cargo.ice, unit.cargo.ore
+            queue = unit.action_queue
             order = queue[0].act_type if queue else None
             action = DIG if order == "dig" else queue[0].move_dir if order == "move" else STAY
-            robots[player][unit_id] = Robot(heavy, pos.x, pos.y, unit.power, cargo.ice, cargo.ore, action)
+            robots[player][unit_id] = Robot(int(unit.is_heavy()), *cell, *stock, action)
     board = state.board
     maps = board.rubble, board.lichen, board.lichen_strains
     return Snapshot(state.real_env_steps, *maps, factories, robots)
@@ -361,13 +367,13 @@ def read_engine(state):
 # ---------- The encoder: observations to arrays, actions to official orders ----------
 
 # One observation of every match: `time` [N], maps [N, H, W], `own_lichen` (match, player, x and y
-# of the cells where teams' lichen grows), and entities. `covered` are the `factory_cells`.
-# `all_robots` includes robots without a slot; `robots` and their `unit_ids` do not.
+# of the cells where teams' lichen grows), and entities. `all_robots` includes robots without a
+# slot; `robots` do not, nor does `seen`, a list of their (unit_id, Robot).
 Scene = namedtuple(
     "Scene",
     (
-        *("snapshots", "time", "rubble", "lichen", "strains", "own_lichen", "factories", "covered"),
-        *("all_robots", "robots", "unit_ids", "maps", "around", "soil"),
+        *("snapshots", "time", "rubble", "lichen", "strains", "own_lichen", "factories"),
+        *("all_robots", "robots", "seen", "maps", "around", "soil"),
     ),
 )
 
@@ -436,20 +442,21 @@ class LuxEncoder:
         self.options = options
         self.num_matches = num_matches
         self.num_features = len(FEATURES) + options.grow_lichen * len(LICHEN_FEATURES)
-        N, P, E, size = num_matches, 2, options.num_entities, options.map_size
-        self.match, self.player = np.ogrid[:N, :P, :1][:2]  # to index arrays [N, P, ...] with [N, P, K]
+        # To index arrays [N, P, ...] with [N, P, K]
+        self.match, self.player = np.ogrid[:num_matches, :2, :1][:2]
         # The same for a whole match
-        self.ice = np.zeros((N, size, size), bool)
-        self.ore = np.zeros((N, size, size), bool)
-        self.terrain = np.zeros((N, size, size, len(BOARD_CHANNELS)), np.uint8)
-        self.cell_features = np.zeros((N, size, size, self.num_features), np.float32)
+        maps = (num_matches, options.map_size, options.map_size)
+        self.ice = np.zeros(maps, bool)
+        self.ore = np.zeros(maps, bool)
+        self.terrain = np.zeros((*maps, len(BOARD_CHANNELS)), np.uint8)
+        self.cell_features = np.zeros((*maps, self.num_features), np.float32)
         # Player of each strain; the last entry is for strain -1, no lichen
-        self.strain_owner = np.full((N, 2 * options.max_factories + 1), -1)
+        self.strain_owner = np.full((num_matches, 2 * options.max_factories + 1), -1)
         # Memory: slots by unit_id, the factory slot that an entity belongs to, strains just seen
-        self.factory_slots = [({}, {}) for _ in range(N)]
-        self.robot_slots = [({}, {}) for _ in range(N)]
-        self.home = np.zeros((N, P, E), np.int64)
-        self.strains_before = np.zeros((N, size, size), np.int16)
+        self.factory_slots = [({}, {}) for _ in range(num_matches)]
+        self.robot_slots = [({}, {}) for _ in range(num_matches)]
+        self.home = np.zeros((num_matches, 2, options.num_entities), np.int64)
+        self.strains_before = np.zeros(maps, np.int16)
 
     def reset(self, obs, match=0):
         """Begin a match; `obs` is the official observation after placement."""
@@ -474,14 +481,15 @@ class LuxEncoder:
 
     def empty_obs(self):
         """An observation of empty slots: zeroed arrays as in the table at the top of the file."""
-        N, P, E, size = self.num_matches, 2, self.options.num_entities, self.options.map_size
+        size = self.options.map_size
+        slots = (self.num_matches, 2, self.options.num_entities)
         return {
-            "board": np.zeros((N, P, size, size, len(BOARD_CHANNELS)), np.uint8),
-            "features": np.zeros((N, P, E, self.num_features), np.float32),
-            "position": np.zeros((N, P, E, 2), np.int64),
-            "kind": np.zeros((N, P, E), np.int64),
-            "group": np.zeros((N, P, E), np.int64),
-            "action_mask": np.zeros((N, P, E, NUM_ACTIONS), bool),
+            "board": np.zeros((*slots[:2], size, size, len(BOARD_CHANNELS)), np.uint8),
+            "features": np.zeros((*slots, self.num_features), np.float32),
+            "position": np.zeros((*slots, 2), np.int64),
+            "kind": np.zeros(slots, np.int64),
+            "group": np.zeros(slots, np.int64),
+            "action_mask": np.zeros((*slots, NUM_ACTIONS), bool),
         }
 
     def encode(self, snapshots):
@@ -518,25 +526,22 @@ class LuxEncoder:
         rubble = np.array(seen.rubble, np.int16)  # small types make maps faster
         lichen = np.array(seen.lichen, np.int16)
         strains = np.array(seen.strains, np.int16)
-        match, x, y = cells = marked_cells(strains >= 0)
-        owner = self.strain_owner[match, strains[cells]]
+        match, x, y = marked_cells(strains >= 0)
+        owner = self.strain_owner[match, strains[match, x, y]]
         own_lichen = tuple(axis[owner >= 0] for axis in (match, owner, x, y))
         factories = self._read_factories(seen.factories)
-        all_robots, all_ids = self._read_robots(seen.robots, factories)
+        all_robots, all_seen = self._read_robots(seen.robots, factories)
         has_slot = all_robots.slot >= 0
         robots = Robots(*(field[has_slot] for field in all_robots))
-        unit_ids = [all_ids[row] for row in np.flatnonzero(has_slot)]
         self._join_nearest_factory(robots, factories)
-        covered = factory_cells(factories)
-        size = self.options.map_size + 2
-        maps = bordered_maps(covered, all_robots, (self.num_matches, 2, size, size))
+        maps = bordered_maps(factories, all_robots, self.options.map_size)
         soil = None
         if self.options.grow_lichen:
             soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
         around = self._look_around(robots, factories, rubble, maps, soil)
         return Scene(
-            *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen),
-            *(factories, covered, all_robots, robots, unit_ids, maps, around, soil),
+            *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen, factories),
+            *(all_robots, robots, list(itertools.compress(all_seen, has_slot)), maps, around, soil),
         )
 
     def _read_factories(self, matches):
@@ -553,22 +558,23 @@ class LuxEncoder:
         return Factories(by_slot[0] > 0, *by_slot[1:])
 
     def _read_robots(self, matches, factories):
-        """All robots and their unit_ids, match by match and player by player, in the order seen.
+        """All robots, and a list of (unit_id, Robot); by match and player, in the order seen.
 
         Robots keep their slots. A new robot gets the first slot that was empty in the last
         observation, so the slot of a robot that has just died stays empty for now. Robots that
         find no slot have -1 and wait for one.
         """
-        table, unit_ids = [], []
+        table = []
+        seen = []
         for match, players in enumerate(matches):
             for player, rows in enumerate(players):
                 self._update_slots(match, player, rows, factories)
                 slots = self.robot_slots[match][player]
                 for unit_id, row in rows.items():
                     table.append((match, player, slots.get(unit_id, -1), *row))
-                    unit_ids.append(unit_id)
+                    seen.append((unit_id, row))
         table = np.array(table, np.int64).reshape(-1, len(Robots._fields))
-        return Robots(*table.T), unit_ids
+        return Robots(*table.T), seen
 
     def _update_slots(self, match, player, rows, factories):
         """Forget dead robots, and give slots and the factory that built them to new ones."""
@@ -595,13 +601,14 @@ class LuxEncoder:
 
     def _look_around(self, robots, factories, rubble, maps, soil):
         """What is Around the robots."""
-        x, y = robots.x + 1 + DX[:, None], robots.y + 1 + DY[:, None]  # in bordered maps
+        x = robots.x + 1 + DX[:, None]  # in bordered maps
+        y = robots.y + 1 + DY[:, None]
         factory = maps.factory[robots.match, robots.player, x, y]
         size = self.options.map_size
         impassable = (x < 1) | (x > size) | (y < 1) | (y > size)
         impassable |= maps.factory[robots.match, 1 - robots.player, x, y] >= 0
         rubble_there = bordered(rubble)[robots.match, x, y]
-        nearest = nearest_factory(factories, *(robots.match, robots.player, robots.x, robots.y))
+        nearest = nearest_factory(factories, robots.match, robots.player, robots.x, robots.y)
         home = robots.match, robots.player, nearest
         steps_home = np.maximum(np.abs(factories.x[home] - robots.x - DX[:, None]) - 1, 0)
         steps_home += np.maximum(np.abs(factories.y[home] - robots.y - DY[:, None]) - 1, 0)
@@ -609,10 +616,7 @@ class LuxEncoder:
         if soil is not None:
             here = robots.match, robots.player, robots.x, robots.y
             worth_clearing = rubble_there[STAY] * soil.to_clear[here]
-        return Around(
-            *(x, y, factory, impassable, rubble_there),
-            *(steps_home, nearest, worth_clearing),
-        )
+        return Around(x, y, factory, impassable, rubble_there, steps_home, nearest, worth_clearing)
 
     # ---------- Observing ----------
 
@@ -622,8 +626,7 @@ class LuxEncoder:
         board[..., CHANNEL["rubble"]] = scene.rubble[:, None]
         match, player, x, y = scene.own_lichen
         draw(board, "lichen", match, player, x, y, scene.lichen[match, x, y])
-        match, player, _, x, y = scene.covered
-        draw(board, "factory", match, player, x, y)
+        draw(board, "factory", *marked_cells(scene.maps.factory[..., 1:-1, 1:-1] >= 0))
         robots = scene.all_robots
         for kind, name in enumerate(("light", "heavy")):
             rows = robots.heavy == kind
@@ -638,7 +641,7 @@ class LuxEncoder:
 
     def _observe_factories(self, obs, scene, lights, heavies):
         """Write kind, position and features of the factories."""
-        factories, maps = scene.factories, scene.maps
+        factories = scene.factories
         slots = slice(self.options.max_factories)
         obs["kind"][:, :, slots] = np.where(factories.alive, FACTORY, NOBODY)
         obs["position"][:, :, slots] = np.stack([factories.x, factories.y], -1)
@@ -655,7 +658,7 @@ class LuxEncoder:
             "home_power": np.minimum(factories.power / 1000, 3),
             "group_lights": lights / 10,
             "group_heavies": heavies / 5,
-            "centre_taken": maps.robot[self.match, self.player, factories.x + 1, factories.y + 1],
+            "centre_taken": self._centre_taken(scene),
         }.items():
             features[..., COLUMN[name]] = value
         if scene.soil is not None:
@@ -664,7 +667,8 @@ class LuxEncoder:
 
     def _observe_robots(self, obs, scene):
         """Write kind, position and features of the robots."""
-        robots, around = scene.robots, scene.around
+        robots = scene.robots
+        around = scene.around
         who = robots.match, robots.player, robots.slot
         home = robots.match, robots.player, around.nearest
         obs["kind"][who] = ROBOT
@@ -729,15 +733,19 @@ class LuxEncoder:
         can_heavy = can_pay(1)
         first_heavy = can_heavy & (heavies == 0) & self.options.safe_masks
         can_light = can_pay(0) & ~first_heavy
-        free = np.full(factories.alive.shape[:2], self.options.max_robots)
-        np.subtract.at(free, (scene.all_robots.match, scene.all_robots.player), 1)
-        free = free[..., None]
+        free = np.full((self.num_matches, 2, 1), self.options.max_robots)
+        np.subtract.at(free, (scene.all_robots.match, scene.all_robots.player, 0), 1)
         set_aside = first_heavy.sum(-1, keepdims=True)
         takes_a_slot = can_light | (can_heavy & ~first_heavy)
         has_slot = set_aside + takes_a_slot.cumsum(-1) <= free
         has_slot_set_aside = first_heavy.cumsum(-1) <= free
         slot_for_heavy = np.where(first_heavy, has_slot_set_aside, has_slot)
         return Builds(can_light, can_heavy, has_slot, slot_for_heavy, first_heavy)
+
+    def _centre_taken(self, scene):
+        """Whether a robot of the team stands where a factory's robots appear, [N, P, max_factories]."""
+        x = scene.factories.x + 1
+        return scene.maps.robot[self.match, self.player, x, scene.factories.y + 1]
 
     def _mask_factories(self, action_mask, scene, builds):
         """Write the action masks of the factories."""
@@ -751,9 +759,7 @@ class LuxEncoder:
         cost = costs[self.match, factories.strain]
         reserve = 0
         if self.options.safe_masks:
-            x, y = factories.x + 1, factories.y + 1
-            mask[..., BUILD_LIGHT] &= ~scene.maps.robot[self.match, self.player, x, y]
-            mask[..., BUILD_HEAVY] &= ~scene.maps.robot[self.match, self.player, x, y]
+            mask[self._centre_taken(scene), BUILD_LIGHT : BUILD_HEAVY + 1] = False
             steps_left = GAME_LENGTH - scene.time[:, None, None]
             reserve = np.minimum(WATER_RESERVE, steps_left)
             if self.options.grow_lichen:
@@ -765,7 +771,8 @@ class LuxEncoder:
 
     def _mask_robots(self, action_mask, scene):
         """Write the action masks of the robots."""
-        robots, around = scene.robots, scene.around
+        robots = scene.robots
+        around = scene.around
         left = power_left(robots, around)
         home_power = scene.factories.power[robots.match, robots.player, around.nearest]
         gain = np.minimum(BATTERY[robots.heavy] - left[PICK_UP], home_power)
@@ -784,21 +791,22 @@ class LuxEncoder:
 
         `left` [A, R] is the power that each action leaves, `gain` [R] what picking up gives.
         """
-        robots, around = scene.robots, scene.around
+        robots = scene.robots
+        around = scene.around
         harmless = np.ones(left.shape, bool)
         cells = robots.match, robots.player, around.x[MOVES], around.y[MOVES]
         harmless[MOVES] = ~(scene.maps.robot[cells] | scene.maps.centre[cells])
 
         here = robots.match, robots.x, robots.y
         cargo = CARGO[robots.heavy]
-        on_ice, on_ore = self.ice[here], self.ore[here]
-        is_own = self.strain_owner[robots.match, scene.strains[here]] == robots.player
-        own_lichen = (scene.lichen[here] > 0) & is_own
-        others_lichen = (scene.lichen[here] > 0) & ~is_own
+        on_ice = self.ice[here]
+        on_ore = self.ore[here]
+        owner = self.strain_owner[robots.match, scene.strains[here]]
+        others_lichen = (scene.lichen[here] > 0) & (owner != robots.player)
         mines = (on_ice & (robots.ice < cargo)) | (on_ore & (robots.ore < cargo))
         clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | others_lichen
         clears |= (around.worth_clearing > 0) & (robots.heavy == 0)
-        harmless[DIG] = (mines & ~own_lichen) | clears
+        harmless[DIG] = mines | clears
 
         order_cost = ORDER_COST[robots.heavy]
         harmless[PICK_UP] = gain >= 10 * order_cost
@@ -828,7 +836,8 @@ class LuxEncoder:
             acts: for each match its Acts.
         """
         scene, builds = view
-        robots, around = scene.robots, scene.around
+        robots = scene.robots
+        around = scene.around
         chosen = actions[robots.match, robots.player, robots.slot]
         yielded = np.zeros((len(scene.time), 2), np.int64)
         if self.options.safe_masks:
@@ -837,9 +846,9 @@ class LuxEncoder:
         self._order_factories(orders, scene, builds, actions)
         delivery = (around.factory >= 0).argmax(0)  # direction
         for row in np.flatnonzero(chosen != robots.current_action).tolist():
-            match, player, unit_id = robots.match[row], robots.player[row], scene.unit_ids[row]
-            robot = scene.snapshots[match].robots[player][unit_id]
-            orders[match][player][unit_id] = robot_queue(robot, chosen[row], delivery[row])
+            unit_id, robot = scene.seen[row]
+            order = robot_queue(robot, chosen[row], delivery[row])
+            orders[robots.match[row]][robots.player[row]][unit_id] = order
         delivery_slot = around.factory[delivery, np.arange(len(delivery))]
         return orders, self._acts(scene, builds, delivery_slot, yielded)
 
@@ -860,9 +869,8 @@ class LuxEncoder:
         blocked = (builds.can_light | builds.can_heavy) & ~may_light & ~may_heavy
         acts = [Acts({}, {}, *counts) for counts in zip(yielded, blocked.sum(-1))]
         rows = (*scene.robots[:3], delivery_slot, scene.around.worth_clearing)
-        for unit_id, *row in zip(scene.unit_ids, *(field.tolist() for field in rows)):
+        for (unit_id, robot), *row in zip(scene.seen, *(field.tolist() for field in rows)):
             match, player, slot, delivery, worth_clearing = row
-            robot = scene.snapshots[match].robots[player][unit_id]
             acts[match].robots[unit_id] = RobotAct(player, slot, robot, delivery, worth_clearing)
         for match, snapshot in enumerate(scene.snapshots):
             for player, factories in enumerate(snapshot.factories):
@@ -882,7 +890,7 @@ def ways_to_nearest(cells):
     if len(marked) == 0:
         ways[..., 2] = 1
         return ways
-    here = np.moveaxis(np.indices(cells.shape), 0, -1).reshape(-1, 2)
+    here = np.argwhere(np.ones_like(cells))
     deltas = marked[None] - here[:, None]
     nearest = np.abs(deltas).sum(-1).argmin(1)
     ways[..., :2] = deltas[np.arange(len(here)), nearest].reshape(*cells.shape, 2)
@@ -914,20 +922,16 @@ def bordered(maps):
     return wide
 
 
-def factory_cells(factories):
-    """Match, player, slot, x and y of the 3 x 3 cells that each factory covers; x and y [9, factories]."""
-    match, player, slot = who = np.nonzero(factories.alive)
-    dx, dy = AREA
-    return match, player, slot, factories.x[who] + dx, factories.y[who] + dy
-
-
-def bordered_maps(covered, all_robots, shape):
-    """The BorderedMaps, of this shape, of the `factory_cells` and robots."""
-    match, player, slot, x, y = covered
+def bordered_maps(factories, all_robots, size):
+    """The BorderedMaps of these factories and robots on boards of this size."""
+    shape = (*factories.alive.shape[:2], size + 2, size + 2)
+    match, player, slot = np.nonzero(factories.alive)
+    x = factories.x[match, player, slot] + 1
+    y = factories.y[match, player, slot] + 1
     factory = np.full(shape, -1, np.int8)
-    factory[match, player, x + 1, y + 1] = slot
+    factory[match, player, x + AREA[0], y + AREA[1]] = slot
     centre = np.zeros(shape, bool)
-    centre[match, player, x[4] + 1, y[4] + 1] = True
+    centre[match, player, x, y] = True
     robot = np.zeros(shape, bool)
     robot[all_robots.match, all_robots.player, all_robots.x + 1, all_robots.y + 1] = True
     return BorderedMaps(factory, centre, robot)
@@ -958,7 +962,7 @@ def legal_actions(robots, around, left, gain):
     legal = left >= 0
     in_factory = around.factory[STAY] >= 0
     legal[MOVES] &= ~around.impassable[MOVES]
-    legal[DIG] &= ~in_factory & ~around.impassable[STAY]
+    legal[DIG] &= ~in_factory
     legal[DELIVER] &= (around.factory >= 0).any(0) & (robots.ice + robots.ore > 0)
     legal[PICK_UP] &= in_factory & (gain > 0)
     return legal
@@ -981,7 +985,7 @@ def water_costs(strains, strains_before, lichen, num_strains):
         strain = strain_of[match, x, y]
         counted[match, strain, x + 1, y + 1] = True
         spreads = lichen[match, x, y] >= LICHEN_TO_SPREAD - 2
-        match, strain, x, y = match[spreads], strain[spreads], x[spreads], y[spreads]
+        match, strain, x, y = (axis[spreads] for axis in (match, strain, x, y))
         for dx, dy in zip(DX[MOVES], DY[MOVES]):
             counted[match, strain, x + 1 + dx, y + 1 + dy] = True
     counted[..., [0, -1], :] = False  # beyond the edge
@@ -999,19 +1003,17 @@ def yield_moves(robots, actions, yielded):
     actions = actions.copy()
     goals = set()
     for row in np.flatnonzero((actions >= UP) & (actions <= LEFT)).tolist():
-        match, player = robots.match[row], robots.player[row]
-        x = robots.x[row] + DX[actions[row]]
-        y = robots.y[row] + DY[actions[row]]
-        goal = match, player, x, y
-        if goal in goals:
+        team = robots.match[row], robots.player[row]
+        goal = robots.x[row] + DX[actions[row]], robots.y[row] + DY[actions[row]]
+        if (team, goal) in goals:
             actions[row] = STAY
-            yielded[match, player] += 1
-        goals.add(goal)
+            yielded[team] += 1
+        goals.add((team, goal))
     return actions
 
 
 FACTORY_ORDERS = {BUILD_LIGHT: 0, BUILD_HEAVY: 1, WATER: 2}  # the engine's numbers
-ENGINE_ICE, ENGINE_ORE, ENGINE_POWER = 0, 1, 4
+ENGINE_ICE, ENGINE_ORE, ENGINE_WATER, ENGINE_METAL, ENGINE_POWER = range(5)
 
 
 def robot_queue(robot, action, delivery_direction):
@@ -1083,7 +1085,7 @@ def ways_to_clear(robots, rubble, soil, bordered_robot):
     Rubble under another own robot is left to that robot.
     """
     ways = np.tile(np.float32([0, 0, 1]), (len(robots.x), 1))
-    for match, player in sorted(set(zip(robots.match.tolist(), robots.player.tolist()))):
+    for match, player in np.ndindex(soil.to_clear.shape[:2]):
         x, y = np.nonzero(soil.to_clear[match, player])
         if len(x) == 0:
             continue
@@ -1107,8 +1109,9 @@ def threatened(robots, all_robots, around, bordered_shape):
     both move the one with more power. No robot enters a factory of the other team.
     """
     powers = np.full((2, *bordered_shape), -1)  # of the opponent's light and heavy robots
-    x, y = all_robots.x + 1, all_robots.y + 1
-    powers[all_robots.heavy, all_robots.match, 1 - all_robots.player, x, y] = all_robots.power
+    opponent = 1 - all_robots.player
+    cells = all_robots.match, opponent, all_robots.x + 1, all_robots.y + 1
+    powers[(all_robots.heavy, *cells)] = all_robots.power
     last = bordered_shape[-1] - 1
     x = np.clip(around.x[:, None] + DX[MOVES, None], 0, last)  # [5, 4, R]: beside those cells
     y = np.clip(around.y[:, None] + DY[MOVES, None], 0, last)
@@ -1251,8 +1254,7 @@ class LuxMatch:
             map_size=options.map_size,
             MIN_FACTORIES=options.min_factories,
             MAX_FACTORIES=options.max_factories,
-            verbose=0,
-            **{"validate_action_space": False, **(engine_options or {})},
+            **{"validate_action_space": False, "verbose": 0} | (engine_options or {}),
         )
 
     @property
@@ -1261,23 +1263,16 @@ class LuxMatch:
         return self.engine.state.real_env_steps
 
     def reset(self, seed):
-        """Start a match on the map of a seed and play its bidding and placement.
-
-        Returns:
-            The official observation after placement.
-        """
+        """Start a match on the map of a seed; the official observation after its placement."""
         self.seed = seed
         obs = self.engine.reset(seed=seed)[0]["player_0"]
         while obs["real_env_steps"] < 0:
-            grow_lichen = self.options.grow_lichen
-            actions = {player: early_phase_action(obs, player, grow_lichen) for player in PLAYERS}
+            lichen = self.options.grow_lichen
+            actions = {player: early_phase_action(obs, player, lichen) for player in PLAYERS}
             obs = self.engine.step(actions)[0]["player_0"]
         self.placed = np.array([len(obs["factories"][player]) for player in PLAYERS])
         self.totals = np.zeros((2, len(REWARDS)))
-        self.returns, self.factory_steps = np.zeros(2), np.zeros(2)
-        self.built, self.lost = np.zeros((2, 2)), np.zeros(2)  # built: [P, light or heavy]
-        self.own_collisions = np.zeros(2)
-        self.yielded_moves, self.blocked_builds = np.zeros(2), np.zeros(2)
+        self.counts = {name: np.zeros(2) for name in TEAM_METRICS}  # of what is no reward term
         self.lichen = np.zeros(obs["global_id"] + 1)  # by strain
         return obs
 
@@ -1294,19 +1289,19 @@ class LuxMatch:
         """
         state = self.engine.state
         # Engine objects; they outlive the destruction of what they stand for
-        robots = {unit.unit_id: unit for player in PLAYERS for unit in state.units[player].values()}
-        factories = {f.unit_id: f for player in PLAYERS for f in state.factories[player].values()}
+        robots = state.units["player_0"] | state.units["player_1"]
+        factories = state.factories["player_0"] | state.factories["player_1"]
         self.engine.births.clear()
         _, _, terminations, _, _ = self.engine.step(dict(zip(PLAYERS, orders)))
         amounts = self._achievements(acts, robots, factories)
         rewards = (amounts @ self.weights).astype(np.float32)
         self.totals += amounts.sum(1)
-        self.returns += rewards.sum(1)
-        self.factory_steps += [len(state.factories[player]) for player in PLAYERS]
-        self.yielded_moves += acts.yielded_moves
-        self.blocked_builds += acts.blocked_builds
+        self.counts["r"] += rewards.sum(1)
+        self.counts["factories_alive"] += [len(state.factories[player]) for player in PLAYERS]
+        self.counts["right_of_way"] += acts.yielded_moves
+        self.counts["blocked_builds"] += acts.blocked_builds
         self._count_robots(list(robots.values()))
-        return rewards, self._metrics(state) if terminations["player_0"] else None
+        return rewards, self._metrics() if terminations["player_0"] else None
 
     def render(self):
         """A picture by the engine's own renderer, and below it what it means: see `captioned`."""
@@ -1346,9 +1341,11 @@ class LuxMatch:
             if unit_id not in state.units[PLAYERS[act.player]]:
                 pay(act, "robot_lost", 1 if act.before.heavy else 0.1)
 
-        lichen = self._lichen_by_strain()
+        strains = state.board.lichen_strains.ravel() + 1  # 0: no lichen
+        lichen = np.bincount(strains, state.board.lichen.ravel(), len(self.lichen) + 1)[1:]
         for unit_id, act in acts.factories.items():
-            cargo, strain = factories[unit_id].cargo, act.before.strain
+            cargo = factories[unit_id].cargo
+            strain = act.before.strain
             refined_ice = act.before.ice + arrived[act.player, act.slot, "ice"] - cargo.ice
             refined_ore = act.before.ore + arrived[act.player, act.slot, "ore"] - cargo.ore
             survived = unit_id in state.factories[PLAYERS[act.player]]
@@ -1360,12 +1357,6 @@ class LuxMatch:
         self.lichen = lichen
         return amounts
 
-    def _lichen_by_strain(self):
-        """Units of lichen of each strain."""
-        board, num_strains = self.engine.state.board, len(self.lichen)
-        strains = board.lichen_strains.ravel() + 1  # 0: no lichen
-        return np.bincount(strains, board.lichen.ravel(), num_strains + 1)[1:]
-
     def _count_robots(self, robots):
         """Count births, losses, and losses on a cell where another own robot ended the step too.
 
@@ -1375,32 +1366,28 @@ class LuxMatch:
         births = self.engine.births
         dead = [unit for unit in robots + births if unit.unit_id not in alive[PLAYERS[unit.team_id]]]
         for unit in births:
-            self.built[unit.team_id, int(unit.is_heavy())] += 1
+            name = "heavies_built" if unit.is_heavy() else "lights_built"
+            self.counts[name][unit.team_id] += 1
         crowd = Counter((unit.team_id, unit.pos.x, unit.pos.y) for unit in robots + births if dead)
         for unit in dead:
-            self.lost[unit.team_id] += 1
-            self.own_collisions[unit.team_id] += crowd[unit.team_id, unit.pos.x, unit.pos.y] > 1
+            is_crowded = crowd[unit.team_id, unit.pos.x, unit.pos.y] > 1
+            self.counts["robots_lost"][unit.team_id] += 1
+            self.counts["own_collisions"][unit.team_id] += is_crowded
 
-    def _metrics(self, state):
+    def _metrics(self):
         """Metrics of the match that has just ended; arrays [P], except its length."""
         totals = {TERM_METRICS.get(term, term): total for term, total in zip(REWARDS, self.totals.T)}
-        factories_alive = self.factory_steps / GAME_LENGTH
-        strains = [state.teams[player].factory_strains for player in PLAYERS]
-        return totals | {
-            "l": state.real_env_steps,
-            "r": self.returns,
+        factories_alive = self.counts["factories_alive"] / GAME_LENGTH
+        strains = [self.engine.state.teams[player].factory_strains for player in PLAYERS]
+        derived = {
+            "l": self.time,
             "factories_alive": factories_alive,
             "ice_per_factory": totals["ice_transferred"] / self.placed,
             "factories_alive_share": factories_alive / self.placed,
             "factories_placed": self.placed,
             "lichen": np.array([self.lichen[list(of_team)].sum() for of_team in strains]),
-            "lights_built": self.built[:, 0],
-            "heavies_built": self.built[:, 1],
-            "robots_lost": self.lost,
-            "own_collisions": self.own_collisions,
-            "right_of_way": self.yielded_moves,
-            "blocked_builds": self.blocked_builds,
         }
+        return self.counts | totals | derived
 
 
 @functools.cache
@@ -1430,8 +1417,6 @@ def _engine_class():
 
 
 # ---------- Many matches ----------
-
-OBSERVATION_KEYS = ("board", "features", "position", "kind", "group", "action_mask")
 
 # Map seeds below this are held out for evaluation; training matches have seeds from here on
 HELD_OUT_SEEDS = 1_000_000
@@ -1470,12 +1455,12 @@ def single_spaces(options):
     return gym.spaces.Dict(spaces), gym.spaces.MultiDiscrete(num_actions)
 
 
-def map_seed(seed, match, played, num_envs, held_out):
+def map_seed(num_envs, first_match, held_out, seed, index, played):
     """Seed of the map of a match, when `played` matches have begun in its place since `reset(seed)`."""
     if held_out:
-        return (seed + match + (played - 1) * num_envs) % HELD_OUT_SEEDS
-    rng = np.random.default_rng([seed, match])
-    return int([rng.integers(HELD_OUT_SEEDS, 2**31) for _ in range(played)][-1])
+        return (seed + first_match + index + (played - 1) * num_envs) % HELD_OUT_SEEDS
+    rng = np.random.default_rng([seed, first_match + index])
+    return int(rng.integers(HELD_OUT_SEEDS, 2**31, played)[-1])
 
 
 class LuxMatches(gym.Env if gym else object):
@@ -1490,10 +1475,11 @@ class LuxMatches(gym.Env if gym else object):
     """
 
     def __init__(self, indices, options, seed_of, new_match):
-        self.indices, self.seed_of, self.new_match = indices, seed_of, new_match
+        self.indices = indices
+        self.seed_of = seed_of
+        self.new_match = new_match
         self.matches = []  # made by `start`: the engine is slow to import
         self.encoder = LuxEncoder(options, len(indices))
-        self.view = None
         # With its map seed, the actions since a match began are all of its state
         self.action_log = np.zeros((len(indices), GAME_LENGTH, 2, options.num_entities), np.int8)
         spaces = (gym.vector.utils.batch_space(space, len(indices)) for space in single_spaces(options))
@@ -1506,14 +1492,9 @@ class LuxMatches(gym.Env if gym else object):
     def reset(self, *, seed=None, options=None):
         """Start new matches, or with `options={"state": ...}` resume those of LuxVecEnv.state()."""
         self.start()
-        if options is not None:
-            return self._resume([options["state"][index] for index in self.indices]), {}
-        self.seed = seed
-        self.played = [0 for _ in self.indices]
-        for row in range(len(self.matches)):
-            self.played[row] += 1
-            self._begin(row)
-        return self._observe(), {}
+        new = {"seed": seed, "played": 1, "actions": self.action_log[0, :0]}
+        states = [options["state"][index] if options else new for index in self.indices]
+        return self._play_to(states), {}
 
     def step(self, actions):
         """Play a step of every match."""
@@ -1548,28 +1529,28 @@ class LuxMatches(gym.Env if gym else object):
         obs, self.view = self.encoder.encode(snapshots)
         return obs
 
-    def _resume(self, states):
-        """Play all matches up to where they were, and return the observation there.
+    def _play_to(self, states):
+        """Begin all matches, play them up to these states, and return the observation there.
 
         The encoder takes one observation of every match at a time. So all matches must arrive in
-        the same step, and younger ones, which begin later, stand at their start until then.
+        the same step, and younger ones stand at their start until it is time to play.
         """
         self.seed = int(states[0]["seed"])
         self.played = [int(state["played"]) for state in states]
         ages = [len(state["actions"]) for state in states]
         begins = [max(ages) - age for age in ages]
-        for log, age, state in zip(self.action_log, ages, states):
-            log[:age] = state["actions"]
-        orders = acts = None
-        for step in range(max(ages) + 1):
+        for row, age in enumerate(ages):
+            self.action_log[row, :age] = states[row]["actions"]
+            self._begin(row)
+        obs = self._observe()
+        for step in range(max(ages)):
+            played = [max(step - begin, 0) for begin in begins]
+            actions = self.action_log[np.arange(len(ages)), played]
+            orders, acts = self.encoder.orders(self.view, actions)
             for row, match in enumerate(self.matches):
-                if step in (0, begins[row]):
-                    self._begin(row)
-                elif step > begins[row]:
+                if step >= begins[row]:
                     match.step(orders[row], acts[row])
             obs = self._observe()
-            played = [max(step - begin, 0) for begin in begins]
-            orders, acts = self.encoder.orders(self.view, self.action_log[np.arange(len(ages)), played])
         return obs
 
     @contextlib.contextmanager
@@ -1644,7 +1625,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         if gym is None:
             raise ModuleNotFoundError("LuxVecEnv needs Gymnasium: pip install gymnasium")
         checked_numbers(num_envs, num_workers, first_match, render_mode, engine_options or {})
-        self.num_envs, self.render_mode = num_envs, render_mode
+        self.num_envs = num_envs
+        self.render_mode = render_mode
         self.kind = None  # until `reset`
         self.why_closed = "it was closed"
         self.options = checked_options(**options)
@@ -1656,10 +1638,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         num_workers = default_workers() if num_workers is None else num_workers
         shares = max(n for n in range(1, max(num_workers, 1) + 1) if num_envs % n == 0)
         self.size = num_envs // shares  # matches of a worker
-
-        def seed_of(seed, index, played):
-            return map_seed(seed, first_match + index, played, num_envs, held_out)
-
+        seed_of = functools.partial(map_seed, num_envs, first_match, held_out)
         new_match = functools.partial(LuxMatch, self.options, weights, engine_options)
         make_matches = [
             functools.partial(
@@ -1709,7 +1688,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
             ValueError: if an entity has no such action; nothing is played then.
         """
         self._require_reset()
-        live, number = self.kind > NOBODY, self.single_action_space.nvec
+        live = self.kind > NOBODY
+        number = self.single_action_space.nvec
         actions = np.asarray(actions)
         if actions.shape != live.shape or actions.dtype.kind not in "iu":
             shape = list(actions.shape)
@@ -1753,14 +1733,12 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         """
         number = self.single_action_space.nvec
         logs = [match["actions"] for match in state]
-        fits = len(logs) == self.num_envs
-        for log in logs:
-            fits = fits and log.shape[1:] == number.shape and ((0 <= log) & (log < number)).all()
-        if not fits:
+        if len(logs) != self.num_envs or not all(
+            log.shape[1:] == number.shape and ((0 <= log) & (log < number)).all() for log in logs
+        ):
             raise ValueError("the state is of matches of another environment")
-        steps = max(map(len, logs))
-        options = {"state": state}
-        obs, _ = self._call("reset", options=options, steps=steps + 1)
+        steps = max(map(len, logs)) + 1
+        obs, _ = self._call("reset", options={"state": state}, steps=steps)
         return self._observations(obs), {}
 
     def render(self):
@@ -1791,7 +1769,7 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
 
     def _observations(self, obs):
         """Arrays [workers, matches of each, ...] of `games` as the caller sees them, [N, ...]."""
-        obs = {key: obs[key].reshape(-1, *obs[key].shape[2:]) for key in OBSERVATION_KEYS}
+        obs = {key: array.reshape(-1, *array.shape[2:]) for key, array in obs.items()}
         obs["action_mask"] = obs["action_mask"].view(bool)
         self.kind = obs["kind"]
         return obs

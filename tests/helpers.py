@@ -1,8 +1,10 @@
 """Tools that several tests share: observations made up, play, and taps into the engine."""
 
 import hashlib
+import json
 
 import gymnasium as gym
+import luxai_s2.env
 import numpy as np
 import torch
 
@@ -130,12 +132,24 @@ def weak_robots(state):
     return {robot.unit_id for robot in robots if robot.power < cost[robot.unit_id]}
 
 
-def judged(accepted, actions_by_type):
-    """(entity, order, accepted or not), from what the engine's validate_actions took and gave."""
-    for kind, orders in actions_by_type.items():
-        passed = {entity.unit_id for entity, _ in accepted[kind]}
-        for entity, order in orders:
-            yield entity, order, entity.unit_id in passed
+def watched_validator(see):
+    """The engine's validate_actions, which also calls `see(entity, order, accepted)` for each order."""
+    validate = luxai_s2.env.validate_actions
+
+    def watched(env_cfg, state, actions_by_type, verbose=1):
+        accepted = validate(env_cfg, state, actions_by_type, verbose)
+        for kind, orders in actions_by_type.items():
+            passed = {entity.unit_id for entity, _ in accepted[kind]}
+            for entity, order in orders:
+                see(entity, order, entity.unit_id in passed)
+        return accepted
+
+    return watched
+
+
+def to_json(obs):
+    """What the official runner sends: text."""
+    return json.dumps(obs, default=lambda x: x.tolist())
 
 
 def hash_of(*arrays):

@@ -140,11 +140,11 @@ def test_an_action_that_was_added(mine):
     for _ in range(60):
         actions = masked_random(rng, obs["action_mask"][..., :number])
         leave = obs["action_mask"][..., number] & (rng.random(actions.shape) < 0.1)
-        lost = match.lost.copy()
+        lost = match.counts["robots_lost"].copy()
         obs, rewards, terminated, *_ = env.step(np.where(leave, number, actions))
         assert not terminated[0] and not obs["kind"][leave].any()
         assert (rewards[leave] < 0).all()
-        assert (match.lost - lost >= leave[0].sum(-1)).all()
+        assert (match.counts["robots_lost"] - lost >= leave[0].sum(-1)).all()
         done += leave.sum()
     assert done > 10
 
@@ -165,7 +165,7 @@ def test_reward_weights():
         usual.step(actions)
         gained = (match.totals - before) @ weights
         np.testing.assert_allclose(rewards[0].sum(-1), gained, atol=1e-4)
-    np.testing.assert_allclose(match.returns, match.totals @ weights, rtol=1e-4)
+    np.testing.assert_allclose(match.counts["r"], match.totals @ weights, rtol=1e-4)
     assert (match.totals == other.totals).all()
     assert match.totals[:, lux.REWARD_INDEX["ice_dug"]].any()
     assert lux.REWARDS["survived"] == 0.001

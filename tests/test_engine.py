@@ -1,7 +1,6 @@
 """The faster engine (compat/luxai_s2_fast) against the original: whole matches, then its parts."""
 
 import copy
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import luxai_s2_fast as fast
 import numpy as np
 import pytest
-from helpers import entities, hash_of, in_process, masked_random, scripted
+from helpers import entities, hash_of, in_process, masked_random, scripted, to_json
 from luxai_s2 import LuxAI_S2
 from luxai_s2.map.position import Position
 
@@ -21,10 +20,6 @@ def test_the_installed_package_is_the_one_in_compat():
     compat = Path(__file__).resolve().parent.parent / "compat"
     ours = compat / "luxai_s2_fast" / "luxai_s2_fast" / "__init__.py"
     assert Path(fast.__file__).read_bytes() == ours.read_bytes()
-
-
-def to_json(obs):
-    return json.dumps(obs, default=lambda x: x.tolist())
 
 
 def place_factories(*engines, seed):

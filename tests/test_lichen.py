@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers import in_process
-from test_encoder import SIZE, beside, distance, factory, footprint, heavy, nearest, official, robot, strain
+from test_encoder import SIZE, WEIGHTS, beside, distance, factory, footprint, heavy, nearest, official, robot, strain
 
 import lux_wrapper as lux
 
@@ -64,6 +64,7 @@ def test_ground(seed):
     lichen = strain(0, free[-12:-8]) | strain(2, free[-8:-4]) | strain(1, free[-4:])
     robots = [heavy(*free[0]), robot(*free[1]), robot(*free[2]), heavy(*free[-20])]
     robots += [robot(*free[-19]), robot(*free[-18]), heavy(*free[-17])]
+    robots += [heavy(*free[4]), heavy(*free[-29])]  # on ice and on ore
     theirs = [robot(*free[3]), robot(*free[-5])]
     rubble = {cell: int(rng.integers(1, 100)) for cell in free[: 2 * len(free) // 3]}
     ice, ore = free[4:9], free[-30:-26]
@@ -81,8 +82,8 @@ def test_ground(seed):
             row = named(arrays["features"][player, slot])
             assert row["worth_clearing"] == (here in worth)
             assert row["lichen_cells"] == row["room_cells"] == 0
-            may_dig = arrays["action_mask"][player, slot, lux.DIG]
-            assert may_dig == (unit["unit_type"] == "LIGHT") or here not in worth
+            digs = here in ice + ore or (here in worth and unit["unit_type"] == "LIGHT")
+            assert arrays["action_mask"][player, slot, lux.DIG] == digs or here in lichen
             time = {c: distance(here, c) + obs["board"]["rubble"][c] / 2 for c in sorted(worth)}
             goal = min(time.keys() - taken | ({here} & worth), key=lambda c: (time[c], c))
             way = np.array([goal[0] - here[0], goal[1] - here[1], distance(here, goal)])
@@ -112,31 +113,6 @@ def test_water_is_saved():
 
 
 # A factory stands on 9 to 11 on both axes, so its edge is 8 and 12. Strain 1 is the opponent's.
-PLACES = {  # cell of the robot, lichen, whether rubble there is worth clearing
-    "beside a factory": ((12, 10), {}, True),
-    "nine steps off, over bare ground": ((20, 10), {}, True),
-    "ten steps off": ((21, 10), {}, False),
-    "beside own lichen far away": ((2, 21), strain(0, [(2, 22)]), True),
-    "beside the opponent's lichen": ((2, 21), strain(1, [(2, 22)]), False),
-    "at the map's edge": ((0, 23), strain(0, [(1, 23)]), True),
-}
-
-
-@pytest.mark.parametrize("reward", ["lichen", "ice"])
-@pytest.mark.parametrize("place", PLACES)
-def test_rubble_to_clear(place, reward):
-    """Rubble may be dug where lichen could grow next, if that is paid, and over ice."""
-    cell, lichen, worth = PLACES[place]
-    for ice in ([], [cell]):
-        obs = official([robot(*cell)], rubble={cell: 5}, lichen=lichen, ice=ice)
-        arrays, _ = encode(obs, reward=reward)
-        row = arrays["features"][0, FACTORIES]
-        assert len(row) == len(lux.COLUMN if reward == "lichen" else lux.FEATURES)
-        assert named(row).get("worth_clearing", False) == (worth and reward == "lichen" and not ice)
-        may = bool(ice) or (worth and reward == "lichen")
-        assert arrays["action_mask"][0, FACTORIES, lux.DIG] == may
-
-
 @pytest.mark.parametrize("reward, paid", [("lichen", 0.02), ("ice", 0.0)])
 def test_reward_of_cleared_rubble(reward, paid):
     """Rubble cleared beside the own factory is paid by the unit; elsewhere nothing is."""
@@ -204,6 +180,13 @@ def test_in_danger_everywhere():
         assert {lux.ROBOT_ACTIONS[action] for action in allowed} == set(expected)
 
 
+def test_weights():
+    """Of the default, and of the preset, which can be changed."""
+    lichen = lux.weights_of("lichen", {"ore_dug": 1})
+    assert lux.weights_of() == lux.REWARDS == WEIGHTS and lichen.keys() == WEIGHTS.keys()
+    assert lichen["ore_dug"] == 1 and lichen["lichen_grown"] == 0.01
+
+
 def test_placement():
     """The first factory stands on the best score, which counts lichen only if it is paid."""
     places = set()
@@ -216,10 +199,3 @@ def test_placement():
         assert tuple(home.pos.pos) == np.unravel_index(score.argmax(), score.shape)
         places.add(tuple(home.pos.pos))
     assert len(places) == 2
-
-
-def test_presets():
-    """All of a preset's terms are there, and it can be changed."""
-    lichen = lux.weights_of("lichen", {"ore_dug": 1})
-    assert lux.weights_of().keys() == lichen.keys() == lux.REWARDS.keys()
-    assert lichen["ore_dug"] == 1 and lichen["lichen_grown"] == 0.01

@@ -12,7 +12,7 @@ from collections import Counter
 import luxai_s2.env
 import numpy as np
 import pytest
-from helpers import after_every_step, entities, in_process, judged, masked_random, weak_robots
+from helpers import after_every_step, entities, in_process, masked_random, watched_validator, weak_robots
 
 import lux_wrapper as lux
 
@@ -28,26 +28,22 @@ class Referee:
 
     def __init__(self, monkeypatch, env, match):
         self.env, self.match, self.count = env, match, Counter()
-        validate = luxai_s2.env.validate_actions
-
-        def watched(env_cfg, state, actions_by_type, verbose=1):
-            accepted = validate(env_cfg, state, actions_by_type, verbose)
-            for entity, order, passed in judged(accepted, actions_by_type):
-                target = self.accepted if passed else self.rejected
-                assert entity.unit_id not in target
-                target[entity.unit_id] = order
-            return accepted
-
-        monkeypatch.setattr(luxai_s2.env, "validate_actions", watched)
+        monkeypatch.setattr(luxai_s2.env, "validate_actions", watched_validator(self.see))
         for level in ("log_error", "log_warning", "log_info"):
             monkeypatch.setattr(match.engine, level, lambda *words: self.messages.append(" ".join(words)))
+
+    def see(self, entity, order, passed):
+        """What the validator makes of an order."""
+        target = self.accepted if passed else self.rejected
+        assert entity.unit_id not in target
+        target[entity.unit_id] = order
 
     def step(self, obs, actions):
         """Play one step and judge it; what `env.step` returned."""
         state, match, encoder = self.match.engine.state, self.match, self.env.games.envs[0].encoder
         slots = [a | b for a, b in zip(encoder.robot_slots[0], encoder.factory_slots[0])]
         weak = weak_robots(state)
-        yielded, collisions = match.yielded_moves.sum(), match.own_collisions.sum()
+        before = {name: count.sum() for name, count in match.counts.items()}
         self.accepted, self.rejected, self.messages = {}, {}, []
         self.held_back, self.chosen, self.stranded = 0, set(), set()
         result = self.env.step(actions)
@@ -60,8 +56,9 @@ class Referee:
                     self.judge(unit_id, names[actions[0, team, slot]], unit_id in weak)
         assert self.accepted.keys() | self.rejected.keys() <= self.chosen | self.stranded
         if not result[2][0]:  # a new match begins with new counts
-            self.count["own_collisions"] += match.own_collisions.sum() - collisions
-            assert self.held_back == match.yielded_moves.sum() - yielded
+            gained = {name: count.sum() - before[name] for name, count in match.counts.items()}
+            self.count["own_collisions"] += gained["own_collisions"]
+            assert self.held_back == gained["right_of_way"]
         for message in self.messages:
             if "Tried to update action queue" in message:
                 assert any(f" {unit_id} " in message for unit_id in self.stranded), message
