@@ -163,6 +163,7 @@ def fight(agent, opponent, battles, map_size):
 def measure(args, arm, seed):
     """Train, then fight both opponents with every checkpoint; a row for each battle."""
     torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would mix
     folder = train(args, arm, seed, args.steps)
     *_, path = checkpoints(args.work / "{}_{}".format(*FROZEN))
     frozen = load(path)
