@@ -35,7 +35,7 @@ import trajsep_ppo
 
 sys.path.append(str(ROOT / "tests"))
 
-from helpers import judged, masked_random, weak_robots  # noqa: E402
+from helpers import masked_random, watched_validator, weak_robots  # noqa: E402
 
 STAGES = {
     "48": {"map_size": 48, "min_factories": 2, "max_factories": 5, "max_robots": 20},
@@ -63,10 +63,9 @@ class Referee:
             self.state = state
         return self.play(orders)
 
-    def validate(self, accepted, by_type):
-        refused = {entity.unit_id for entity, _, taken in judged(accepted, by_type) if not taken}
-        for unit_id in refused:
-            self.count["stranded" if unit_id in self.weak else "rejected"] += 1
+    def see(self, entity, order, accepted):
+        if not accepted:
+            self.count["stranded" if entity.unit_id in self.weak else "rejected"] += 1
 
     def compare(self, metrics):
         """At the end of a match: its metrics ("l", and arrays [P]) and the engine's counters."""
@@ -110,14 +109,7 @@ def soak_stage(settings, steps, seed):
 
 def soak_engine(options, keep):
     """Play random legal actions on both stages."""
-    original = luxai_s2.env.validate_actions
-
-    def validate(env_cfg, state, by_type, verbose=1):
-        accepted = original(env_cfg, state, by_type, verbose)
-        Referee.now.validate(accepted, by_type)
-        return accepted
-
-    luxai_s2.env.validate_actions = validate
+    luxai_s2.env.validate_actions = watched_validator(lambda *order: Referee.now.see(*order))
     steps = options.steps // len(STAGES)
     stages = {name: soak_stage(stage, steps, options.seed) for name, stage in STAGES.items()}
     # After the first tenth; the very first sample is taken before anything was played.
