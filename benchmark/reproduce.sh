@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make all that benchmark/ and docs/ show once more, in a folder of its own: about eight hours on two cores.
+# Make all that benchmark/ and docs/ show once more, in a folder of its own: about ten hours on two cores.
 #
 #     bash benchmark/reproduce.sh [FOLDER]
 #
@@ -21,6 +21,11 @@ python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
 python benchmark/throughput.py --out "$out/throughput"
 python benchmark/reliability.py --out "$out/reliability"
 python benchmark/placement.py --out "$out/placement.png"
+if python -c "import rware, lbforaging, pettingzoo" 2> "$out/games.log"; then
+    python benchmark/other_games.py --out "$out/games"
+else
+    echo "no other games: pip install -r examples/gymnasium/requirements.txt -r examples/pettingzoo/requirements.txt"
+fi
 if python -c "import magent2" 2> "$out/magent2.log"; then
     python examples/battle/compare.py --out "$out/battle" --work "$out/work/battle"
 else
