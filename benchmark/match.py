@@ -47,7 +47,7 @@ from luxai_runner.process import BotProcess  # noqa: E402
 from luxai_runner.utils import to_json  # noqa: E402
 from page import board_of, snapshot, write_page  # noqa: E402
 
-from lux_wrapper import PLAYERS, early_phase_action  # noqa: E402
+from lux_wrapper import PLAYERS, captioned, early_phase_action  # noqa: E402
 from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
 STDERR_LINES, STDERR_BYTES = 5, 4000  # of a bot that fails, the last ones are shown
@@ -244,6 +244,14 @@ def play(
     return [_row(engine, seat, seed, rewards, names) for seat in seats]
 
 
+def picture(engine):
+    """What the engine draws, with step, score and a key below it."""
+    state = engine.state
+    ice = [state.stats[player]["transfer"]["ice"] for player in PLAYERS]
+    factories = [len(state.factories[player]) for player in PLAYERS]
+    return captioned(engine.render(), max(state.real_env_steps, 0), ice, factories)
+
+
 async def _play(engine, seats, seed, replay, bot_names):
     """Play it; the rewards at the end: lichen, or -1000 for a bot that failed or lost all factories."""
     bots = [seat.bot for seat in seats if seat.bot]
@@ -283,7 +291,7 @@ async def _play(engine, seats, seed, replay, bot_names):
                 if done or engine.state.real_env_steps >= 0:
                     snapshots.append(snapshot(engine.state))
                 if done or engine.state.real_env_steps % 4 == 0:
-                    frames.append(Image.fromarray(engine.render()).quantize(64))
+                    frames.append(Image.fromarray(picture(engine)).quantize(64))
     finally:
         for bot in bots:
             await bot.proc.cleanup()

@@ -460,7 +460,7 @@ def test_matches(tmp_path):
     assert len(shown["board"]["score"]) == 20 + 1
     with Image.open(tmp_path / "replays" / "1.gif") as film:
         assert 3 < film.n_frames <= 7  # every fourth step; those alike are one
-        assert film.size == (400, 400)
+        assert film.size == (400, 400 + lux.CAPTION_HEIGHT)
 
 
 BID = """'{"faction": "%s", "bid": 0}'"""
