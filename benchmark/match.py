@@ -291,7 +291,7 @@ async def _play(engine, seats, seed, replay, bot_names):
                 if done or engine.state.real_env_steps >= 0:
                     snapshots.append(snapshot(engine.state))
                 if done or engine.state.real_env_steps % 4 == 0:
-                    frames.append(Image.fromarray(picture(engine)).quantize(64))
+                    frames.append(Image.fromarray(picture(engine)).quantize())
     finally:
         for bot in bots:
             await bot.proc.cleanup()
