@@ -59,17 +59,27 @@ def test_toy():
         pytest.param("battle/battle_env.py", "trajsep_ppo", "l r kills survivors won", marks=no_magent2),
         ("pettingzoo/games.py", "trajsep_ppo", "l r"),
         ("pettingzoo/games.py", "global_ppo", "l r"),
+        ("gymnasium/tuple_games.py", "trajsep_ppo", "l r"),
     ],
 )
 def test_used_as_its_docstring_says(tmp_path, example, script, metrics):
     """The scripts train on it, are resumed, and evaluate, with nothing else in the folder."""
-    for path in (f"examples/{example}", "hybrid_model.py", f"{script}.py"):
+    adapters = ("examples/pettingzoo/parallel_env.py", "examples/gymnasium/tuple_env.py")
+    for path in (f"examples/{example}", *adapters, "hybrid_model.py", f"{script}.py"):
         shutil.copy(ROOT / path, tmp_path)
     if "pettingzoo" in example:
         pytest.importorskip("pettingzoo.butterfly.knights_archers_zombies_v11", exc_type=ImportError)
-        shutil.copy(ROOT / "examples/pettingzoo/parallel_env.py", tmp_path)
+    elif "gymnasium" in example:
+        pytest.importorskip("rware")
+        pytest.importorskip("lbforaging")
     text = (ROOT / "examples" / example).read_text()
-    (flags,) = re.findall(r"^    python trajsep_ppo.py (.*)$", text, re.M)
+    for number, flags in enumerate(re.findall(r"^    python trajsep_ppo.py (.*)$", text, re.M)):
+        shutil.copytree(tmp_path, tmp_path / f"copy {number}", ignore=shutil.ignore_patterns("copy*"))
+        use(tmp_path / f"copy {number}", script, flags, metrics)
+
+
+def use(tmp_path, script, flags, metrics):
+    """Train with these flags, resume, evaluate, and look at what was written."""
     flags += " --total-timesteps 256 --num-envs 4 --num-steps 32 --eval-episodes 0"
     run(tmp_path, script, *flags.split())
     (folder,) = (tmp_path / "runs").iterdir()

@@ -1,4 +1,10 @@
-"""Gymnasium games to train on, such as --env-id tuple_games:RwareVecEnv; examples/README.md says how."""
+"""Gymnasium games. To train, in a folder with this file, `tuple_env.py`, `parallel_env.py` and the script:
+
+    python trajsep_ppo.py --env-id tuple_games:RwareVecEnv --positive-reward-weight 1
+    python trajsep_ppo.py --env-id tuple_games:LbfVecEnv --positive-reward-weight 1
+
+examples/README.md has more.
+"""
 
 import sys
 from functools import partial
