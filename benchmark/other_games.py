@@ -121,17 +121,20 @@ def mean_and_interval(values):
 
 
 def mean_returns(rows):
-    """In Markdown: team returns of every game and arm, with sampled actions."""
+    """In Markdown: team returns of every game and arm, with sampled actions, and minutes of a training."""
     lines = []
     for game, (name, _, _, steps) in GAMES.items():
         returns = {arm: [] for arm in ("random", *ARMS)}
+        seconds = []
         for row in rows:
             if row["game"] == game:
                 returns[row["arm"]].append(float(row["sampled"]))
+                seconds += [float(row["train_seconds"])] if row["arm"] != "random" else []
         if returns["random"]:
             cells = [mean_and_interval(values) if values else "" for values in returns.values()]
-            lines.append([name, f"{steps:,}", *cells])
-    return table(["game", "steps", "random play", *(name for name, *_ in ARMS.values())], lines) + "\n"
+            lines.append([name, f"{steps:,}", *cells, f"{np.mean(seconds) / 60:.1f}"])
+    names = [name for name, *_ in ARMS.values()]
+    return table(["game", "steps", "random play", *names, "minutes"], lines) + "\n"
 
 
 def draw(rows, curves, path):

@@ -38,6 +38,7 @@ def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in (tmp_path / "games.md").read_text().splitlines() if line.startswith("| the toy")]
     shown = [cell.strip() for cell in line.split("|")[3:-1]]
     assert shown[2] == "" and shown[0] == f"{cells['random'][0]:.3g}"  # without the arm ippo
+    assert shown[5] == f"{np.mean([float(row['train_seconds']) for row in rows]) / 60:.1f}"
     for cell, arm in zip((shown[3], shown[4]), ("mappo", "global")):
         half = 12.7062 * abs(cells[arm][0] - cells[arm][1]) / 2  # Student's t, one degree of freedom
         assert cell == f"{np.mean(cells[arm]):.3g} ± {half:.2g}"
@@ -61,5 +62,5 @@ def test_results_in_the_pages():
     """The table of examples/README.md is the one that the kept rows make."""
     results = other_games.ROOT / "benchmark" / "other_games"
     with open(results / "games.csv") as file:
-        table = other_games.mean_returns(csv.DictReader(file))
+        table = other_games.mean_returns(list(csv.DictReader(file)))
     assert table in (other_games.ROOT / "examples" / "README.md").read_text()
