@@ -274,4 +274,4 @@ def test_comparison_continues_and_draws(tmp_path):
     assert (tmp_path / "out" / "battle.png").stat().st_size > 10_000
     won = [float(x["won"]) for x in rows if (x["arm"], x["global_step"], x["opponent"]) == ("mappo", "2048", "frozen")]
     last = (tmp_path / "out" / "battle.md").read_text().splitlines()[-1]
-    assert last.split(" | ")[:2] == ["| 2,048", f"{sum(won) / 2:.3g}"]
+    assert last.split(" | ")[:2] == ["| 2,048", f"{sum(won) / 2:.0%} ({sum(won) / 2:.0%} to {sum(won) / 2:.0%})"]

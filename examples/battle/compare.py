@@ -37,7 +37,7 @@ HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmark")]
 
 from ablation import keep, programs, runs_of  # noqa: E402
-from other_games import ARMS, mean_and_interval  # noqa: E402
+from other_games import ARMS  # noqa: E402
 from plot import plt, read_csv, table, write, write_csv  # noqa: E402
 
 from hybrid_model import HybridNet  # noqa: E402
@@ -207,7 +207,7 @@ def draw(rows, path):
 
 
 def shares_won(rows):
-    """In Markdown, the share won against the frozen army by the last checkpoints, with 95% intervals over seeds."""
+    """In Markdown, the share won against the frozen army by the last checkpoints: mean (lowest to highest seed)."""
     last = max(int(x["global_step"]) for x in rows)
     cells = {}
     for arm, (name, *_) in ARMS.items():
@@ -216,7 +216,8 @@ def shares_won(rows):
             if (x["arm"], x["opponent"], int(x["global_step"])) == (arm, "frozen", last):
                 seeds.setdefault(x["seed"], []).append(float(x["won"]))
         if seeds:
-            cells[name] = mean_and_interval([np.mean(won) for won in seeds.values()])
+            means = [np.mean(won) for won in seeds.values()]
+            cells[name] = f"{np.mean(means):.0%} ({min(means):.0%} to {max(means):.0%})"
     return table(["steps", *cells], [[f"{last:,}", *cells.values()]]) + "\n"
 
 
