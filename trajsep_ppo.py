@@ -360,10 +360,11 @@ def train(args, run_dir, device, checkpoint=None):
 
 
 @torch.no_grad()
-def evaluate(agent, envs, steps, device, greedy=False, first_map=0, frames=None):
+def evaluate(agent, envs, steps, device, greedy=False, first_map=7000, frames=None):
     """Play each match once, for at most these steps: metric -> its values, of the matches that ended.
 
     Values are numbers or arrays [P]. Actions are sampled, or `greedy`: the likeliest ones.
+    The first match has the seed `first_map`; flags were chosen with matches of smaller ones.
     `frames` is a list for pictures of the first match.
     """
     generator = torch.Generator(device).manual_seed(0)

@@ -53,6 +53,12 @@ PATCH_FOLDER = ROOT / "benchmark" / "arms"
 # `separate`. The others differ in one thing from `default`, or from `global`, to see whether the
 # default flags are unfair to it. In order of work: what tells most comes first.
 SEPARATE = "trajsep_ppo.py --agent-reward-weight 1"
+# The authors' flags, and their teams: many robots, and masks that hold only the game's rules
+AUTHORS = (
+    "--num-steps 256 --update-epochs 10 --learning-rate 2e-4 --no-anneal-lr --ent-coef 0.001 --no-anneal-ent "
+    "--vf-coef 0.5 --max-grad-norm 0.5"
+)
+CROWD = "--env-kwargs max_robots 20"
 ARMS = {
     "default": "trajsep_ppo.py --agent-reward-weight 0.8",
     "global": "global_ppo.py",
@@ -94,6 +100,29 @@ ARMS = {
     "random-1": SEPARATE,
     "random-2": f"{SEPARATE} --top-samples 2",
     "random-4": f"{SEPARATE} --top-samples 4",
+    "top-1-raw": f"{SEPARATE} --no-norm-adv",  # advantages as they are, not normalized
+    "top-1-robots": SEPARATE,  # normalized over the robots that are learned from, without factories
+    # From the authors' regime to the default flags: all of it, with safe masks, with six robots too,
+    # and then one more change each. The last rungs are `separate` and `global`.
+    "authors": f"{SEPARATE} {AUTHORS} {CROWD} safe_masks False",
+    "global-authors": f"global_ppo.py {AUTHORS} {CROWD} safe_masks False",
+    "authors-masks": f"{SEPARATE} {AUTHORS} {CROWD}",
+    "global-authors-masks": f"global_ppo.py {AUTHORS} {CROWD}",
+    "authors-six": f"{SEPARATE} {AUTHORS}",
+    "global-authors-six": f"global_ppo.py {AUTHORS}",
+    "six-fresh": f"{SEPARATE} {AUTHORS} --num-steps 32 --update-epochs 2",
+    "global-six-fresh": f"global_ppo.py {AUTHORS} --num-steps 32 --update-epochs 2",
+    "six-annealed": f"{SEPARATE} {AUTHORS} --anneal-lr --ent-coef 0.003 --anneal-ent",
+    "global-six-annealed": f"global_ppo.py {AUTHORS} --anneal-lr --ent-coef 0.003 --anneal-ent",
+    "six-fast": f"{SEPARATE} {AUTHORS} --learning-rate 1e-3",
+    "global-six-fast": f"global_ppo.py {AUTHORS} --learning-rate 1e-3",
+    "six-small-value-loss": f"{SEPARATE} {AUTHORS} --vf-coef 0.1 --max-grad-norm 2",
+    "global-six-small-value-loss": f"global_ppo.py {AUTHORS} --vf-coef 0.1 --max-grad-norm 2",
+    # Of the authors' regime too: matches of 256 steps in training, and a value loss that is clipped
+    "authors-cut": f"{SEPARATE} {AUTHORS} {CROWD} safe_masks False",
+    "global-authors-cut": f"global_ppo.py {AUTHORS} {CROWD} safe_masks False",
+    "authors-clipped-values": f"{SEPARATE} {AUTHORS} {CROWD} safe_masks False",
+    "global-authors-clipped-values": f"global_ppo.py {AUTHORS} {CROWD} safe_masks False",
     # The rest
     "lichen": "trajsep_ppo.py --env-kwargs reward lichen",
     "no-safe-masks": "trajsep_ppo.py --env-kwargs safe_masks False",
@@ -111,18 +140,28 @@ PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
     "top-4": ("top-1",),
     "top-1-abs": ("top-1", "top-1-abs"),
     "top-1-return": ("top-1", "top-1-return"),
+    "top-1-raw": ("top-1",),
+    "top-1-robots": ("top-1", "top-1-robots"),
+    "global-authors-cut": ("authors-cut",),
+    "global-authors-clipped-values": ("authors-clipped-values",),
     "random-1": ("top-1", "random-1"),
     "random-2": ("top-1", "random-1"),
     "random-4": ("top-1", "random-1"),
 }
 MAIN = ("default", "global")
-# Flags were chosen with seeds 1 to 10 on the maps 0 to 19, so the study has others.
-FIRST_SEED, FIRST_MAP = 11, 2000
-SEEDS = {arm: 5 if arm in MAIN else 3 for arm in ARMS}
-# Environment steps after which the main arms and the others are evaluated; and always the last.
-FINE = (*range(2048, 24577, 2048), *range(28672, 49153, 4096), *range(57344, 102400, 8192))
-COARSE = (4096, 8192, 16384, 24576, 49152)
-SAVE_EVERY = 4  # updates between two checkpoints of a training
+FOLLOWING = (  # arms of which something is claimed
+    *("separate", "global-reward", "global-critic", "global-critic-reward", "shared-ratio", "top-1"),
+    *("authors", "global-authors"),
+)
+# Flags were chosen with seeds 1 to 10, rules with seeds 11 to 20 too, all on maps below 7000.
+FIRST_SEED, FIRST_MAP = 11, 7000
+SEEDS = {arm: 10 if arm in MAIN else 5 if arm in FOLLOWING else 3 for arm in ARMS}
+# Environment steps after which a training is evaluated, at the next checkpoint; and always the last.
+SCHEDULE = (
+    *(2048, 4096, 6144, 8192, 10240, 12288, 16384, 20480, 24576),
+    *(32768, 40960, 49152, 65536, 81920),
+)
+SAVE_EVERY = 2048  # environment steps between two checkpoints, or an update if that has more
 
 MATCH = ("match_seed", "player", "starting_factories", "episode_length")
 TEAM = (
@@ -133,7 +172,7 @@ TEAM = (
 )
 METRIC = {"starting_factories": "factories_placed", "episodic_return": "r"}  # the wrapper's names
 COLUMNS = ("arm", "seed", "global_step", "train_seconds", "policy", *MATCH, *TEAM)
-LOSSES = ("clipfrac", "explained_variance")
+LOSSES = ("clipfrac", "approx_kl", "explained_variance")
 MEASURED = ("steps", "train_seconds", "parameters", *LOSSES, "commit")
 RUN_COLUMNS = ("arm", "seed", *MEASURED, "maps", "patches", "command")
 
@@ -319,7 +358,9 @@ class Work:
 
     def task(self, arm, seed):
         """What a training and its evaluations are, the first columns of its row in runs.csv."""
-        saving = f"--num-workers 0 --eval-episodes 0 --save-every {SAVE_EVERY}"
+        *_, num_steps = 32, *re.findall(r"--num-steps (\d+)", self.commands[arm])
+        rollout = 16 * int(num_steps)
+        saving = f"--num-workers 0 --eval-episodes 0 --save-every {max(SAVE_EVERY // rollout, 1)}"
         return {
             "arm": arm,
             "seed": seed,
@@ -372,7 +413,7 @@ class Work:
         self.run([*command, *flags], folder, "training.log")
         paths = saved(folder)
         last = torch.load(paths[max(paths)], weights_only=True)
-        every = SAVE_EVERY * last["args"]["num_envs"] * last["args"]["num_steps"]
+        every = last["args"]["save_every"] * last["args"]["num_envs"] * last["args"]["num_steps"]
         if lost := set(range(every, last["global_step"], every)) - paths.keys():
             why = "was this program suspended?"
             raise Failed(f"{len(lost)} checkpoints were removed before they were kept; {why}")
@@ -388,8 +429,7 @@ class Work:
             raise Failed(f"{folder} holds a training with other {changed[0]}: {what}")
         paths = saved(folder)
         last = max(paths)
-        schedule = self.schedule or (FINE if arm in MAIN else COARSE)
-        steps = {min(saved for saved in paths if saved >= step) for step in schedule if step < last}
+        steps = {min(saved for saved in paths if saved >= step) for step in self.schedule if step < last}
         wanted = [(step, "sampled") for step in sorted(steps - {last})]
         wanted += [(last, "sampled"), (last, "greedy")]
         wanted = [key for key in wanted if not evaluation(folder, *key).exists()]
@@ -416,7 +456,7 @@ def main(
     parallel: int = os.cpu_count() or 1,
     matches: int = 20,
     first_map: int = FIRST_MAP,
-    schedule: Optional[tuple[int, ...]] = None,
+    schedule: tuple[int, ...] = SCHEDULE,
     flags: str = "",
 ):
     """Work through the queue.
@@ -424,13 +464,14 @@ def main(
     Args:
         arms: which arms of the study; by default all, but none beside --arm.
         arm: an arm of your own, NAME=COMMAND in quotes; may be given more than once.
-        seeds: of all these arms; by default 11 to 15 for the main ones, 11 to 13 for the others.
+        seeds: of all these arms; by default 11 to 20 for the main ones, 11 to 15 for those of which
+            something is claimed, and 11 to 13 for the others.
         out: folder of the tables and the trainings.
         parallel: trainings or evaluations at a time, each with one thread.
         matches: held-out matches of an evaluation.
         first_map: the first of as many held-out maps.
-        schedule: environment steps after which trainings are evaluated, at the next checkpoint,
-            instead of the arms' own; the last checkpoint always is.
+        schedule: environment steps after which trainings are evaluated, at the next checkpoint; the
+            last one always is.
         flags: more flags for every training, in quotes.
     """
     commands = commands_of(arms or (() if arm else ARMS), arm)

@@ -139,10 +139,25 @@ def test_every_arm_trains(arm, patched, tmp_path):
         options = {"env_id": "patched_lux_wrapper:LuxVecEnv", "env_kwargs": STAGE}
         mine = trained(trajsep_ppo, tmp_path, ablation.ARMS[arm], **options)
     else:
-        script = patched("trajsep_ppo", ablation.PATCHES[arm])
-        mine = trained(script, tmp_path / "mine", ablation.ARMS[arm])
-        assert not torch.equal(mine, trained(trajsep_ppo, tmp_path / "separate"))
+        script = {"trajsep_ppo": trajsep_ppo, "global_ppo": global_ppo}[ablation.ARMS[arm].split(".")[0]]
+        options = {"env_kwargs": {}}
+        if arm.endswith("-cut"):
+            options = {"env_id": "lux_wrapper:LuxVecEnv", "env_kwargs": STAGE}
+        changed = patched(script.__name__, ablation.PATCHES[arm])
+        mine = trained(changed, tmp_path / "mine", ablation.ARMS[arm], **options)
+        assert arm.endswith("-cut") or not torch.equal(mine, trained(script, tmp_path / "other"))
     assert mine.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["trajsep_ppo", "global_ppo"])
+def test_cut(name, patched, tmp_path, monkeypatch):
+    """Training matches are asked to end after 256 steps."""
+    script = patched(name, ["authors-cut"])
+    asked = {}
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, **options: asked.update(options))
+    with pytest.raises(AttributeError):
+        script.train(script.Args(), tmp_path, torch.device("cpu"))
+    assert asked["engine_options"] == {"max_episode_length": 256}
 
 
 def test_top_samples_of_one_kind(patched, tmp_path):

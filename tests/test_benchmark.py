@@ -37,19 +37,22 @@ TINY = f"{SMALL} --total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibat
 def test_every_prefix_of_the_queue_is_a_result():
     jobs = ablation.queue(ablation.ARMS)
     assert jobs[:4] == [("default", 11), ("global", 11), ("default", 12), ("global", 12)]
-    assert jobs[10:12] == [("separate", 11), ("global-reward", 11)]
-    assert len(jobs) == len(set(jobs)) == 2 * 5 + 39 * 3
-    others = [seed for arm, seed in jobs[10:]]
+    assert jobs[20:22] == [("separate", 11), ("global-reward", 11)]
+    assert len(jobs) == len(set(jobs)) == 2 * 10 + 8 * 5 + (len(ablation.ARMS) - 10) * 3
+    others = [seed for arm, seed in jobs[20:]]
     assert others == sorted(others)  # a seed of all arms before the next one
     assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
     assert set(plot.ARMS) == set(ablation.ARMS)
 
 
-def test_schedules():
-    assert ablation.FINE[:2] == (2048, 4096) and ablation.FINE[11:13] == (24576, 28672)
-    for schedule in (ablation.FINE, ablation.COARSE):
-        assert {24576, 49152} <= set(schedule) and list(schedule) == sorted(set(schedule))
-        assert all(step % 2048 == 0 and step < 102400 for step in schedule)  # one is saved every 2,048
+def test_schedule():
+    """One checkpoint is saved every 2,048 steps, and after every update where that has more."""
+    assert list(ablation.SCHEDULE) == sorted(set(ablation.SCHEDULE))
+    assert all(step % 2048 == 0 and step < 102400 for step in ablation.SCHEDULE)
+    work = ablation.Work(ablation.ARMS, ROOT, ablation.SCHEDULE, 2, 0, "")
+    arms = {"default": 4, "global-long-rollouts": 2, "authors": 1, "global-six-fresh": 4}
+    for arm, updates in arms.items():
+        assert f" --save-every {updates} " in f"{work.task(arm, 11)['command']} "
 
 
 def test_evaluation_can_be_repeated(tmp_path, monkeypatch):
@@ -64,7 +67,7 @@ def test_evaluation_can_be_repeated(tmp_path, monkeypatch):
     content = {"args": asdict(args), "model": agent.state_dict(), "train_seconds": 1}
     torch.save(content, "checkpoint_64.pt")
 
-    def rows(policy, first_map=0):
+    def rows(policy, first_map=7000):
         ablation.evaluate("trajsep_ppo", [(64, policy)], 4, first_map)
         return json.loads(Path(f"evaluation_64_{policy}.json").read_text())
 
@@ -75,7 +78,7 @@ def test_evaluation_can_be_repeated(tmp_path, monkeypatch):
     assert returns == pytest.approx(np.ravel(expected["r"]), rel=1e-6)
     assert sampled == rows("sampled")
     assert [row["episodic_return"] for row in greedy] != [row["episodic_return"] for row in sampled]
-    others = rows("greedy", 2)[:4]  # of maps 2 and 3
+    others = rows("greedy", 7002)[:4]  # of the last two maps
     assert [row | {"policy": "greedy"} for row in others] == greedy[4:]
 
 
@@ -107,7 +110,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     assert len(rows) == 8  # 2 matches x 2 players an evaluation
     (run,) = rows_of(out / "runs.csv")
     assert (run["arm"], run["seed"], run["steps"]) == ("global", "3", "256")
-    assert run["maps"] == "2000 to 2001"
+    assert run["maps"] == "7000 to 7001"
     assert 0 <= float(run["clipfrac"]) <= 1 >= float(run["explained_variance"])
     (run_dir,) = folder.glob("runs/*")
     shutil.copy(folder / "evaluation_64_sampled.json", folder / "evaluation_64_sampled copy.json")
@@ -127,7 +130,7 @@ def test_interrupted_and_resumed(tmp_path, capfd):
     assert [int(row["global_step"]) for row in again] == steps
     assert [row["policy"] for row in again] == ["sampled"] * 12 + ["greedy"] * 4 + ["sampled"] * 4
     teams = [(row["match_seed"], row["player"]) for row in again[:4]]
-    assert teams == [("2000", "0"), ("2000", "1"), ("2001", "0"), ("2001", "1")]
+    assert teams == [("7000", "0"), ("7000", "1"), ("7001", "0"), ("7001", "1")]
     assert all(row[key] for row in again for key in ablation.COLUMNS)
     kept = {path.name for path in folder.glob("checkpoint_*.pt")}
     assert kept == {"checkpoint_256.pt", *COPIES}
