@@ -4,7 +4,7 @@
     python benchmark/figures.py --out docs                 # those of the README
 
 The result is from benchmark/study: both scripts, on maps that were never looked at while flags were
-chosen. Intervals are 95% bootstrap intervals over seeds, and over the matches of each.
+chosen. Intervals are for other seeds and other maps (`plot.estimate`).
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import plot
 from plot import ROOT, plt
-from study import Study
+from study import lines_of
 
 SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
@@ -22,56 +22,47 @@ AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate
 
 def results(data, last):
     """The rows of the README's table: final means and steps, with their intervals."""
-    study, rows = Study(data, last), []
-    steps = study.steps(SCRIPTS)
+    rows = []
+    steps = plot.common(*(data[arm, "sampled"] for arm in SCRIPTS))
     for arm, (script, _) in SCRIPTS.items():
-        cells = [study.final(arm, metric, steps) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
-        rows.append([f"`{script}`", *cells, study.reached(arm, "full_length", 0.95, steps)])
+        runs = data[arm, "sampled"]
+        cells = [plot.final(runs, last, metric) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
+        rows.append([f"`{script}`", *cells, plot.reached(runs, "full_length", 0.95, steps)])
     rows.append(["the authors, all separate", AUTHORS["length"], AUTHORS["ice"], "-", AUTHORS["full"]])
     head = ["", "episode length", "ice per team", "ice per starting factory"]
     return plot.table([*head, "95% of matches full-length by step"], rows)
 
 
 def comparison(data, last):
-    """The first table of docs/results.md: means over seeds (lowest to highest), and their ratio."""
-
-    def reached(runs, metric, level):
-        """The step at which each seed has a level."""
-        steps, seeds = plot.curves(runs, metric)
-        return [plot.crossing(steps, values, level) for values in seeds]
-
-    def final(runs, metric):
-        """What each seed has in the end."""
-        return plot.curves(runs, metric, [last])[1][:, 0]
-
-    def ice(runs):
-        return final(runs, "ice_transferred") / final(runs, "starting_factories")
-
-    number, share, step_text = "{:,.0f}".format, "{:.0%}".format, plot.step_text
-    measures = {
-        "steps to a mean length of 500": (step_text, lambda runs: reached(runs, "episode_length", 500)),
-        "steps to 95% full-length matches": (step_text, lambda runs: reached(runs, "full_length", 0.95)),
-        "steps to 10,000 ice per starting factory": (step_text, lambda runs: reached(runs, "ice_per_factory", 10000)),
-        "final ice per starting factory, mean of each team's": (number, lambda runs: final(runs, "ice_per_factory")),
-        "the same, mean ice over mean factories": (number, ice),
-        "teams that lose a factory": (share, lambda runs: final(runs, "loses_factory")),
-    }
-    rows = []
-    for what, (text, measure) in measures.items():
-        seeds = [measure(data[arm, "sampled"]) for arm in SCRIPTS]
-        said = [f"{text(np.mean(x))} ({text(min(x))} to {text(max(x))})" for x in seeds]
-        method, baseline = map(np.mean, seeds)
-        rows.append([what, *said, f"{baseline / method:#.2g}" if 0 < method < np.inf else "-"])
+    """The first table of docs/results.md: the two scripts (lowest to highest seed), and their ratio."""
+    both = [data[arm, "sampled"] for arm in SCRIPTS]
+    steps, rows = plot.common(*both), []
+    for what, metric, level in (
+        ("steps to a mean length of 500", "episode_length", 500),
+        ("steps to 95% full-length matches", "full_length", 0.95),
+        ("steps to 10,000 ice per starting factory", "ice_per_factory", 10000),
+    ):
+        method, baseline = (np.median(plot.steps_to(runs, metric, level, steps)) for runs in both)
+        factor = f"{baseline / method:#.2g}" if np.isfinite(method) else "-"
+        rows.append([what, *(plot.reached(runs, metric, level, steps) for runs in both), factor])
+    for what, metric, text in (
+        ("final ice per starting factory", "ice_per_factory", "{:,.0f}".format),
+        ("teams that lose a factory", "loses_factory", "{:.0%}".format),
+    ):
+        seeds = [plot.values_of(runs, metric, [last])[0].mean(1) for runs in both]
+        said = [f"{text(x.mean())} ({text(x.min())} to {text(x.max())})" for x in seeds]
+        method, baseline = (x.mean() for x in seeds)
+        rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
     scripts = [f"`{script}`" for script, _ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 
 
-def draw_result(data, last, path):
+def draw_result(data, path):
     """Episode length and ice against environment steps, and the authors' final values."""
-    study, lines = Study(data, last), {}
+    lines = {}
     for arm, (script, colour) in SCRIPTS.items():
-        label = f"{script}, {len(study.runs[arm])} seeds"
-        lines[label] = colour, "-", *study.lines(arm, study.steps([arm]))
+        runs = data[arm, "sampled"]
+        lines[f"{script}, {len(runs)} seeds"] = colour, "-", *lines_of(runs, plot.common(runs))
     plot.draw(lines, path, marks={"episode_length": 1000, "ice_transferred": 44472})
 
 
@@ -153,7 +144,7 @@ def main(out: Optional[Path] = None):
     out = plot.named_or("runs/figures", out, files)
     data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
     out.mkdir(parents=True, exist_ok=True)
-    draw_result(data, last, out / "result.png")
+    draw_result(data, out / "result.png")
     draw_network(out / "network.png")
     print(results(data, last), comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))

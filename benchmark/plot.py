@@ -20,6 +20,7 @@ from typing import Optional
 import matplotlib
 import numpy as np
 import tyro
+from scipy import stats
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -29,11 +30,11 @@ sys.path.append(str(ROOT))  # last: an arm's own programs come first
 
 from trajsep_ppo import Refused  # noqa: E402
 
-SAMPLES = 2000  # of a bootstrap
 RESULTS = ROOT / "benchmark" / "study"
 KEYS = ("arm", "seed", "global_step", "train_seconds", "policy", "match_seed", "player")
 METRICS = ("episode_length", "ice_transferred", "factories_alive")
 METRICS += ("ice_per_factory", "factories_alive_share", "starting_factories")
+MOST = {"episode_length": 1000, "factories_alive_share": 1}
 # arm -> (label, colour of Okabe and Ito's palette, which the colour-blind can read, line style)
 ARMS = {
     "default": ("separate, own share 0.8 (default)", "#0072B2", "-"),
@@ -194,6 +195,7 @@ def metrics_of(rows):
     rows = sorted(rows, key=lambda row: (int(row["match_seed"]), row["player"]))
     players = {key: np.array([float(row[key]) for row in rows]).reshape(-1, 2) for key in METRICS}
     metrics = {key: x.mean(1) for key, x in players.items()}
+    metrics["match_seed"] = np.array([int(row["match_seed"]) for row in rows[::2]])
     metrics["full_length"] = metrics["episode_length"] >= 1000
     metrics["loses_factory"] = (players["factories_alive_share"] < 1).mean(1)  # share of its two teams
     metrics["train_seconds"] = np.array([float(rows[0]["train_seconds"])])
@@ -205,46 +207,85 @@ def common(*arms):
     return sorted(set.intersection(*(set(run) for runs in arms for run in runs.values())))
 
 
-def curves(runs, metric, steps=None):
-    """Steps [T], by default those at which all seeds were evaluated, and means over matches [seeds, T]."""
-    steps = common(runs) if steps is None else steps
-    means = [[run[step][metric].mean() for step in steps] for run in runs.values()]
-    return np.array(steps), np.array(means)
+def values_of(runs, metric, steps):
+    """Values of a metric at some steps, [T, seeds, matches]."""
+    return np.array([[run[step][metric] for run in runs.values()] for step in steps], float)
 
 
-def first(steps, values, level):
-    """The first evaluated step at which the level is reached; infinity where it never is."""
-    reached = (int(step) for step, value in zip(steps, values) if value >= level - 1e-9)
-    return next(reached, np.inf)
+# -- Statistics ----------------------------------------------------------------------------
 
 
-def crossing(steps, values, level):
-    """The step at which the level is reached first, linear between evaluated steps."""
-    index = next((index for index, value in enumerate(values) if value >= level), None)
-    if index is None:
-        return np.inf
-    if index == 0:
+def mean_squares(values):
+    """Of values [seeds, maps]: between seeds, between maps, and of the rest, each with its degrees of freedom."""
+    seeds, maps = values.shape
+    of_seed, of_map = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    parts = [of_seed - values.mean(), of_map - values.mean(), values - of_seed - of_map + values.mean()]
+    freedom = [seeds - 1, maps - 1, (seeds - 1) * (maps - 1)]
+    sums = [np.square(np.broadcast_to(part, values.shape)).sum() for part in parts]
+    return [(total / max(free, 1), free) for total, free in zip(sums, freedom)]
+
+
+def deviation(added, removed):
+    """Standard deviation of a mean, and its degrees of freedom by Satterthwaite.
+
+    Its variance is a sum of estimates less others that are in two of them; each is (variance, degrees
+    of freedom). It is not taken to be less than the largest that was added.
+    """
+    variance = max(sum(x for x, _ in added) - sum(x for x, _ in removed), *(x for x, _ in added))
+    spread = sum(x**2 / max(free, 1) for x, free in added + removed)
+    return np.sqrt(variance), variance**2 / spread if spread else 1
+
+
+def estimate(values):
+    """Mean of values [seeds, maps], and its 95% interval, for other seeds and other maps: mean, low, high.
+
+    All seeds play the same maps, so the variance of the mean is that of a crossed layout with both
+    random; one seed says nothing of others, and its interval is of maps alone.
+    """
+    of_seeds, of_maps, rest = [(x / values.size, free) for x, free in mean_squares(values)]
+    half, freedom = deviation([of_seeds, of_maps], [rest])
+    half *= stats.t.ppf(0.975, freedom)
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def difference(one, other):
+    """Mean of one arm less that of another, its 95% interval, and p: mean, low, high, p.
+
+    Both [seeds, maps], on the same maps; as `estimate`, where maps count by their difference.
+    """
+    seeds, _, rest = zip(*([(x / arm.size, free) for x, free in mean_squares(arm)] for arm in (one, other)))
+    by_map = one.mean(0) - other.mean(0)
+    of_maps = (by_map.var(ddof=1) / len(by_map), len(by_map) - 1)
+    error, freedom = deviation([*seeds, of_maps], [*rest])
+    half = error * stats.t.ppf(0.975, freedom)
+    p = 2 * stats.t.sf(abs(by_map.mean()) / error, freedom) if error else float(by_map.mean() == 0)
+    return by_map.mean(), by_map.mean() - half, by_map.mean() + half, p
+
+
+def holm(p_values):
+    """Holm's correction: p of each comparison, as if all of them were to be right together."""
+    corrected, least = np.empty(len(p_values)), 0
+    for rank, index in enumerate(np.argsort(p_values)):
+        least = max(least, min(p_values[index] * (len(p_values) - rank), 1))
+        corrected[index] = least
+    return corrected.tolist()
+
+
+def lasting(steps, values, level):
+    """The step from which on values are at a level, linear between evaluations; infinity if the last is below."""
+    below = [index for index, value in enumerate(values) if value < level - 1e-9]  # 0.95 may be 0.9499...
+    if not below:
         return float(steps[0])
+    if below[-1] == len(values) - 1:
+        return np.inf
+    index = below[-1] + 1
     part = (level - values[index - 1]) / (values[index] - values[index - 1])
     return float(steps[index - 1] + part * (steps[index] - steps[index - 1]))
 
 
-def resampled(runs, metric, steps):
-    """Means [SAMPLES, T] of a metric: seeds drawn with replacement, and matches of each seed."""
-    values = [[run[step][metric] for step in steps] for run in runs.values()]
-    values = np.array(values, float)  # [seed, T, match]
-    rng = np.random.default_rng(0)
-    seeds = rng.integers(len(values), size=(SAMPLES, len(values)))
-    matches = rng.integers(values.shape[2], size=(SAMPLES, len(values), values.shape[2]))
-    places = np.arange(SAMPLES)[:, None, None], seeds[..., None], matches
-    drawn = np.ravel_multi_index(places, matches.shape).ravel()
-    times = np.bincount(drawn, minlength=matches.size).reshape(SAMPLES, -1)  # each match is drawn
-    return times @ values.swapaxes(1, 2).reshape(times.shape[1], -1) / times.shape[1]
-
-
-def interval(samples):
-    """The 95% interval of bootstrap samples, infinity allowed."""
-    return np.quantile(samples, [0.025, 0.975], axis=0, method="nearest")
+def steps_to(runs, metric, level, steps):
+    """For each seed the step from which on the mean of its matches is at a level."""
+    return [lasting(steps, curve, level) for curve in values_of(runs, metric, steps).mean(2).T]
 
 
 # -- Tables --------------------------------------------------------------------------------
@@ -259,37 +300,32 @@ def step_text(value):
     return f"{round(value):,}" if np.isfinite(value) else "never"
 
 
-def spread(runs, last, metric, digits=0):
-    """`mean (standard deviation over all matches; over the seeds' means)` at the last step."""
-    matches = [run[last][metric] for run in runs.values()]
-    means = np.mean(matches, 1)
-    mean, std = (f"{number:,.{digits}f}" for number in (np.mean(matches), np.std(matches)))
-    over_seeds = f"{np.std(means, ddof=1):,.{digits}f}" if len(means) > 1 else "-"
-    return f"{mean} ({std}; {over_seeds})"
+def final(runs, last, metric, digits=0):
+    """Mean at the last step, and its interval, as far as there can be such values."""
+    mean, *ends = estimate(values_of(runs, metric, [last])[0])
+    low, high = np.clip(ends, 0, MOST.get(metric, np.inf))
+    return f"{mean:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
-def reached(runs, metric, level, find, steps=None):
-    """`step at which the mean over seeds reaches the level (its range over seeds)`."""
-    steps, values = curves(runs, metric, steps)
-    each = [find(steps, value, level) for value in values]
-    seeds = f" ({step_text(min(each))} to {step_text(max(each))})" if min(each) < max(each) else ""
-    return step_text(find(steps, values.mean(0), level)) + seeds
+def reached(runs, metric, level, steps):
+    """Median of the seeds' steps to a level (lowest to highest); those of the first evaluation with a sign."""
+    seeds = steps_to(runs, metric, level, steps)
+    texts = []
+    for step in (np.median(seeds), min(seeds), max(seeds)):
+        texts.append(("≤ " if step <= steps[0] else "") + step_text(step))
+    return "{} ({} to {})".format(*texts) if texts[1] != texts[2] else texts[0]
 
 
 def final_row(runs, last, label):
-    whole = ("episode_length", "ice_transferred", "ice_per_factory")
-    cells = [spread(runs, last, metric) for metric in whole]
-    cells += [spread(runs, last, f"factories_alive{end}", 2) for end in ("", "_share")]
-    return [label, str(len(runs)), *cells]
+    cells = [final(runs, last, metric) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
+    return [label, str(len(runs)), *cells, final(runs, last, "factories_alive_share", 2)]
 
 
 def speed_row(runs, last, label, steps):
-    cells = [reached(runs, "full_length", share, first, steps) for share in (0.1, 0.95)]
-    cells.append(reached(runs, "episode_length", 500, crossing))
-    cells.append(reached(runs, "ice_per_factory", 10000, crossing))
+    levels = [("full_length", 0.1), ("full_length", 0.95), ("episode_length", 500), ("ice_per_factory", 10000)]
+    cells = [reached(runs, metric, level, steps) for metric, level in levels]
     seconds = [run[last]["train_seconds"][0] for run in runs.values()]
-    cells.append(f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})")
-    return [label, str(len(runs)), *cells]
+    return [label, str(len(runs)), *cells, f"{np.mean(seconds):,.0f} ({min(seconds):,.0f} to {max(seconds):,.0f})"]
 
 
 def arms_of(data):
@@ -306,32 +342,29 @@ def markdown(data, last):
     """All tables."""
     sampled = {arm: data[arm, "sampled"] for arm in arms_of(data)}
     steps = common(*sampled.values())
-    final = [final_row(runs, last, label_of(arm)) for arm, runs in sampled.items()]
+    ends = [final_row(runs, last, label_of(arm)) for arm, runs in sampled.items()]
     speed = [speed_row(runs, last, label_of(arm), steps) for arm, runs in sampled.items()]
     likeliest = []
     for arm in sampled:
         runs = {seed: run for seed, run in data.get((arm, "greedy"), {}).items() if last in run}
         likeliest += [final_row(runs, last, label_of(arm))] if runs else []
     head = ["arm", "seeds", "episode length", "ice transferred", "ice per starting factory"]
-    head += ["factories alive", "share of factories alive"]
-    speed_head = ["arm", "seeds", "10% full-length by", "95% full-length by", "mean length 500"]
-    speed_head += ["10,000 ice per starting factory", "training seconds"]
+    head += ["share of factories alive"]
+    speed_head = ["arm", "seeds", "10% full-length by", "95% full-length by", "mean length 500 by"]
+    speed_head += ["10,000 ice per starting factory by", "training seconds"]
     text = f"""# Ablation: held-out matches after {last:,} environment steps of training
 
 ## Final policy, sampled actions
 
-Mean (standard deviation over all matches of all seeds; standard deviation over the seeds' means).
-Ice and factories are per team, the mean of the two teams of a match.
+Means, and 95% intervals for other seeds and other maps. Ice and factories are per team.
 
-{table(head, final)}
+{table(head, ends)}
 
 ## Speed of learning
 
-Environment steps at which the mean over seeds got there first (least to most of the seeds, where they
-differ). For full-length matches it is the first checkpoint with that share, of those evaluated in
-every arm: {", ".join(f"{step:,}" for step in steps)}. The mean length and the ice are linear between the
-checkpoints evaluated in that arm. Seconds are means (least to most), one thread each, beside other
-trainings and evaluations.
+Environment steps from which on a seed's held-out matches were there, linear between its evaluations:
+the median of the seeds (lowest to highest). Evaluated in every arm: {", ".join(map(step_text, steps))}.
+Seconds are means (least to most), one thread each, beside other trainings and evaluations.
 
 {table(speed_head, speed)}
 """
@@ -395,10 +428,10 @@ def lines_of(loaded):
     lines = {}
     for (folder, arm), style in zip(found, styles([arm for _, arm in found])):
         runs = loaded[folder][0][arm, "sampled"]
-        values = {}
+        steps, values = common(runs), {}
         for metric in PANELS:
-            steps, seeds = curves(runs, metric)
-            values[metric] = seeds.mean(0), seeds.min(0), seeds.max(0)
+            seeds = values_of(runs, metric, steps).mean(2)
+            values[metric] = seeds.mean(1), seeds.min(1), seeds.max(1)
         label = label_of(arm) + (f" ({folder})" if times[arm] > 1 else "")
         lines[label] = (*style, steps, values)
     return lines

@@ -9,7 +9,6 @@ study_page.md, and writes study.md and a picture for each of its tables, study/<
 is printed.
 """
 
-import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import NamedTuple, Optional
 
 import numpy as np
 import plot
-from ablation import ARMS, FIRST_MAP, LOSSES, PATCH_FOLDER, PATCHES
-from plot import ROOT, SAMPLES, Refused, crossing, curves, interval, resampled, step_text, table
+from ablation import ARMS, LOSSES, PATCH_FOLDER, PATCHES
+from plot import ROOT, Refused, common, difference, estimate, final, holm, reached, step_text, table, values_of
 
 PAGE = ROOT / "benchmark" / "study_page.md"
 # What the authors report after 102,400 steps (3_results.tex of their thesis): final ice per team and
@@ -79,6 +78,16 @@ SHARED = {
 }
 
 
+# Rungs from the authors' regime to ours: the method and the baseline on each.
+LADDER = (
+    *("authors", "global-authors", "authors-cut", "global-authors-cut"),
+    *("authors-clipped-values", "global-authors-clipped-values"),
+    *("authors-masks", "global-authors-masks", "authors-six", "global-authors-six"),
+    *("six-fresh", "global-six-fresh", "six-annealed", "global-six-annealed", "six-fast", "global-six-fast"),
+    *("six-small-value-loss", "global-six-small-value-loss", "separate", "global"),
+)
+
+
 class Section(NamedTuple):
     """A table of the page."""
 
@@ -92,7 +101,10 @@ SECTIONS = (
     Section("trajectories", "separate default factories kinds robots cluster global"),
     Section("groups", "robots mod-2 mod-4 separate"),
     Section("rules", "separate nearest-heavy nearest-factory quadrants robots"),
-    Section("samples", "separate top-4 top-2 top-1 top-1-abs top-1-return random-4 random-2 random-1"),
+    Section(
+        "samples",
+        "separate top-4 top-2 top-1 top-1-raw top-1-robots top-1-abs top-1-return random-4 random-2 random-1",
+    ),
     Section(
         "components",
         "separate shared-dones shared-entropy global-critic global-reward shared-ratio global-critic-reward",
@@ -115,86 +127,57 @@ SECTIONS = (
             ("default", "global-long-rollouts"),
         ),
     ),
+    Section("ladder", " ".join(LADDER), pairs=tuple(zip(LADDER[::2], LADDER[1::2]))),
 )
 
 
-class Study:
-    """What is said of arms: means over all matches of all seeds, and their intervals."""
+WORDS = ("holds", "does not hold", "undecided")
 
-    def __init__(self, data, last):
-        self.last = last
-        self.runs = {arm: runs for (arm, policy), runs in data.items() if policy == "sampled"}
-        self.samples = functools.cache(self._samples)
 
-    def _samples(self, arm, metric, steps):
-        return resampled(self.runs[arm], metric, steps)
+class Verdict(NamedTuple):
+    """What is said of a pair of arms: the difference of their ice, its 95% interval, and p."""
 
-    def steps(self, arms):
-        """Steps at which all these arms were evaluated; the last one is the end of the training."""
-        return tuple(plot.common(*(self.runs[arm] for arm in arms)))
+    mean: float
+    low: float
+    high: float
+    p: float
+    corrected: float  # p for the number of all pairs
 
-    def mean(self, arm, metric):
-        """At the end of the training."""
-        return curves(self.runs[arm], metric, [self.last])[1].mean()
+    @property
+    def word(self):
+        return WORDS[2] if self.corrected >= 0.05 else WORDS[0 if self.mean > 0 else 1]
 
-    def final(self, arm, metric, steps):
-        """A metric at the end, the last of these steps, and its interval."""
-        low, high = interval(self.samples(arm, metric, steps)[:, -1])
-        return f"{self.mean(arm, metric):,.0f} ({low:,.0f} to {high:,.0f})"
+    def __str__(self):
+        return f"{self.mean:+,.0f} ({self.low:+,.0f} to {self.high:+,.0f}), p {self.p:.2g}: *{self.word}*"
 
-    def per_factory(self, arm):
-        """Final ice per starting factory, a ratio of sums over all teams."""
-        return self.mean(arm, "ice_transferred") / self.mean(arm, "starting_factories")
 
-    def reached(self, arm, metric, level, steps, over=None):
-        """Step at which a metric, or its ratio to the metric `over`, has a level, and its interval."""
+def runs_by_arm(data):
+    """Arm -> seed -> step -> metrics, of sampled actions."""
+    return {arm: runs for (arm, policy), runs in data.items() if policy == "sampled"}
 
-        def values(key):
-            mean = curves(self.runs[arm], key, steps)[1].mean(0)
-            return np.vstack([mean, self.samples(arm, key, steps)])
 
-        series = values(metric) / values(over) if over else values(metric)
-        found = np.array([crossing(steps, x, level - 1e-9) for x in series])  # 0.95 may be 0.9499...
-        said = []
-        for step in (found[0], *interval(found[1:])):
-            said.append(("≤ " if step <= steps[0] else "") + step_text(step))
-        return "{} ({} to {})".format(*said) if said[1] != said[2] else said[0]
+def pairs_of(section, runs):
+    """Pairs of arms that have data: neighbours by the authors' final ice, or the section's own."""
+    if section.pairs:
+        return [pair for pair in section.pairs if set(pair) <= set(runs)]
+    rows = {arm: published(section, arm) for arm in section.arms.split() if arm in runs}
+    ice = {arm: row[0] for arm, row in rows.items() if row}
+    arms = sorted(ice, key=lambda arm: -ice[arm])
+    return [(one, other) for one, other in zip(arms, arms[1:]) if ice[one] > ice[other]]
 
-    def difference(self, one, other, steps):
-        """Mean ice over these steps, one arm less the other, and its interval: mean, low, high.
 
-        Maps are the same for all, so they are drawn for both arms and all seeds together; seeds are
-        drawn for each arm.
-        """
-        rng, maps = np.random.default_rng(0), None
-        means, samples = [], []
-        for arm in (one, other):
-            runs = self.runs[arm].values()
-            ice = np.array([[run[step]["ice_transferred"] for step in steps] for run in runs])
-            ice = ice.mean(1)  # [seed, match]
-            if maps is None:
-                maps = rng.integers(ice.shape[1], size=(SAMPLES, ice.shape[1]))
-            drawn = ice[rng.integers(len(ice), size=(SAMPLES, len(ice)))].mean(1)  # [sample, match]
-            means.append(ice.mean())
-            samples.append(np.take_along_axis(drawn, maps, 1).mean(1))
-        return means[0] - means[1], *interval(samples[0] - samples[1])
-
-    def lines(self, arm, steps):
-        """These steps, and metric -> mean, low and high [T] of an arm, as `plot.draw` takes them."""
-        values = {}
-        for metric in plot.PANELS:
-            mean = curves(self.runs[arm], metric, steps)[1].mean(0)
-            values[metric] = mean, *interval(self.samples(arm, metric, steps))
-        return steps, values
-
-    def order(self, section):
-        """Pairs of arms that have data: neighbours by the authors' final ice, or the section's own."""
-        if section.pairs:
-            return [pair for pair in section.pairs if set(pair) <= set(self.runs)]
-        rows = {arm: published(section, arm) for arm in section.arms.split() if arm in self.runs}
-        ice = {arm: row[0] for arm, row in rows.items() if row}
-        arms = sorted(ice, key=lambda arm: -ice[arm])
-        return [(one, other) for one, other in zip(arms, arms[1:]) if ice[one] > ice[other]]
+def verdicts_of(runs, last):
+    """Pair of arms -> its Verdict by final ice and by pace, of all pairs of the page."""
+    pairs = list(dict.fromkeys(pair for section in SECTIONS for pair in pairs_of(section, runs)))
+    columns = []
+    for is_pace in (False, True):
+        found = []
+        for pair in pairs:
+            steps = common(*(runs[arm] for arm in pair)) if is_pace else [last]
+            found.append(difference(*(values_of(runs[arm], "ice_transferred", steps).mean(0) for arm in pair)))
+        corrected = holm([p for *_, p in found])
+        columns.append([Verdict(*row, p) for row, p in zip(found, corrected)])
+    return dict(zip(pairs, zip(*columns)))
 
 
 def published(section, arm):
@@ -202,14 +185,11 @@ def published(section, arm):
     return PUBLISHED.get(section.stands_for.get(arm, arm))
 
 
-def verdict(low, high):
-    return "holds" if low > 0 else "does not hold" if high < 0 else "within the intervals"
-
-
 def counted(verdicts):
-    """How often each verdict is there, in words."""
-    words = ("holds", "does not hold", "within the intervals")
-    return ", ".join(f"{said} {verdicts.count(said)}" for said in words)
+    """How often each word is there, and how often it would be without the correction."""
+    said = [verdict.word for verdict in verdicts]
+    alone = [verdict._replace(corrected=verdict.p).word for verdict in verdicts]
+    return ", ".join(f"{word} {said.count(word)} ({alone.count(word)})" for word in WORDS)
 
 
 def how(arm, root):
@@ -243,74 +223,72 @@ def theirs(value, deviation=None):
     return step_text(value) + (f" ({deviation:,})" if deviation is not None else "")
 
 
-def results(study, section, arms, steps):
+def results(runs, last, section, arms, steps):
     """The table of a section."""
     rows = []
     for arm in arms:
-        ice, ice_std, length, length_std, tenth, most = published(section, arm) or (None,) * 6
-        row = [label(arm), str(len(study.runs[arm])), theirs(ice, ice_std)]
-        row += [study.final(arm, "ice_transferred", steps)]
-        row += [f"{study.per_factory(arm):,.0f}", theirs(length, length_std)]
-        row += [f"{study.mean(arm, 'episode_length'):,.0f}"]
-        row += [theirs(tenth), study.reached(arm, "full_length", 0.1, steps)]
-        rows.append([*row, theirs(most), study.reached(arm, "full_length", 0.95, steps)])
+        ice, ice_std, *_, most = published(section, arm) or (None,) * 6
+        row = [label(arm), str(len(runs[arm])), theirs(ice, ice_std), final(runs[arm], last, "ice_transferred")]
+        row += [final(runs[arm], last, "ice_per_factory")]
+        rows.append([*row, theirs(most), reached(runs[arm], "full_length", 0.95, steps)])
     head = ["arm", "seeds", "final ice per team, theirs", "ours", "per starting factory, ours"]
-    head += ["final length, theirs", "ours", "10% full-length by step, theirs", "ours"]
     return table([*head, "95% full-length by step, theirs", "ours"], rows)
 
 
-def orders(study, section):
-    """The table of a section's pairs, and the verdicts by final ice and by pace."""
-    rows, verdicts = [], ([], [])
-    for one, other in study.order(section):
+def orders(section, verdicts):
+    """The table of a section's pairs."""
+    rows = []
+    for (one, other), both in verdicts.items():
         row = [f"**{one}** above **{other}**"]
         if not section.pairs:
             row.append(f"{published(section, one)[0] - published(section, other)[0]:+,}")
-        for said, steps in zip(verdicts, ([study.last], study.steps((one, other)))):
-            mean, low, high = study.difference(one, other, steps)
-            said.append(verdict(low, high))
-            row.append(f"{mean:+,.0f} ({low:+,.0f} to {high:+,.0f}): *{said[-1]}*")
-        rows.append(row)
+        rows.append([*row, *map(str, both)])
     first = ["the authors' order", "final ice, theirs"]
     if section.pairs:
         first = ["the method above the baseline"]
-    return table([*first, "final ice, ours", "pace, ours"], rows), verdicts
+    return table([*first, "final ice, ours", "pace, ours"], rows)
 
 
-def draw_section(study, arms, steps, path):
+def lines_of(runs, steps):
+    """These steps, and metric -> mean, low and high [T] of an arm, as `plot.draw` takes them."""
+    values = {}
+    for metric in plot.PANELS:
+        values[metric] = np.transpose([estimate(x) for x in values_of(runs, metric, steps)])
+    return steps, values
+
+
+def draw_section(runs, arms, steps, path):
     """Length and ice of some arms against environment steps, with their intervals."""
-    plot.draw({arm: (*plot.ARMS[arm][1:], *study.lines(arm, steps)) for arm in arms}, path)
+    plot.draw({arm: (*plot.ARMS[arm][1:], *lines_of(runs[arm], steps)) for arm in arms}, path)
 
 
-def block(study, section):
-    """What is shown of a section, and its verdicts by final ice and by pace."""
+def block(runs, last, section, verdicts):
+    """What is shown of a section; `verdicts` as of `verdicts_of`, those of its pairs."""
     all_arms = section.arms.split()
-    arms = [arm for arm in all_arms if arm in study.runs]
+    arms = [arm for arm in all_arms if arm in runs]
     if not arms:
-        return "Not run yet.", ([], [])
-    steps = study.steps(arms)
-    pairs, verdicts = orders(study, section)
-    final, pace = map(counted, verdicts)
-    parts = [f"By final ice: {final}. By pace: {pace}."] * bool(verdicts[0])
-    parts.append(results(study, section, arms, steps))
+        return "Not run yet."
+    steps = common(*(runs[arm] for arm in arms))
+    final_ice, pace = (counted(column) for column in zip(*verdicts.values())) if verdicts else ("", "")
+    parts = [f"By final ice: {final_ice}. By pace: {pace}."] * bool(verdicts)
+    parts.append(results(runs, last, section, arms, steps))
     parts.append(f"Evaluations that all of these have: {', '.join(map(step_text, steps))} steps.")
     parts += changes(arms)
     parts.append(f"![Episode length and ice against environment steps](study/{section.name}.png)")
-    parts += [pairs] * bool(verdicts[0])
+    parts += [orders(section, verdicts)] * bool(verdicts)
     if missing := [arm for arm in all_arms if arm not in arms]:
         parts.append(f"Not run yet: {names(missing)}.")
-    return "\n\n".join(parts), verdicts
+    return "\n\n".join(parts)
 
 
 def components(data, last):
     """The README's table: what happens where the team shares a part, or everything."""
-    study = Study(data, last)
-    arms = [arm for arm in SHARED if arm in study.runs]
-    steps, rows = study.steps(arms) if arms else (), []
+    runs = runs_by_arm(data)
+    arms, rows = [arm for arm in SHARED if arm in runs], []
     for arm in arms:
-        speed = study.reached(arm, "ice_transferred", 10000, steps, over="starting_factories")
-        ice = [study.final(arm, "ice_transferred", steps), speed, theirs(PUBLISHED[arm][0])]
-        rows.append([how(arm, ""), SHARED[arm], *ice])
+        steps = common(*(runs[arm] for arm in arms))
+        cells = [final(runs[arm], last, "ice_transferred"), reached(runs[arm], "ice_per_factory", 10000, steps)]
+        rows.append([how(arm, ""), SHARED[arm], *cells, theirs(PUBLISHED[arm][0])])
     head = ["", "what the team shares", "final ice per team", "10,000 ice per starting factory by step"]
     return table([*head, "final ice, the authors"], rows)
 
@@ -323,27 +301,30 @@ def shares(trainings, key):
     """What runs.csv has under this name: for each arm the mean over its seeds, as text."""
     values = defaultdict(list)
     for row in trainings:
-        values[row["arm"]].append(float(row[key]))
+        if row.get(key):
+            values[row["arm"]].append(float(row[key]))
     texts = {arm: f"{np.mean(seeds):.0%}" for arm, seeds in values.items()}
     return defaultdict(lambda: "-", texts)
 
 
 def page(data, last, trainings):
     """The text of docs/study.md; `trainings` are the rows of runs.csv."""
-    study = Study(data, last)
-    blocks, final, pace = {}, [], []
+    runs = runs_by_arm(data)
+    verdicts = verdicts_of(runs, last)
+    blocks, orders_of_theirs = {}, {}
     for section in SECTIONS:
-        blocks[section.name], verdicts = block(study, section)
-        if not section.pairs:
-            final += verdicts[0]
-            pace += verdicts[1]
+        own = {pair: verdicts[pair] for pair in pairs_of(section, runs)}
+        blocks[section.name] = block(runs, last, section, own)
+        orders_of_theirs |= {} if section.pairs else own
+    final_ice, pace = zip(*orders_of_theirs.values()) if orders_of_theirs else ((), ())
     seeds = {int(row["seed"]) for row in trainings}
-    any_run = next(iter(next(iter(study.runs.values())).values()))
+    any_run = next(iter(next(iter(runs.values())).values()))
     facts = {
-        "pairs": len(final),
-        "final": counted(final),
+        "pairs": len(orders_of_theirs),
+        "all_pairs": len(verdicts),
+        "final": counted(final_ice),
         "pace": counted(pace),
-        "arms": len(set(study.runs) & set(ARMS)),
+        "arms": len(set(runs) & set(ARMS)),
         "all_arms": len(ARMS),
         "trainings": len(trainings),
         "first_seed": min(seeds),
@@ -352,7 +333,7 @@ def page(data, last, trainings):
         "commits": names(sorted({row["commit"] for row in trainings})),
         "last": f"{last:,}",
         "maps": len(any_run[last]["episode_length"]),
-        "first_map": FIRST_MAP,
+        "first_map": int(any_run[last]["match_seed"][0]),
     }
     losses = {key: shares(trainings, key) for key in LOSSES}
     return PAGE.read_text().format_map(blocks | facts | losses)
@@ -369,15 +350,15 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = Non
     data, last = plot.load(results / "ablation.csv")
     if not (results / "runs.csv").exists():
         raise Refused(f"there is no {results / 'runs.csv'}; ablation.py makes it")
-    study = Study(data, last)
-    if not set(study.runs) & set(ARMS):
-        raise Refused(f"{results} has no arm of the study, only {names(study.runs)}; plot.py draws these")
+    runs = runs_by_arm(data)
+    if not set(runs) & set(ARMS):
+        raise Refused(f"{results} has no arm of the study, only {names(runs)}; plot.py draws these")
     text = page(data, last, plot.read_csv(results / "runs.csv"))
     (out / "study").mkdir(parents=True, exist_ok=True)
     (out / "study.md").write_text(text)
     for section in SECTIONS:
-        if arms := [arm for arm in section.arms.split() if arm in study.runs]:
-            draw_section(study, arms, study.steps(arms), out / "study" / f"{section.name}.png")
+        if arms := [arm for arm in section.arms.split() if arm in runs]:
+            draw_section(runs, arms, common(*(runs[arm] for arm in arms)), out / "study" / f"{section.name}.png")
     print(components(data, last))
     print(f"written to {out / 'study.md'} and {out / 'study'}")
 

@@ -9,6 +9,7 @@ import numpy as np
 import plot
 import pytest
 import study
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmark" / "study"
@@ -31,6 +32,7 @@ def made_up(folder, arms):
                     row["starting_factories"] = 2 + match % 2 * 2
                     row["episode_length"] = 1000 if match < full else 500
                     row["ice_transferred"] = ice[match % 2] + 200 * player - 100
+                    row["ice_per_factory"] = row["ice_transferred"] / row["starting_factories"]
                     rows.append(row)
     (folder / "runs.csv").write_text("\n".join(runs))
     with open(folder / "ablation.csv", "w", newline="") as file:
@@ -80,40 +82,32 @@ def of_section(text, title):
 
 
 def test_numbers(text):
-    """Half of the drawn matches have the larger ice, and 6 to 14 of 20 in 95% of the samples."""
+    """Equal seeds: intervals are those of ten maps, 2.262 (Student's t) standard errors wide."""
     _, rows = of_section(text, "Trajectories")
-    # 10,000 ice for 3 factories; the mean of the ratios would be 3,000. On the steps that all arms
-    # have, 40% are full-length at 4,096 and all at 8,192; of 20 drawn matches 4 to 12 at the first.
-    ours = ["10,000 (7,600 to 12,400)", "3,333", "1,000 (0)", "1,000"]
-    ours += ["28,672", "≤ 4,096", "49,152", "7,851 (7,680 to 7,936)"]
+    # Half of the maps have 4,000 and half 16,000: a standard error of 2,000; 2,000 and 4,000 a factory.
+    ours = ["10,000 (5,476 to 14,524)", "3,000 (2,246 to 3,754)", "49,152", "7,851"]
     assert rows["separate"] == ["2", "44,472 (12,065)", *ours]
-    # From none to all of the matches: a tenth of the way, and no spread.
-    ours = ["5,000 (3,800 to 6,200)", "1,667", "1,000 (0)", "1,000"]
-    ours += ["28,672", "4,506", "49,152", "7,987"]
+    # From none to all of the matches
+    ours = ["5,000 (2,738 to 7,262)", "1,500 (1,123 to 1,877)", "49,152", "7,987"]
     assert rows["factories"] == ["2", "43,528 (11,327)", *ours]
-    # One seed in four samples is drawn twice.
-    assert rows["robots"][2] == "7,000 (5,000 to 9,000)"
-    assert rows["robots"][-4:] == ["98,304", "never", "never", "never"]
-    assert rows["kinds"][5] == "750" and rows["kinds"][-1] == "never"
+    # Two seeds, 5,000 and 9,000: a standard error of 2,000 and one degree of freedom, so t is 12.7
+    assert rows["robots"][2] == "7,000 (0 to 32,412)"
+    assert rows["robots"][-2:] == rows["kinds"][-2:] == ["never", "never"]
 
 
 def test_verdicts(text):
     said, rows = of_section(text, "Trajectories")
-    # Maps are drawn for both: the difference is 2,000 on half of them and 8,000 on the others.
-    # At 2,048 steps it is -3,000, at 4,096 nothing.
-    better = "+5,000 (+3,200 to +6,800): *holds*"
-    assert rows["separate above factories"] == ["+944", better, "+667 (+67 to +1,267): *holds*"]
-    worse = [f"{x}: *does not hold*" for x in ("-2,000 (-3,800 to -200)", "-1,000 (-1,900 to -100)")]
+    # The difference is 2,000 on half of the maps and 8,000 on the others, at 4,096 steps nothing.
+    better = "+5,000 (+2,738 to +7,262), p 0.00074: *holds*"
+    both = [better, "+667 (-87 to +1,421), p 0.077: *undecided*"]
+    assert rows["separate above factories"] == ["+944", *both]
+    # p is above 0.025: undecided only because there are six pairs
+    worse = ["-2,000 (-4,262 to +262), p 0.077: *undecided*", "-1,000 (-2,131 to +131), p 0.077: *undecided*"]
     assert rows["factories above kinds"] == ["+37,366", *worse]
-    equal = [f"+0 (-{x} to +{x}): *within the intervals*" for x in ("2,000", "1,000")]
-    assert rows["kinds above robots"] == ["+2,589", *equal]
-    final, pace = "+6,000 (+4,000 to +8,000): *holds*", "-6,500 (-7,500 to -5,500): *does not hold*"
-    assert rows["robots above global"] == ["+507", final, pace]
-    assert "By final ice: holds 2, does not hold 1, within the intervals 1." in said
-    assert "By pace: holds 1, does not hold 2, within the intervals 1." in said
-    # Four pairs of this table, and separate above robots in two others, by 3,000 where seeds differ
-    # by 4,000.
-    assert "6 pairs.\nBy final ice: holds 2, does not hold 1, within the intervals 3." in text
+    assert rows["kinds above robots"][1].startswith("+0 (") and rows["kinds above robots"][1].endswith("*undecided*")
+    assert "By final ice: holds 1 (1), does not hold 0 (0), undecided 3 (3)." in said
+    # Four pairs of this table, and separate above robots, which is in two others
+    assert "5 pairs.\nBy final ice: holds 1 (1), does not hold 0 (0), undecided 4 (4)." in text
 
 
 def test_what_is_missing(text):
@@ -167,25 +161,35 @@ def test_one_sentence_for_what_is_wrong(tmp_path):
 
 
 def test_pairs_and_verdicts():
-    arms = ("default", "lichen", "no-safe-masks", "large-heads")
-    made = study.Study({(arm, "sampled"): {} for arm in arms}, 0)
+    arms = ("default", "lichen", "no-safe-masks", "large-heads", "authors", "global-authors")
     sections = {section.name: section for section in study.SECTIONS}
-    assert made.order(sections["lichen"]) == [("default", "lichen")]
+    assert study.pairs_of(sections["lichen"], arms) == [("default", "lichen")]
     pairs = [("default", "large-heads"), ("large-heads", "no-safe-masks")]
-    assert made.order(sections["ablation"]) == pairs
-    assert made.order(sections["baseline"]) == [] == made.order(sections["share"])
-    verdicts = [study.verdict(*x) for x in ((1, 2), (-2, -1), (-1, 1))]
-    assert verdicts == ["holds", "does not hold", "within the intervals"]
-    assert study.verdict(0, 0) == study.verdict(0, 1) == "within the intervals"
+    assert study.pairs_of(sections["ablation"], arms) == pairs
+    assert study.pairs_of(sections["baseline"], arms) == [] == study.pairs_of(sections["share"], arms)
+    assert study.pairs_of(sections["ladder"], arms) == [("authors", "global-authors")]
+    words = [study.Verdict(mean, 0, 0, 0.01, p).word for mean, p in ((2, 0.04), (-2, 0.04), (2, 0.06))]
+    assert words == ["holds", "does not hold", "undecided"]
+    verdicts = [study.Verdict(1, 0, 2, 0.01, 0.2), study.Verdict(1, 0, 2, 0.001, 0.02)]
+    assert study.counted(verdicts) == "holds 1 (2), does not hold 0 (0), undecided 1 (0)"
+
+
+def test_verdicts_are_corrected_together(tmp_path):
+    """By all pairs of the page; a pair in two tables counts once."""
+    data, last = made_up(tmp_path, ARMS)
+    found = study.verdicts_of(study.runs_by_arm(data), last)
+    assert len(found) == 5 + 1  # and the last rung of the ladder
+    for column in zip(*found.values()):
+        assert [x.corrected for x in column] == plot.holm([x.p for x in column])
 
 
 def test_components(tmp_path):
     """60,000 ice for 3 factories in the end and nothing before, so 10,000 each is half of the way."""
-    rich = both({4096: (0, (0, 0)), 8192: (10, (30000, 90000))})
+    rich = both({4096: (0, (0, 0)), 8192: (10, (40000, 80000))})
     data, last = made_up(tmp_path, {"separate": rich, "global-critic-reward": ARMS["kinds"]})
     rows = study.components(data, last).splitlines()[2:]
     assert len(rows) == 2 and rows[0].endswith(" 44,472 |")
-    assert "| nothing | 60,000 (48,000 to 72,000) | 6,144 (" in rows[0]
+    assert "| nothing | 60,000 (44,919 to 75,081) | 6,144 |" in rows[0]
     assert rows[1].endswith("| reward and value (as in MAPPO) | 7,000 (7,000 to 7,000) | never | 2,643 |")
 
 
@@ -198,17 +202,61 @@ def test_every_arm_has_its_place():
         assert {arm for pair in section.pairs for arm in pair} <= set(section.arms.split())
 
 
-def test_bootstrap_draws_matches_within_seeds():
-    """The samples are means over drawn seeds, and over the matches drawn for each of them."""
+def crossed(rng, seeds, maps, of_seed, of_map, rest):
+    """Values [seeds, maps] of random seeds and maps, and the part of the maps."""
+    maps = rng.normal(0, of_map, (1, maps)) if np.isscalar(maps) else maps
+    return rng.normal(0, of_seed, (seeds, 1)) + maps + rng.normal(0, rest, (seeds, maps.size))
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("spreads", [(900, 18000, 2600), (2800, 13400, 6800), (6800, 12600, 8100)])
+def test_intervals_hold_the_true_value(seeds, spreads):
+    """As often as they say, of one arm and of a difference, for spreads like those of the study."""
+    rng, draws, means, differences = np.random.default_rng(seeds), 2000, 0, 0
+    of_seed, of_map, rest = spreads
+    for _ in range(draws):
+        maps = rng.normal(0, of_map, (1, 20))
+        one = crossed(rng, seeds, maps, of_seed, None, rest)
+        other = crossed(rng, 3, maps + rng.normal(0, rest / 2, (1, 20)), 2 * of_seed, None, rest)
+        _, low, high = plot.estimate(one)
+        means += low <= 0 <= high
+        _, low, high, p = plot.difference(one, other)
+        differences += low <= 0 <= high
+        assert (p > 0.05) == (low <= 0 <= high)
+    assert 0.93 < means / draws < 0.97 and 0.93 < differences / draws < 0.98
+
+
+def test_maps_that_do_not_matter():
+    """Where each seed has the same on all maps, it is Welch's test, and the t interval of the seeds."""
     rng = np.random.default_rng(1)
-    runs = {seed: {step: {"x": rng.normal(size=5)} for step in (1, 2)} for seed in range(3)}
-    made, rng = study.resampled(runs, "x", (1, 2)), np.random.default_rng(0)
-    values = np.array([[run[step]["x"] for step in (1, 2)] for run in runs.values()])
-    seeds = rng.integers(3, size=(study.SAMPLES, 3))
-    matches = rng.integers(5, size=(study.SAMPLES, 3, 5))
-    for sample, drawn, at in zip(made, seeds, matches):
-        expected = np.mean([values[seed][:, place].mean(1) for seed, place in zip(drawn, at)], 0)
-        np.testing.assert_allclose(sample, expected)
+    one, other = (np.tile(rng.normal(size=(number, 1)), 4) for number in (5, 3))
+    welch = stats.ttest_ind(one[:, 0], other[:, 0], equal_var=False)
+    mean, low, high, p = plot.difference(one, other)
+    wanted = welch.confidence_interval()
+    assert (low, high, p) == pytest.approx((wanted.low, wanted.high, welch.pvalue))
+    assert mean == pytest.approx(one.mean() - other.mean())
+    half = stats.t.ppf(0.975, 4) * one[:, 0].std(ddof=1) / np.sqrt(5)
+    assert plot.estimate(one) == pytest.approx((one.mean(), one.mean() - half, one.mean() + half))
+    ones = np.ones((2, 3))
+    assert plot.estimate(ones) == (1, 1, 1)
+    assert plot.difference(ones, ones) == (0, 0, 0, 1) and plot.difference(2 * ones, ones) == (1, 1, 1, 0)
+    alone = rng.normal(size=(1, 6))  # one seed: the t interval of its maps
+    half = stats.t.ppf(0.975, 5) * alone.std(ddof=1) / np.sqrt(6)
+    assert plot.estimate(alone)[1:] == pytest.approx((alone.mean() - half, alone.mean() + half))
+
+
+def test_holm():
+    assert plot.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert plot.holm([0.6, 0.7]) == [1, 1] and plot.holm([]) == []
+
+
+def test_lasting():
+    """A level counts from where the curve does not leave it any more."""
+    steps = [10, 20, 30, 40]
+    assert plot.lasting(steps, [0, 4, 8, 8], 5) == 22.5
+    assert plot.lasting(steps, [0, 9, 3, 5], 5) == 40 and plot.lasting(steps, [5, 6, 7, 8], 5) == 10
+    assert plot.lasting(steps, [9, 9, 9, 4], 5) == np.inf
+    assert plot.lasting(steps, [0.9, 0.95 - 1e-12, 1, 1], 0.95) == pytest.approx(20)
 
 
 def test_the_page_shows_what_the_data_says():
