@@ -39,9 +39,8 @@ def matches_in(path):
 def page_of(folder, *sources, options=""):
     """Run the program; the page that it writes."""
     out = folder / "page.html"
-    command = ["credit.py", *map(str, sources), "--out", str(out), *options.split()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
+        patch.setattr(sys, "argv", ["credit.py", *map(str, sources), "--out", str(out), *options.split()])
         credit.main()
     return out
 
@@ -172,9 +171,8 @@ def test_refuses(arguments, reason, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         credit.main()
     error = capsys.readouterr().err
-    assert (
-        exit.value.code == 2 and error.startswith("credit.py: error: ") and reason in error and error.count("\n") == 1
-    )
+    assert exit.value.code == 2 and error.startswith("credit.py: error: ")
+    assert reason in error and error.count("\n") == 1
     assert [path for path in sorted(Path().rglob("*")) if path.name != "runs"] == before
 
 
@@ -245,9 +243,6 @@ class Reader:
             builder.pointer_action.click()
         builder.perform()
 
-    def click(self, selector):
-        self.find(selector).click()
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
@@ -263,18 +258,15 @@ def test_slider_and_keys(browser, two):
     browser.point("#slider", slider["width"] // 2, slider["height"] // 2, click=True)
     step = browser.js("page.step")
     assert 25 < step < 35 and browser.find("#step").text == f"step {step} of 60"
-    waters = [
-        f"{unit['name'].split()[1]}: {unit['water'][step]}"
-        for unit in match["board"]["units"].values()
-        if unit["kind"] == "factory"
-    ]
+    factories = [unit for unit in match["board"]["units"].values() if unit["kind"] == "factory"]
+    waters = [f"{factory['name'].split()[1]}: {factory['water'][step]}" for factory in factories]
     assert all(water in browser.find("#score").text for water in waters) and len(waters) > 2
     from selenium.webdriver.common.keys import Keys
 
     browser.actions().send_keys(Keys.ARROW_RIGHT * 2).key_down(Keys.SHIFT).send_keys(Keys.ARROW_LEFT).perform()
     browser.actions().key_up(Keys.SHIFT).perform()
     assert browser.js("page.step") == step - 8
-    browser.click("#play")
+    browser.find("#play").click()
     browser.wait(lambda _: browser.js("page.step") > step)
     browser.actions().send_keys(" ").perform()
     assert not browser.js("page.playing") and browser.find("#play").text == "play"
@@ -319,9 +311,8 @@ def test_switch(browser, two):
     step = max(range(20, 40), key=lambda at: len({wrong for *_, wrong in places[at]}))
     browser.driver.execute_script(f"show({{step: {step}}})")
     for mode in ("separate", "team"):
-        browser.click(f"[data-mode={mode}]")
-        assert browser.js("page.mode") == mode
-        assert "on" in browser.find(f"[data-mode={mode}]").get_attribute("class")
+        browser.find(f"[data-mode={mode}]").click()
+        assert browser.js("page.mode") == mode and "on" in browser.find(f"[data-mode={mode}]").get_attribute("class")
         shown = [(colour, words) for colour, words in drawn(browser) if words[1:]]
         for (name, earned, own, wrong), (_, words) in zip(places[step], shown, strict=True):
             numbers = [float(word.replace("\u2212", "-")) for word in words[1:3]]
@@ -333,6 +324,17 @@ def test_switch(browser, two):
     assert browser.errors() == []
 
 
+def test_kept_picture(browser, two):
+    """After each change the rows look as if drawn anew; a move of the slider alone draws no step of theirs again."""
+    browser.open(two)
+    look = """const rows = $("rows"), anew = document.createElement("canvas"); drawRows(anew, shown(),
+        page.step, page.window, page.row, rows.clientWidth, true); return rows.toDataURL() === anew.toDataURL()"""
+    for change in ("step: 9", "mode: 'team'", "window: 40", "step: 35", "which: 1", "which: 0", "window: 200"):
+        assert browser.driver.execute_script(f"show({{{change}}}); {look}"), change
+    assert browser.driver.execute_script(f"$('scroll').style.width = '600px'; show(); {look}")
+    browser.driver.execute_script("drawSteps = null; show({step: 50, row: 0})")
+
+
 def test_hover(browser, two):
     """A row marks its entity on the board, and the reverse; a click keeps the mark."""
     browser.open(two)
@@ -342,10 +344,8 @@ def test_hover(browser, two):
         browser.point("#rows", 60, browser.js(f"topOf(shown(), {row + 1}) + 8"))
         assert browser.js("page.row") == row and browser.js("page.units.map(unit => unit.name)") == [names[row]]
         assert browser.find("#told strong").text == names[row]
-    unit = browser.js(
-        "shown().units.find(unit => unit.kind !== 'factory' && unit.team === 0)"
-    )  # just born, on its factory
-    name, cell = unit["name"], unit["cell"][0]
+    unit = browser.js("shown().units.find(unit => unit.kind !== 'factory' && unit.team === 0)")
+    name, cell = unit["name"], unit["cell"][0]  # just born, on its factory
     browser.driver.execute_script(f"show({{step: {unit['born']}}})")
     x, y = ((place + 0.5) * 500 / 48 for place in divmod(cell, 48))
     browser.point("#board", int(x), int(y), click=True)
@@ -359,11 +359,11 @@ def test_hover(browser, two):
 def test_views(browser, two):
     """Both checkpoints side by side, and each by itself; the baseline says what it is."""
     browser.open(two)
-    browser.click("[data-screen=side]")
+    browser.find("[data-screen=side]").click()
     assert browser.find("#side").is_displayed() and not browser.find("#match").is_displayed()
     text = browser.find("#side").text
     assert "wrong sign" in text and "baseline" in text and str(MODEL) in text
-    browser.click("[data-which='1']")
+    browser.find("[data-which='1']").click()
     assert browser.js("page.which") == 1 and browser.find("#match").is_displayed()
     assert "one trajectory for the whole team" in browser.find("#numbers").text
     assert browser.find("[data-mode=separate]").get_attribute("disabled")
@@ -396,5 +396,5 @@ def test_other_matches(browser, tmp_path):
     assert "\u2715" not in browser.driver.execute_script(board_at, last // 2)
     assert name in browser.find("#score").text and name in browser.find("#notes").text
     assert not browser.find("#credit").is_displayed()
-    browser.click("[data-step='5']")
+    browser.find("[data-step='5']").click()
     assert browser.js("page.step") == 5 and browser.errors() == []
