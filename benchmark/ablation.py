@@ -10,7 +10,8 @@ A person's own has a name and a command, whose program lies beside trajsep_ppo.p
 
 The two main arms, `default` and `global`, come first, then the others, each seed by seed, so the
 tables are useful whenever it is stopped. The same command continues it: finished trainings and
-evaluations are kept, a training that was cut off starts again.
+evaluations are kept, also where only the two tables are left of them; a training that was cut off
+starts again.
 
 Trainings run side by side, each with one thread, and are evaluated after they have ended. Every
 evaluation plays the same held-out maps once each, with actions sampled from the policy; the last
@@ -42,7 +43,7 @@ from typing import Optional
 import numpy as np
 import torch
 import tyro
-from plot import ROOT, Refused, start, write, write_csv
+from plot import ROOT, Refused, read_csv, start, write, write_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trajsep_ppo import checkpoints
@@ -118,6 +119,10 @@ ARMS = {
     "global-six-fast": f"global_ppo.py {AUTHORS} --learning-rate 1e-3",
     "six-small-value-loss": f"{SEPARATE} {AUTHORS} --vf-coef 0.1 --max-grad-norm 2",
     "global-six-small-value-loss": f"global_ppo.py {AUTHORS} --vf-coef 0.1 --max-grad-norm 2",
+    # What else the authors claim, in their regime
+    "authors-reward": f"trajsep_ppo.py --agent-reward-weight 0 {AUTHORS} {CROWD} safe_masks False",
+    "authors-critic-reward": f"trajsep_ppo.py --agent-reward-weight 0 {AUTHORS} {CROWD} safe_masks False",
+    "authors-top-1": f"{SEPARATE} {AUTHORS} {CROWD} safe_masks False",
     # Of the authors' regime too: matches of 256 steps in training, and a value loss that is clipped
     "authors-cut": f"{SEPARATE} {AUTHORS} {CROWD} safe_masks False",
     "global-authors-cut": f"global_ppo.py {AUTHORS} {CROWD} safe_masks False",
@@ -142,6 +147,8 @@ PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
     "top-1-return": ("top-1", "top-1-return"),
     "top-1-raw": ("top-1",),
     "top-1-robots": ("top-1", "top-1-robots"),
+    "authors-critic-reward": ("global-critic",),
+    "authors-top-1": ("top-1",),
     "global-authors-cut": ("authors-cut",),
     "global-authors-clipped-values": ("authors-clipped-values",),
     "random-1": ("top-1", "random-1"),
@@ -277,14 +284,26 @@ def evaluation(folder, step, policy):
 
 def write_tables(out):
     """Write ablation.csv and runs.csv of all that is trained and evaluated."""
-    runs, rows = [], []
+    runs, rows = tables_alone(out)
     for folder, run in finished(out):
         runs.append(run)
         for path in evaluations(folder):
             rows += [{"arm": run["arm"], "seed": run["seed"]} | row for row in json.loads(path.read_text())]
-    keys = ("arm", "seed", "global_step", "policy", "match_seed", "player")
+    keys = {"arm": str, "seed": int, "global_step": int, "policy": str, "match_seed": int, "player": int}
     for name, columns, table in (("runs.csv", RUN_COLUMNS, runs), ("ablation.csv", COLUMNS, rows)):
-        write_csv(out / name, columns, sorted(table, key=lambda row: [row.get(key, 0) for key in keys]))
+        write_csv(
+            out / name, columns, sorted(table, key=lambda row: [kind(row.get(key, 0)) for key, kind in keys.items()])
+        )
+
+
+def tables_alone(out):
+    """Rows of runs.csv and of ablation.csv whose trainings' folders are not there."""
+    here = {(run["arm"], str(run["seed"])) for _, run in finished(out)}
+    tables = []
+    for name in ("runs.csv", "ablation.csv"):
+        rows = read_csv(out / name) if (out / name).exists() else []
+        tables.append([row for row in rows if (row["arm"], row["seed"]) not in here])
+    return tables
 
 
 # Only names that the programs write are read: a folder may hold a person's copies too.
@@ -330,14 +349,15 @@ def logged(folder):
 
 
 def commit():
-    """The commit that is checked out, marked where its programs were changed since."""
+    """The commit that changed the programs last, marked where they were changed since."""
 
     def git(words):
         done = subprocess.run(["git", *words.split()], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
 
-    changed = git("status --porcelain --untracked-files=no -- *.py")
-    return (git("rev-parse --short HEAD") or "unknown") + ("-dirty" if changed else "")
+    programs = ":(glob)*.py"  # those beside trajsep_ppo.py
+    changed = git(f"status --porcelain --untracked-files=no -- {programs}")
+    return (git(f"log -1 --format=%h -- {programs}") or "unknown") + ("-dirty" if changed else "")
 
 
 # -- Work ----------------------------------------------------------------------------------
@@ -350,6 +370,9 @@ class Work:
         self.commands, self.out, self.flags, self.schedule = commands, out.resolve(), flags, schedule
         self.matches, self.first_map = matches, first_map
         self.stopped, self.started, self.children = False, False, set()
+        runs, rows = tables_alone(out)
+        ended = {(row["arm"], row["seed"], row["global_step"]) for row in rows if row["policy"] == "greedy"}
+        self.kept = {(run["arm"], run["seed"]): run for run in runs if (run["arm"], run["seed"], run["steps"]) in ended}
 
     def stop(self):
         self.stopped = True
@@ -373,6 +396,9 @@ class Work:
         """Train and evaluate one seed of one arm, as far as that is not done yet: whether it is now."""
         folder, task = self.out / f"{arm}__{seed}", self.task(arm, seed)
         try:
+            if (arm, str(seed)) in self.kept:
+                same_training(self.out / "runs.csv", task, self.kept[arm, str(seed)])
+                return True
             if not self.stopped and not (folder / "run.json").exists():
                 self.train(task, folder)
             if not self.stopped:
@@ -424,9 +450,7 @@ class Work:
 
     def evaluate(self, task, folder):
         arm, run = task["arm"], json.loads((folder / "run.json").read_text())
-        if changed := [key for key in task if run[key] != task[key]]:
-            what = f"`{run[changed[0]]}` and not `{task[changed[0]]}`"
-            raise Failed(f"{folder} holds a training with other {changed[0]}: {what}")
+        same_training(folder, task, run)
         paths = saved(folder)
         last = max(paths)
         steps = {min(saved for saved in paths if saved >= step) for step in self.schedule if step < last}
@@ -442,6 +466,13 @@ class Work:
             self.run([sys.executable, "-c", code], folder, "evaluation.log")
         for step in paths.keys() - {last}:
             paths[step].unlink()
+
+
+def same_training(place, task, run):
+    """Raise Failed if a training that is there already is not this task."""
+    if changed := [key for key in task if str(run.get(key)) != str(task[key])]:
+        what = f"`{run.get(changed[0])}` and not `{task[changed[0]]}`"
+        raise Failed(f"{place} holds a training with other {changed[0]}: {what}")
 
 
 def say(arm, seed, what):
@@ -485,9 +516,6 @@ def main(
         except ValueError as error:
             raise Refused(f"`{command} {flags}` is no command: {error}")
     tables = [out / name for name in ("ablation.csv", "runs.csv")]
-    filled = [path for path in tables if path.exists() and path.read_text().count("\n") > 1]
-    if filled and not any(finished(out)):
-        raise Refused(f"{filled[0]} would be lost, its trainings are not there; name another --out")
     out.mkdir(parents=True, exist_ok=True)
     work, complete = Work(commands, out, schedule, matches, first_map, flags), 0
     jobs = queue(commands, seeds)

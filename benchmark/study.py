@@ -78,6 +78,22 @@ SHARED = {
 }
 
 
+# Arm of ours -> the same in the authors' regime
+IN_THEIR_REGIME = {
+    "separate": "authors",
+    "top-1": "authors-top-1",
+    "global-reward": "authors-reward",
+    "global-critic-reward": "authors-critic-reward",
+    "global": "global-authors",
+}
+# What the authors' newest abstract (ICCCI 2026) claims: what, how much, and of which two arms
+CLAIMS = (
+    ("throughput over the global trajectory", "14x", "separate", "global"),
+    ("over IPPO", "+240%", "separate", "global-reward"),
+    ("over MAPPO", "+1,282%", "separate", "global-critic-reward"),
+    ("throughput without own rewards", "-78%", "global-reward", "separate"),
+    ("one sample of the highest advantage recovers", "86%", "top-1", "separate"),
+)
 # Rungs from the authors' regime to ours: the method and the baseline on each.
 LADDER = (
     *("authors", "global-authors", "authors-cut", "global-authors-cut"),
@@ -126,6 +142,11 @@ SECTIONS = (
             ("default", "global-small-value-loss"),
             ("default", "global-long-rollouts"),
         ),
+    ),
+    Section(
+        "regime",
+        " ".join(IN_THEIR_REGIME.values()),
+        stands_for={ours: arm for arm, ours in IN_THEIR_REGIME.items()},
     ),
     Section("ladder", " ".join(LADDER), pairs=tuple(zip(LADDER[::2], LADDER[1::2]))),
 )
@@ -293,6 +314,29 @@ def components(data, last):
     return table([*head, "final ice, the authors"], rows)
 
 
+def claims(runs, last):
+    """The table of the newest abstract's claims: ratios of final ice in the authors' regime and with our flags."""
+    rows = []
+    for what, theirs_said, *pair in CLAIMS:
+        row = [f"{what}: **{pair[0]}** to **{pair[1]}**", theirs_said]
+        for arms in ([IN_THEIR_REGIME[arm] for arm in pair], pair):
+            if not set(arms) <= set(runs):
+                row.append("not run yet")
+                continue
+            one, other = (values_of(runs[arm], "ice_transferred", [last])[0].mean(1) for arm in arms)
+            ratios = [one.mean() / other.mean(), one.min() / other.max(), one.max() / other.min()]
+            row.append("{} ({} to {})".format(*(as_claimed(ratio, theirs_said) for ratio in ratios)))
+        rows.append(row)
+    return table(["the abstract", "theirs", "ours, in their regime", "ours, with our flags"], rows)
+
+
+def as_claimed(ratio, example):
+    """A ratio in the form of the example: 14x, 86% of it, or a change of +240%."""
+    if example.endswith("x"):
+        return f"{ratio:.2g}x"
+    return f"{ratio - 1:+,.0%}" if example[0] in "+-" else f"{ratio:.0%}"
+
+
 def names(arms):
     return ", ".join(f"`{arm}`" for arm in arms)
 
@@ -335,6 +379,7 @@ def page(data, last, trainings):
         "maps": len(any_run[last]["episode_length"]),
         "first_map": int(any_run[last]["match_seed"][0]),
     }
+    facts["claims"] = claims(runs, last)
     losses = {key: shares(trainings, key) for key in LOSSES}
     return PAGE.read_text().format_map(blocks | facts | losses)
 

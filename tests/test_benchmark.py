@@ -146,6 +146,39 @@ def test_interrupted_and_resumed(tmp_path, capfd):
         assert f"holds a training with other {what}" in capfd.readouterr().out
     assert (out / "ablation.csv").read_text() == text
 
+    shutil.rmtree(folder)  # the tables alone are continued too
+    ablation.main(**options)
+    assert "1 of 1 runs are complete" in capfd.readouterr().out and (out / "ablation.csv").read_text() == text
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
+        ablation.main(**options | {"matches": 3})
+    assert "runs.csv holds a training with other maps" in capfd.readouterr().out
+    assert not folder.exists() and (out / "ablation.csv").read_text() == text
+    (out / "ablation.csv").write_text("".join(line for line in text.splitlines(True) if "greedy" not in line))
+    ablation.main(**options)  # what was not evaluated to its end is made again
+    assert (out / "ablation.csv").read_text().count("greedy") == 4 and folder.exists()
+
+
+def test_commit(tmp_path, monkeypatch):
+    """It is the last one that changed a program, whatever came after."""
+
+    def git(*words):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(ablation, "ROOT", tmp_path)
+    git("init", "-q")
+    (tmp_path / "docs").mkdir()
+    for name in ("trajsep_ppo.py", "docs/page.py", "README.md"):
+        (tmp_path / name).touch()
+        git("add", ".")
+        git("commit", "-q", "-m", name)
+    assert ablation.commit() == git("rev-parse", "--short", "HEAD~2")
+    (tmp_path / "docs" / "page.py").write_text("x")
+    assert ablation.commit() == git("rev-parse", "--short", "HEAD~2")
+    (tmp_path / "trajsep_ppo.py").write_text("x")
+    assert ablation.commit() == git("rev-parse", "--short", "HEAD~2") + "-dirty"
+
 
 def test_a_patched_arm_and_ones_own(tmp_path):
     """The patched program is trained and evaluated, also inside of a repository; so is a person's command."""
@@ -217,12 +250,9 @@ def test_nothing_is_overwritten_that_was_not_named(tmp_path, monkeypatch):
             program.main()
         assert path.read_bytes() == b""
         path.unlink()
-    shutil.copytree(ROOT / "benchmark" / "neurips_clean", "tables")
     for options in ({"runs": (Path("a"),)}, {"runs": (Path("a"),) * 3}, {"out": Path("a")}):
         with pytest.raises(trajsep_ppo.Refused, match="three runs|no run in a"):
             bands.main(**options)
-    with pytest.raises(trajsep_ppo.Refused, match="ablation.csv would be lost, its trainings are not there"):
-        ablation.main(out=Path("tables"))
     for program in ("bands", "placement"):
         command = [sys.executable, ROOT / "benchmark" / f"{program}.py", "--help"]
         subprocess.run(command, check=True, capture_output=True)
@@ -230,7 +260,7 @@ def test_nothing_is_overwritten_that_was_not_named(tmp_path, monkeypatch):
         done = subprocess.run([sys.executable, program, "--mistyped"], capture_output=True)
         assert done.returncode == 2
     assert [path.stat().st_mtime_ns for path in committed] == before
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "tables"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
 def test_bands_of_ones_own_runs(tmp_path, capsys):

@@ -68,7 +68,7 @@ def text(tmp_path_factory):
     study.main(folder, folder / "out")
     said = (folder / "out" / "study.md").read_text()
     pictures = {path.stem for path in (folder / "out" / "study").glob("*.png")}
-    assert {section.name for section in study.SECTIONS} - pictures == {"lichen", "ablation"}
+    assert {section.name for section in study.SECTIONS} - pictures == {"lichen", "ablation", "regime"}
     shown = set(re.findall(r"study/(\w+).png", said))
     assert shown == pictures
     return said
@@ -263,3 +263,21 @@ def test_the_page_shows_what_the_data_says():
     """docs/study.md is what study.py makes of the matches that are kept."""
     made = study.page(*plot.load(KEPT / "ablation.csv"), plot.read_csv(KEPT / "runs.csv"))
     assert made == (ROOT / "docs" / "study.md").read_text()
+
+
+def test_claims(tmp_path):
+    """Ratios of means, and of the seeds that are farthest apart, in the form of the claim."""
+
+    def seeds(*ices):
+        return {seed: {8192: (10, (ice, ice))} for seed, ice in enumerate(ices)}
+
+    arms = {"separate": seeds(6000, 10000), "global": seeds(400, 600), "top-1": seeds(2000, 4000)}
+    arms |= {"authors": seeds(9000), "global-authors": seeds(1000), "global-reward": seeds(4000, 4000)}
+    data, last = made_up(tmp_path, arms)
+    rows = [line.strip("| ").split(" | ")[2:] for line in study.claims(study.runs_by_arm(data), last).splitlines()[2:]]
+    assert rows[0] == ["9x (9x to 9x)", "16x (10x to 25x)"]
+    assert rows[1] == ["not run yet", "+100% (+50% to +150%)"]
+    assert rows[2] == ["not run yet", "not run yet"]
+    assert rows[3] == ["not run yet", "-50% (-60% to -33%)"]
+    assert rows[4] == ["not run yet", "38% (20% to 67%)"]
+    assert study.PUBLISHED["separate"][0] / study.PUBLISHED["global"][0] > 14
