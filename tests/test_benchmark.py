@@ -21,10 +21,13 @@ import placement
 import plot
 import pytest
 import reliability
+import search
 import study
 import throughput
 import torch
+import tyro
 
+import global_ppo
 import trajsep_ppo
 from hybrid_model import HybridNet
 
@@ -434,3 +437,30 @@ def test_the_page_of_results_shows_what_the_data_says():
     """Its first table is what figures.py makes of the matches that are kept."""
     made = figures.comparison(*plot.load(plot.RESULTS / "ablation.csv"))
     assert made in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_search(tmp_path, monkeypatch):
+    """The same settings for both scripts; the best of each, by the ice of the search, train in full."""
+    made = search.settings()
+    assert len(set(made)) == len(made) == search.SETTINGS
+    for words in made:
+        args = tyro.cli(global_ppo.Args, args=words.split())
+        assert args.num_steps // args.num_minibatches == 4  # 64 steps of 16 matches
+    assert tyro.cli(trajsep_ppo.Args, args=made[0].split()) == trajsep_ppo.Args()
+    ice = {"method-0": 1, "method-1": 5, "baseline-0": 9, "baseline-1": 3, "method-2": 4}
+    asked = []
+
+    def ablate(arm, out, **options):
+        asked.append((arm, options))
+        out.mkdir(parents=True)
+        made_up(out, {name.split("=")[0]: {1: {4096: [ice[name.split("=")[0]] * 100] * 10}} for name in arm})
+
+    monkeypatch.setattr(ablation, "main", ablate)
+    monkeypatch.setattr(search, "BEST", 1)
+    search.main(tmp_path, number=2, seeds=(11,))
+    (tried, first), (trained, second) = asked
+    assert [name.split("=")[0] for name in tried] == ["method-0", "method-1", "baseline-0", "baseline-1"]
+    assert trained == (tried[1], tried[2])
+    assert (first["seeds"], first["first_map"], second["seeds"]) == ((1,), 0, (11,)) and "first_map" not in second
+    rows = (tmp_path / "search.md").read_text().splitlines()[2:]
+    assert rows[0].startswith(f"| `{tried[1].split('=', 1)[1]}` | 5,100 | 5,100 (") and len(rows) == 2

@@ -1,0 +1,104 @@
+"""Search flags for both scripts alike: the same settings, trainings and maps for the method and for the baseline.
+
+    python benchmark/search.py
+
+Each of SETTINGS trains a third of the default steps with one seed, and is evaluated on maps that flags
+may be chosen on. The BEST of each script then train in full with seeds and on maps of their own. The
+first setting is the default. Stopped and started again, it continues.
+
+    written to --out
+    search/    ablation.csv and runs.csv of the search; an arm is <script>-<number of the setting>
+    winners/   the same of the best
+    search.md  the settings of the best of each script, and what they reach
+"""
+
+import os
+from pathlib import Path
+
+import ablation
+import numpy as np
+import plot
+from plot import ROOT
+
+CHOICES = {
+    "--learning-rate": (3e-4, 5e-4, 1e-3, 2e-3),
+    "--clip-coef": (0.1, 0.2, 0.3, 0.5),
+    "--ent-coef": (0.001, 0.003, 0.01),
+    "--vf-coef": (0.01, 0.03, 0.1, 0.3),
+    "--num-steps": (16, 32, 64),
+}
+DEFAULT = (1e-3, 0.2, 0.003, 0.1, 32)
+SETTINGS = 24
+BEST = 3
+SCRIPTS = {"method": "trajsep_ppo.py", "baseline": "global_ppo.py"}
+STEPS = 32768
+TUNING_SEED, TUNING_MAP = 1, 0
+
+
+def settings(number=SETTINGS):
+    """So many different settings, the default first: strings of flags; minibatches have 64 steps in all."""
+    rng = np.random.default_rng(0)
+    drawn = {DEFAULT: None}
+    while len(drawn) < number:
+        drawn[tuple(values[rng.integers(len(values))] for values in CHOICES.values())] = None
+    flags = [" ".join(f"{flag} {value}" for flag, value in zip(CHOICES, values)) for values in drawn]
+    return [f"{words} --num-minibatches {values[-1] // 4}" for words, values in zip(flags, drawn)]
+
+
+def final_ice(folder, arm):
+    """Final ice per team [seeds, maps] of an arm, with sampled actions."""
+    data, last = plot.load(folder / "ablation.csv")
+    return plot.values_of(data[arm, "sampled"], "ice_transferred", [last])[0]
+
+
+def best(folder, commands):
+    """Names of the BEST arms of each script by final ice, the best first."""
+    ice = {name: final_ice(folder, name).mean() for name in commands}
+    names = []
+    for script in SCRIPTS:
+        own = [name for name in commands if name.startswith(f"{script}-")]
+        names += sorted(own, key=lambda name: -ice[name])[:BEST]
+    return names
+
+
+def main(
+    out: Path = ROOT / "runs" / "search",
+    number: int = SETTINGS,
+    seeds: tuple[int, ...] = (11, 12, 13),
+    parallel: int = os.cpu_count() or 1,
+    steps: int = STEPS,
+    flags: str = "",
+):
+    """Search, and train the best in full.
+
+    Args:
+        out: folder of the results.
+        number: settings that are tried, of each script.
+        seeds: of the best.
+        parallel: trainings or evaluations at a time, each with one thread.
+        steps: environment steps of a training of the search, a multiple of 1,024.
+        flags: more flags for every training in full, in quotes.
+    """
+    commands = {}
+    for script, program in SCRIPTS.items():
+        for index, words in enumerate(settings(number)):
+            commands[f"{script}-{index}"] = f"{program} {words}"
+    options = {"parallel": parallel, "schedule": ()}
+    arms = tuple(f"{name}={command}" for name, command in commands.items())
+    tuning = {"seeds": (TUNING_SEED,), "first_map": TUNING_MAP, "flags": f"--total-timesteps {steps}"}
+    ablation.main(arm=arms, out=out / "search", **options, **tuning)
+    names = best(out / "search", commands)
+    arms = tuple(f"{name}={commands[name]}" for name in names)
+    ablation.main(arm=arms, out=out / "winners", seeds=seeds, flags=flags, **options)
+    rows = []
+    for name in names:
+        mean, low, high = plot.estimate(final_ice(out / "winners", name))
+        found = final_ice(out / "search", name).mean()
+        rows.append([f"`{commands[name]}`", f"{found:,.0f}", f"{mean:,.0f} ({low:,.0f} to {high:,.0f})"])
+    head = ["setting", "ice per team in the search", "in full"]
+    plot.write(out / "search.md", plot.table(head, rows) + "\n")
+    print(f"written to {out / 'search.md'}")
+
+
+if __name__ == "__main__":
+    plot.start(main)
