@@ -17,7 +17,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import plot
 from ablation import ARMS, LOSSES, PATCH_FOLDER, PATCHES
-from plot import ROOT, Refused, common, difference, estimate, final, holm, reached, step_text, table, values_of
+from plot import ROOT, Refused, common, difference, estimate, final, holm, plt, reached, step_text, table, values_of
 
 PAGE = ROOT / "benchmark" / "study_page.md"
 # What the authors report after 102,400 steps (3_results.tex of their thesis): final ice per team and
@@ -95,13 +95,18 @@ CLAIMS = (
     ("one sample of the highest advantage recovers", "86%", "top-1", "separate"),
 )
 # Rungs from the authors' regime to ours: the method and the baseline on each.
-LADDER = (
-    *("authors", "global-authors", "authors-cut", "global-authors-cut"),
-    *("authors-clipped-values", "global-authors-clipped-values"),
-    *("authors-masks", "global-authors-masks", "authors-six", "global-authors-six"),
-    *("six-fresh", "global-six-fresh", "six-annealed", "global-six-annealed", "six-fast", "global-six-fast"),
-    *("six-small-value-loss", "global-six-small-value-loss", "separate", "global"),
-)
+LADDER = {
+    "the authors' regime": ("authors", "global-authors"),
+    "and training matches of 256 steps": ("authors-cut", "global-authors-cut"),
+    "and a clipped value loss": ("authors-clipped-values", "global-authors-clipped-values"),
+    "their regime with safe masks": ("authors-masks", "global-authors-masks"),
+    "and six robots": ("authors-six", "global-authors-six"),
+    "six, and 32 steps, 2 epochs": ("six-fresh", "global-six-fresh"),
+    "six, and annealing": ("six-annealed", "global-six-annealed"),
+    "six, and a learning rate of 0.001": ("six-fast", "global-six-fast"),
+    "six, and a smaller value loss": ("six-small-value-loss", "global-six-small-value-loss"),
+    "our flags": ("separate", "global"),
+}
 
 
 class Section(NamedTuple):
@@ -148,7 +153,7 @@ SECTIONS = (
         " ".join(IN_THEIR_REGIME.values()),
         stands_for={ours: arm for arm, ours in IN_THEIR_REGIME.items()},
     ),
-    Section("ladder", " ".join(LADDER), pairs=tuple(zip(LADDER[::2], LADDER[1::2]))),
+    Section("ladder", " ".join(" ".join(pair) for pair in LADDER.values()), pairs=tuple(LADDER.values())),
 )
 
 
@@ -283,6 +288,43 @@ def draw_section(runs, arms, steps, path):
     plot.draw({arm: (*plot.ARMS[arm][1:], *lines_of(runs[arm], steps)) for arm in arms}, path)
 
 
+def draw_ladder(runs, last, trainings, path):
+    """On each rung, of method and baseline: final ice, steps to 10,000 ice per factory, clipped ratios, divergence."""
+    logged = defaultdict(list)
+    for row in trainings:
+        for key in ("clipfrac", "approx_kl"):
+            logged[row["arm"], key].append(float(row.get(key) or np.nan))
+    rungs = {name: pair for name, pair in LADDER.items() if set(pair) <= set(runs)}
+    figure, axes = plt.subplots(1, 4, figsize=(11, 1.4 + 0.4 * len(rungs)), sharey=True, layout="constrained")
+    for offset, name, colour in ((-0.12, "method", "#0072B2"), (0.12, "baseline", "#D55E00")):
+        for row, pair in enumerate(rungs.values()):
+            arm = pair[offset > 0]
+            label = name if row == 0 else None
+            look = {"fmt": "o", "color": colour, "capsize": 2}
+            mean, low, high = estimate(values_of(runs[arm], "ice_transferred", [last])[0])
+            ends = [[mean - max(low, 0)], [high - mean]]
+            axes[0].errorbar(mean / 1000, row + offset, xerr=np.divide(ends, 1000), label=label, **look)
+            steps = np.minimum(plot.steps_to(runs[arm], "ice_per_factory", 10000, common(runs[arm])), 1.08 * last)
+            seeds = (steps / 1000, np.multiply(logged[arm, "clipfrac"], 100), logged[arm, "approx_kl"])
+            for axis, values in zip(axes[1:], seeds):
+                axis.plot(values, [row + offset] * len(values), "o", color=colour, alpha=0.6)
+    axes[0].set(yticks=range(len(rungs)), yticklabels=rungs, xlabel="thousand ice per team\nin the end", xlim=(0, None))
+    axes[0].invert_yaxis()
+    axes[1].axvline(last / 1000, color="0.7", lw=0.8)
+    axes[1].set(
+        xlim=(0, 1.14 * last / 1000),
+        xlabel="thousand steps to 10,000 ice\nper factory (right of line: never)",
+    )
+    axes[2].set(xlim=(0, None), xlabel="ratios clipped, %")
+    axes[3].set(xlim=(0, None), xlabel="KL divergence of an update")
+    for axis in axes:
+        axis.grid(axis="y", alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def block(runs, last, section, verdicts):
     """What is shown of a section; `verdicts` as of `verdicts_of`, those of its pairs."""
     all_arms = section.arms.split()
@@ -403,7 +445,11 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = Non
     (out / "study.md").write_text(text)
     for section in SECTIONS:
         if arms := [arm for arm in section.arms.split() if arm in runs]:
-            draw_section(runs, arms, common(*(runs[arm] for arm in arms)), out / "study" / f"{section.name}.png")
+            path = out / "study" / f"{section.name}.png"
+            if section.name == "ladder":
+                draw_ladder(runs, last, plot.read_csv(results / "runs.csv"), path)
+            else:
+                draw_section(runs, arms, common(*(runs[arm] for arm in arms)), path)
     print(components(data, last))
     print(f"written to {out / 'study.md'} and {out / 'study'}")
 

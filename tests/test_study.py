@@ -281,3 +281,21 @@ def test_claims(tmp_path):
     assert rows[3] == ["not run yet", "-50% (-60% to -33%)"]
     assert rows[4] == ["not run yet", "38% (20% to 67%)"]
     assert study.PUBLISHED["separate"][0] / study.PUBLISHED["global"][0] > 14
+
+
+def test_ladder_picture(tmp_path, monkeypatch):
+    """Of each rung with both arms: final ice, steps, and what was clipped; never lies beyond the end."""
+    arms = {"authors": both({4096: (0, (0, 0)), 8192: (10, (40000, 80000))}), "authors-six": ARMS["separate"]}
+    arms |= {"global-authors": ARMS["kinds"], "separate": ARMS["separate"], "global": ARMS["global"]}
+    data, last = made_up(tmp_path, arms)
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    trainings = plot.read_csv(tmp_path / "runs.csv")
+    study.draw_ladder(study.runs_by_arm(data), last, trainings, tmp_path / "ladder.png")
+    ice, steps, clipped, _ = drawn[0].axes
+    assert [text.get_text() for text in ice.get_yticklabels()] == ["the authors' regime", "our flags"]
+    (method, baseline), *_ = [[line for line in ice.lines if line.get_marker() == "o"][::2]]
+    assert method.get_xydata().tolist() == [[60, -0.12]] and baseline.get_xydata().tolist() == [[7, 0.12]]
+    points = [line.get_xydata().tolist() for line in steps.lines if line.get_marker() == "o"]
+    assert points[0] == [[6.144, -0.12]] * 2 and points[2] == [[1.08 * 8.192, 0.12]] * 2
+    assert clipped.lines[0].get_xdata() == pytest.approx([11, 12])
