@@ -1,6 +1,7 @@
 """The example on MAgent2's battle: the contract, and what soldiers see, do and earn."""
 
 import csv
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ import torch
 
 pytest.importorskip("magent2", reason="needs magent2: pip install -r examples/battle/requirements.txt")
 
+import armies  # noqa: E402
 from battle_env import FEATURES, HITS, MOVES, BattleVecEnv  # noqa: E402
 from check_env import check_env  # noqa: E402
 from compare import fight, random_policy  # noqa: E402
+
+from hybrid_model import HybridNet  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMN = {name: column for column, name in enumerate(FEATURES)}
@@ -275,3 +279,38 @@ def test_comparison_continues_and_draws(tmp_path):
     won = [float(x["won"]) for x in rows if (x["arm"], x["global_step"], x["opponent"]) == ("mappo", "2048", "frozen")]
     last = (tmp_path / "out" / "battle.md").read_text().splitlines()[-1]
     assert last.split(" | ")[:2] == ["| 2,048", f"{sum(won) / 2:.0%} ({sum(won) / 2:.0%} to {sum(won) / 2:.0%})"]
+
+
+def test_armies(tmp_path):
+    """Every battle counts for both; the factor is of the steps until three quarters are killed."""
+    env = BattleVecEnv(1, map_size=16)
+    for arm, seed in itertools.product(("separate", "global"), (1, 2, 1000)):
+        folder = tmp_path / f"{arm}_{seed}"
+        folder.mkdir()
+        (folder / "done").touch()
+        torch.manual_seed(seed)
+        agent = HybridNet(env.single_observation_space, int(env.single_action_space.nvec.max()))
+        agent.actor.bias.data[:HIT] += 3 if arm == "separate" else -3  # rather walks, or rather hits
+        torch.save({"args": {"env_kwargs": {"map_size": 16}}, "model": agent.state_dict()}, folder / "checkpoint_64.pt")
+    (tmp_path / "separate_3").mkdir()  # a training that has not ended
+    kills = {("separate", 1): (0, 6, 6), ("separate", 2): (0, 6, 6), ("global", 1): (0, 0, 6), ("global", 2): (0, 0, 0)}
+    lines = ["arm,seed,global_step,opponent,kills"]
+    for (arm, seed), values in kills.items():
+        lines += [f"{arm},{seed},{1024 * (index + 1)},random,{x}" for index, x in enumerate(values)]
+        lines += [f"{arm},{seed},3072,frozen,1"]
+    (tmp_path / "battle.csv").write_text("\n".join(lines))
+    armies.main(armies.Args(works=(tmp_path,), out=tmp_path / "out", battles=2, jobs=1))
+    rows = list(csv.DictReader((tmp_path / "out" / "armies.csv").open()))
+    assert len(rows) == 8 and {x["soldiers"] for x in rows} == {"6"} and {x["seed"] for x in rows} == {"1", "2"}
+    for one, other in zip(rows[::2], rows[1::2]):
+        assert (one["arm"], one["opponent"]) == (other["opponent"], other["arm"]) and one["arm"] != other["arm"]
+        assert float(one["won"]) + float(other["won"]) == 1
+        assert float(one["kills"]) + float(other["survivors"]) == 6 == float(other["kills"]) + float(one["survivors"])
+    found, soldiers = armies.factors(tmp_path)
+    assert soldiers == 6 and found["separate"].tolist() == [1, 1]
+    assert found["global"].tolist() == [(2048 + 768) / (1024 + 768), np.inf]
+    won = [float(x["won"]) for x in rows if x["arm"] == "separate"]
+    assert f"|  | {np.mean(won):.0%} of 4 |" in (tmp_path / "out" / "armies.md").read_text()
+    assert (tmp_path / "out" / "armies.png").stat().st_size > 5_000
+    with pytest.raises(armies.Refused, match="has no armies"):
+        armies.main(armies.Args(works=(tmp_path / "out",), out=tmp_path / "other"))

@@ -1,0 +1,161 @@
+"""Let armies that compare.py trained fight each other, and draw how the method's lead grows with the army.
+
+    python examples/battle/compare.py --arms separate global --seeds 5 --map-size 24 --out runs/b16 --work runs/b16
+    python examples/battle/armies.py --works runs/b16 runs/b81
+
+Each army is the last checkpoint of its training. An army fights those of the other arms that have its seed.
+
+    written to --out
+    armies.csv    a row for every battle: soldiers, arm, opponent's arm, seed, won, kills, survivors, length
+    armies.md     for each size of armies, the share that the row's arm won against the column's; a draw counts half
+    armies.png    environment steps until an arm kills three quarters of a random army, as a multiple of the method's
+"""
+
+import itertools
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from compare import ROOT, fight, load, trained_policy  # noqa: E402
+from other_games import ARMS  # noqa: E402
+from plot import named_or, plt, read_csv, steps_to, table, write, write_csv  # noqa: E402
+
+from trajsep_ppo import Refused, checkpoints  # noqa: E402
+
+COLUMNS = ("soldiers", "arm", "opponent", "seed", "won", "kills", "survivors", "length")
+METHOD = "separate"
+SHARE_KILLED = 0.75
+
+
+@dataclass
+class Args:
+    works: tuple[Path, ...] = (ROOT / "runs" / "battle",)
+    """folders of compare.py's trainings (its --work), one for each size of armies, with its battle.csv"""
+    out: Path | None = None
+    """folder of the results, instead of runs/armies"""
+    battles: int = 10
+    """battles of two armies"""
+    jobs: int = 2
+    """pairs of armies at a time, with one thread each"""
+
+
+def armies_in(work):
+    """(arm, seed) -> its last checkpoint, of the trainings in a folder that have ended."""
+    armies = {}
+    for path in sorted(work.glob("*_*/done")):
+        arm, _, seed = path.parent.name.rpartition("_")
+        if arm in ARMS and int(seed) < 1000:  # 1000 is the frozen opponent
+            *_, armies[arm, int(seed)] = checkpoints(path.parent)
+    return armies
+
+
+def meet(arms, seed, paths, battles):
+    """Let two armies fight each other; a row for each battle and army."""
+    from battle_env import BattleVecEnv  # here: --help works without magent2
+
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would mix
+    map_size = torch.load(paths[0], weights_only=True)["args"]["env_kwargs"]["map_size"]
+    agent, other = map(load, paths)
+    results = fight(agent, trained_policy(other, seed), battles, map_size)
+    soldiers = BattleVecEnv(1, map_size=map_size).size
+    rows = []
+    for won, kills, survivors, length in zip(*(results[key] for key in ("won", "kills", "survivors", "l"))):
+        ours = [soldiers, *arms, seed, won, kills, survivors, length]
+        theirs = [soldiers, *arms[::-1], seed, 1 - won, soldiers - survivors, soldiers - kills, length]
+        rows += [dict(zip(COLUMNS, ours)), dict(zip(COLUMNS, theirs))]
+    return rows
+
+
+def shares_won(rows):
+    """In Markdown, for each size: the share that the row's arm won against the column's."""
+    won = {}
+    for row in rows:
+        won.setdefault((int(row["soldiers"]), row["arm"], row["opponent"]), []).append(float(row["won"]))
+    parts = []
+    for soldiers in sorted({key[0] for key in won}):
+        arms = [arm for arm in ARMS if any(key[:2] == (soldiers, arm) for key in won)]
+        lines = []
+        for arm in arms:
+            cells = [won.get((soldiers, arm, other), []) for other in arms]
+            lines.append([ARMS[arm][0], *(f"{np.mean(cell):.0%} of {len(cell)}" if cell else "" for cell in cells)])
+        parts.append(table([f"{soldiers} soldiers", *(ARMS[arm][0] for arm in arms)], lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def factors(work):
+    """Arm -> of each seed, steps until it kills SHARE_KILLED of a random army, over the median of the method's."""
+    runs = {}
+    for row in read_csv(work / "battle.csv"):
+        if row["opponent"] == "random":
+            run = runs.setdefault(row["arm"], {}).setdefault(row["seed"], {})
+            run.setdefault(int(row["global_step"]), {"kills": []})["kills"].append(float(row["kills"]))
+    most = max(max(metrics["kills"]) for seeds in runs.values() for run in seeds.values() for metrics in run.values())
+    steps = {}
+    for arm, seeds in runs.items():
+        common = sorted(set.intersection(*map(set, seeds.values())))
+        steps[arm] = np.array(steps_to(seeds, "kills", SHARE_KILLED * most, common))
+    return {arm: values / np.median(steps[METHOD]) for arm, values in steps.items()}, int(most)
+
+
+def draw(works, path):
+    """The factors of each arm against the number of soldiers, each seed and their median."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    lines = {}
+    for work in works:
+        of_arms, soldiers = factors(work)
+        for arm, values in of_arms.items():
+            finite = values[np.isfinite(values)]
+            axis.plot([soldiers] * len(finite), finite, "o", color=ARMS[arm][3], alpha=0.3, ms=4)
+            lines.setdefault(arm, []).append((soldiers, np.median(values)))
+    for arm, points in lines.items():
+        axis.plot(*zip(*sorted(points)), "o-", color=ARMS[arm][3], label=ARMS[arm][0])
+    axis.set(xscale="log", yscale="log", xlabel="soldiers of an army", ylabel="steps, as a multiple of the method's")
+    sizes = sorted({soldiers for points in lines.values() for soldiers, _ in points})
+    axis.set_xticks(sizes, [f"{size}" for size in sizes], minor=False)
+    axis.set_xticks([], minor=True)
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args):
+    """Fight, and write the tables and the picture.
+
+    Raises:
+        Refused: if a folder holds no trained armies, or results are there already.
+    """
+    out = named_or(ROOT / "runs" / "armies", args.out, ("armies.csv", "armies.md", "armies.png"))
+    jobs = []
+    for work in args.works:
+        armies = armies_in(work)
+        if not armies or not (work / "battle.csv").exists():
+            raise Refused(f"{work} has no armies and no battle.csv of compare.py")
+        for (arm, seed), (other, other_seed) in itertools.combinations(armies, 2):
+            if arm != other and seed == other_seed:
+                jobs.append(((arm, other), seed, (armies[arm, seed], armies[other, seed]), args.battles))
+    out.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(args.jobs) as pool:
+        rows = list(itertools.chain(*pool.map(meet, *zip(*jobs))))
+    write_csv(out / "armies.csv", COLUMNS, rows)
+    write(out / "armies.md", shares_won(rows))
+    draw(args.works, out / "armies.png")
+    print((out / "armies.md").read_text(), f"written to {out}: armies.csv, armies.md and armies.png", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except (Refused, OSError) as error:
+        print(f"armies.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
