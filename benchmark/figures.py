@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import plot
 from plot import ROOT, plt
-from study import lines_of
+from study import PUBLISHED, lines_of
 
 SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
@@ -55,6 +55,21 @@ def comparison(data, last):
         rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
     scripts = [f"`{script}`" for script, _ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
+
+
+def ends(data, last):
+    """The README's table of both ends: the paper, its regime on this code, and the flags of this code."""
+    names = ("separate", "global")
+    paper = [PUBLISHED[arm][0] for arm in names]
+    rows = [["the authors' paper", *(f"{ice:,}" for ice in paper), f"{paper[0] / paper[1]:.1f}"]]
+    for what, arms in (("their regime, this code", ("authors", "global-authors")), ("this code's flags", names)):
+        if {(arm, "sampled") for arm in arms} <= set(data):
+            both = [data[arm, "sampled"] for arm in arms]
+            one, other = (plot.values_of(runs, "ice_transferred", [last]).mean() for runs in both)
+            seeds = "; ".join(sorted({f"{len(runs)} seeds" for runs in both}))
+            cells = [plot.final(runs, last, "ice_transferred") for runs in both]
+            rows.append([f"{what} ({seeds})", *cells, f"{one / other:.1f}"])
+    return plot.table(["final ice per team", "a trajectory for each", "one for the team", "factor"], rows)
 
 
 def draw_result(data, path):
@@ -146,7 +161,7 @@ def main(out: Optional[Path] = None):
     out.mkdir(parents=True, exist_ok=True)
     draw_result(data, out / "result.png")
     draw_network(out / "network.png")
-    print(results(data, last), comparison(data, last), sep="\n")
+    print(ends(data, last), results(data, last), comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")
 

@@ -433,6 +433,17 @@ def test_comparison_of_known_numbers(tmp_path):
     assert table["teams that lose a factory"] == ["0% (0% to 0%)", "90% (90% to 90%)", "-"]
 
 
+def test_both_ends(tmp_path):
+    """Two seeds of each arm, a factor of means; a rung that was not run is left out."""
+    lengths = {"separate": 1000, "global": 500}
+    arms = {arm: {seed: {4096: [length] * 10} for seed in (1, 2)} for arm, length in lengths.items()}
+    made_up(tmp_path, arms)
+    rows = figures.ends(*plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
+    assert rows[0] == "| the authors' paper | 44,472 | 3,066 | 14.5 |" and len(rows) == 2
+    cells = ["this code's flags (2 seeds)", "10,150 (9,515 to 10,785)", "5,150 (4,515 to 5,785)", "2.0"]
+    assert rows[1].strip("| ").split(" | ") == cells
+
+
 def test_the_page_of_results_shows_what_the_data_says():
     """Its first table is what figures.py makes of the matches that are kept."""
     made = figures.comparison(*plot.load(plot.RESULTS / "ablation.csv"))
