@@ -67,11 +67,20 @@ def test_reading_map():
         assert f"        # {phase}" in source
 
 
+def anchors(text):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links():
+    """Files and headings that are linked are there."""
     for path, text in PAGES.items():
-        for target in re.findall(r"\]\(([^)#]+)", text):
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
             if "://" not in target:
-                assert (path.parent / target).exists(), (path.name, target)
+                page = path.parent / target if target else path
+                assert page.exists(), (path.name, target)
+                assert not anchor or anchor in anchors(page.read_text()), (path.name, target, anchor)
 
 
 def test_named_tests():
