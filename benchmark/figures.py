@@ -16,7 +16,10 @@ import plot
 from plot import ROOT, plt
 from study import PUBLISHED, lines_of
 
-SCRIPTS = {"default": ("trajsep_ppo.py", "#0072B2"), "global": ("global_ppo.py", "#D55E00")}
+SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
+    "default": ("trajsep_ppo.py", "#0072B2", "-"),
+    "global": ("global_ppo.py", "#D55E00", "--"),
+}
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
 
 
@@ -24,7 +27,7 @@ def results(data, last):
     """The rows of the README's table: final means and steps, with their intervals."""
     rows = []
     steps = plot.common(*(data[arm, "sampled"] for arm in SCRIPTS))
-    for arm, (script, _) in SCRIPTS.items():
+    for arm, (script, *_) in SCRIPTS.items():
         runs = data[arm, "sampled"]
         cells = [plot.final(runs, last, metric) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
         rows.append([f"`{script}`", *cells, plot.reached(runs, "full_length", 0.95, steps)])
@@ -53,7 +56,7 @@ def comparison(data, last):
         said = [f"{text(x.mean())} ({text(x.min())} to {text(x.max())})" for x in seeds]
         method, baseline = (x.mean() for x in seeds)
         rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
-    scripts = [f"`{script}`" for script, _ in SCRIPTS.values()]
+    scripts = [f"`{script}`" for script, *_ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 
 
@@ -75,10 +78,11 @@ def ends(data, last):
 def draw_result(data, path):
     """Episode length and ice against environment steps, and the authors' final values."""
     lines = {}
-    for arm, (script, colour) in SCRIPTS.items():
+    for arm, (script, *look) in SCRIPTS.items():
         runs = data[arm, "sampled"]
-        lines[f"{script}, {len(runs)} seeds"] = colour, "-", *lines_of(runs, plot.common(runs))
-    plot.draw(lines, path, marks={"episode_length": 1000, "ice_transferred": 44472})
+        lines[f"{script}, {len(runs)} seeds"] = *look, *lines_of(runs, plot.common(runs))
+    marks = {"episode_length": AUTHORS["length"], "ice_transferred": AUTHORS["ice"]}
+    plot.draw(lines, path, marks=marks, size=(6.2, 3.6))
 
 
 def draw_network(path):

@@ -392,14 +392,15 @@ def styles(arms):
     return chosen
 
 
-def draw(lines, path, columns=3, marks=None):
+def draw(lines, path, columns=3, marks=None, size=None):
     """Length and ice against environment steps.
 
     Args:
         lines: label -> colour, line style, steps [T], and metric -> mean, low and high, each [T].
-        marks: metric -> the authors' final value.
+        marks: metric -> the authors' final value, as text; it stands to the right of the lines.
+        size: of the picture, in inches.
     """
-    size = (9, 3.1 + 0.2 * -(-len(lines) // columns))
+    size = size or (9, 3.1 + 0.2 * -(-len(lines) // columns))
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
     last = max(max(steps) for _, _, steps, _ in lines.values())
     for axis, (metric, title) in zip(axes, PANELS.items()):
@@ -410,11 +411,14 @@ def draw(lines, path, columns=3, marks=None):
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
             if len(x) == 1:  # a line has no length
                 axis.plot(x, mean, "o", color=colour, clip_on=False)
-        if marks:
-            mark = {"ms": 7, "mfc": "white", "mew": 1.8, "color": "0.3", "clip_on": False, "zorder": 4}
-            axis.plot(last / 1000, marks[metric], "D", **mark, label="the authors' final value")
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
+        if marks:
+            place = 1.08 * last / 1000, float(marks[metric].replace(",", ""))
+            axis.plot(*place, "D", ms=7, mfc="white", mew=1.8, color="0.3")
+            label = {"textcoords": "offset points", "ha": "right", "va": "top", "color": "0.3"}
+            axis.annotate(f"the authors:\n{marks[metric]}", place, (7, -8), fontsize=9, **label)
+            axis.set_xlim(0, 1.16 * last / 1000)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))

@@ -69,6 +69,7 @@ NAMES = {
 }
 # The README's table: arm -> what the whole team has in common.
 SHARED = {
+    "default": "20% of the reward",
     "separate": "nothing",
     "global-critic": "value",
     "shared-ratio": "probability ratio",
@@ -351,7 +352,8 @@ def components(data, last):
     for arm in arms:
         steps = common(*(runs[arm] for arm in arms))
         cells = [final(runs[arm], last, "ice_transferred"), reached(runs[arm], "ice_per_factory", 10000, steps)]
-        rows.append([how(arm, ""), SHARED[arm], *cells, theirs(PUBLISHED[arm][0])])
+        ice, *_ = PUBLISHED.get(arm, (None,))
+        rows.append([how(arm, ""), SHARED[arm], *cells, theirs(ice)])
     head = ["", "what the team shares", "final ice per team", "10,000 ice per starting factory by step"]
     return table([*head, "final ice, the authors"], rows)
 

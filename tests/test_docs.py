@@ -29,6 +29,7 @@ PATHS = [ROOT / folder / "README.md" for folder in (".", "benchmark", "submissio
 PATHS += sorted((ROOT / "docs").glob("*.md"))
 PAGES = {path: path.read_text() for path in PATHS}
 SCRIPTS = {"trajsep_ppo.py": trajsep_ppo, "global_ppo.py": global_ppo}
+LIKE = ("global-critic-reward", "global-reward")  # as in MAPPO, and in IPPO
 
 
 def blocks(text, language):
@@ -66,11 +67,20 @@ def test_reading_map():
         assert f"        # {phase}" in source
 
 
+def anchors(text):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links():
+    """Files and headings that are linked are there."""
     for path, text in PAGES.items():
-        for target in re.findall(r"\]\(([^)#]+)", text):
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
             if "://" not in target:
-                assert (path.parent / target).exists(), (path.name, target)
+                page = path.parent / target if target else path
+                assert page.exists(), (path.name, target)
+                assert not anchor or anchor in anchors(page.read_text()), (path.name, target, anchor)
 
 
 def test_named_tests():
@@ -98,11 +108,13 @@ def test_commands(page, command):
         (start,) = [index for index, word in enumerate(rest) if word.endswith("_ppo.py")]
         program, rest = "python", rest[start:]
     if program == "pip":
-        assert (ROOT / rest[rest.index("-r") + 1]).is_file()
+        assert rest[:2] == ["install", "torch"] or (ROOT / rest[rest.index("-r") + 1]).is_file()
     elif program == "python" and rest[0] in SCRIPTS:
         flags = [word for word in rest[1:] if word != "--help"]
         args = tyro.cli(SCRIPTS[rest[0]].Args, args=flags)
         changed = [key for key, x in vars(args).items() if x != getattr(SCRIPTS[rest[0]].Args(), key)]
+        given = {word[2:].replace("-", "_") for word in flags if word.startswith("--")}
+        assert given - {"resume", "evaluate"} <= {*changed}, "a flag that is the default"
         named = {*changed} & {"exp_name", "evaluate", "resume"}
         assert not changed or named, "--exp-name tells the run from others"
     elif program == "python" and rest[0] == "-m":
@@ -163,7 +175,7 @@ def test_first_output():
     text = (ROOT / "benchmark" / "default_run" / "both_ways" / "evaluation.json").read_text()
     summaries = [evaluation["summary"]["ice_transferred"] for evaluation in json.loads(text).values()]
     cells = ["{mean:,.2f} ± {std:,.2f}".format(**summary) for summary in summaries]
-    assert f"{'ice_transferred':24}{cells[0]:>26}{cells[1]:>26}" in README
+    assert len(cells) == 2 and all(cell in README for cell in cells)
     with open(ROOT / "benchmark" / "wrong_sign.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for policy in {row["policy"] for row in rows}:
@@ -171,6 +183,39 @@ def test_first_output():
         wrong = [float(row["wrong_sign_percent"]) for row in own]
         steps = [int(row["entity_steps"]) for row in own]
         assert f"in {np.average(wrong, weights=steps):.0f}%" in README.lower()
+
+
+def test_faults():
+    """So are the curves of each fault, and those of a healthy run beside them."""
+    scalars = plot.read_csv(ROOT / "benchmark" / "healthy_run" / "faults.csv")
+    faults = {row["run"] for row in scalars} - {"healthy"}
+    text = README.split("**When it does not learn,**")[1]
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+/\w+)` \| (.*?) \| (.*?) \|", text, re.MULTILINE)
+    assert faults == {fault for fault, *_ in rows}
+    for fault, tag, *bands in rows:
+        for run, band in zip(("healthy", fault), bands):
+            own = [row for row in scalars if (row["run"], row["tag"]) == (run, tag)]
+            values = [float(row["value"]) for row in own if 8192 <= int(row["global_step"]) <= 16384]
+            low, high = np.quantile(values, [0.05, 0.95])
+            assert band == f"{low:,.2f} to {high:,.2f}", (run, tag)
+
+
+def test_ippo_and_mappo():
+    """So is what the page says of the two rows: the difference, and what the values explain."""
+    data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
+    ice = [plot.values_of(data[arm, "sampled"], "ice_transferred", [last])[0] for arm in LIKE]
+    mean, low, high, _ = plot.difference(*ice)
+    assert f"{mean:,.0f}" in README and f"{low:,.0f} to {high:,.0f}" in README and low < 0 < high
+    rows = plot.read_csv(ROOT / "benchmark" / "study" / "runs.csv")
+    explained = study.shares(rows, "explained_variance")
+    assert re.search(r"\({0} of\s+the variance\).*?\({1}\)".format(*(explained[arm] for arm in LIKE)), README)
+
+
+def test_first_screen():
+    """Commands and output fit GitHub's width, and the CPU build of PyTorch stands before the line that brings CUDA."""
+    lines = "".join(blocks(README, "bash") + blocks(README, "text")[:1]).splitlines()
+    assert max(map(len, lines)) <= 97
+    assert README.index("download.pytorch.org/whl/cpu") < README.index("install -r requirements.txt")
 
 
 def test_matches():
