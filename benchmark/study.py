@@ -421,9 +421,14 @@ def page(data, last, trainings):
         "commits": names(sorted({row["commit"] for row in trainings})),
         "last": f"{last:,}",
         "maps": len(any_run[last]["episode_length"]),
-        "first_map": int(any_run[last]["match_seed"][0]),
+        "first_map": " or ".join(
+            sorted({str(run[last]["match_seed"][0]) for arm in runs.values() for run in arm.values()})
+        ),
     }
     facts["claims"] = claims(runs, last)
+    ice = {arm: values_of(runs[arm], "ice_transferred", [last]).mean() for arm in runs}
+    regime = ("authors", "global-authors")
+    facts["factor"] = f"{ice[regime[0]] / ice[regime[1]]:.1f}" if set(regime) <= set(ice) else "-"
     losses = {key: shares(trainings, key) for key in LOSSES}
     return PAGE.read_text().format_map(blocks | facts | losses)
 
