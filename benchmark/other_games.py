@@ -23,6 +23,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -58,13 +59,30 @@ PARTS = 32
 RANDOM_MATCHES = 100
 
 
-def train(folder, game, arm, seed):
+def is_done(folder, command):
+    """Whether this training has been run in this folder.
+
+    Raises:
+        Refused: if one with other flags has been run there.
+    """
+    done = (folder / "result.json").exists()
+    if done and json.loads((folder / "result.json").read_text())[0]["command"] != command:
+        raise Refused(f"{folder} holds a training with other flags; name another --out")
+    return done
+
+
+def command_of(game, arm, seed, steps):
+    _, _, env_id, _ = GAMES[game]
+    _, command, _, _ = ARMS[arm]
+    return f"{command} --env-id {env_id} --total-timesteps {steps} {FLAGS} --seed {seed}"
+
+
+def train(folder, game, arm, seed, steps):
     """Train and evaluate one seed; returns its row of games.csv and its curve."""
-    _, place, env_id, steps = GAMES[game]
-    _, command, patches, _ = ARMS[arm]
-    command += f" --env-id {env_id} --total-timesteps {steps} {FLAGS} --seed {seed}"
-    result = folder / "result.json"
-    if not result.exists():
+    _, place, _, _ = GAMES[game]
+    _, _, patches, _ = ARMS[arm]
+    command, result = command_of(game, arm, seed, steps), folder / "result.json"
+    if not is_done(folder, command):
         say(f"{game} {arm}", seed, f"training, see {folder / 'log'}")
         folder.mkdir(parents=True, exist_ok=True)
         script, *flags = command.split()
@@ -123,16 +141,16 @@ def mean_and_interval(values):
 def mean_returns(rows):
     """In Markdown: team returns of every game and arm, with sampled actions, and minutes of a training."""
     lines = []
-    for game, (name, _, _, steps) in GAMES.items():
+    for game, (name, *_) in GAMES.items():
         returns = {arm: [] for arm in ("random", *ARMS)}
-        seconds = []
         for row in rows:
             if row["game"] == game:
                 returns[row["arm"]].append(float(row["sampled"]))
-                seconds += [float(row["train_seconds"])] if row["arm"] != "random" else []
-        if returns["random"]:
+        trainings = [row for row in rows if row["game"] == game and row["arm"] != "random"]
+        if trainings:
+            seconds = [float(row["train_seconds"]) for row in trainings]
             cells = [mean_and_interval(values) if values else "" for values in returns.values()]
-            lines.append([name, f"{steps:,}", *cells, f"{np.mean(seconds) / 60:.1f}"])
+            lines.append([name, f"{int(trainings[0]['steps']):,}", *cells, f"{np.mean(seconds) / 60:.1f}"])
     names = [name for name, *_ in ARMS.values()]
     return table(["game", "steps", "random play", *names, "minutes"], lines) + "\n"
 
@@ -183,6 +201,7 @@ def main(
     arms: tuple[str, ...] = tuple(ARMS),
     seeds: tuple[int, ...] = (11, 12, 13, 14, 15),
     out: Path = ROOT / "runs" / "games",
+    steps: Optional[int] = None,
     parallel: int = os.cpu_count() or 1,
 ):
     """Work through all trainings.
@@ -191,6 +210,7 @@ def main(
         games: which games.
         arms: which arms.
         seeds: a training for each.
+        steps: environment steps of a training, instead of each game's own.
         out: folder of the tables and the trainings.
         parallel: trainings at a time, each with one thread.
     """
@@ -198,10 +218,12 @@ def main(
         if unknown := [name for name in given if name not in known]:
             raise Refused(f"there is no {unknown[0]}; there are {', '.join(known)}")
     out = out.resolve()
+    jobs = [(game, arm, seed, steps or GAMES[game][-1]) for seed in seeds for game in games for arm in arms]
+    folders = [out / f"{game}__{arm}__{seed}" for game, arm, seed, _ in jobs]
+    for folder, job in zip(folders, jobs):
+        is_done(folder, command_of(*job))  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
     floor = {game: random_return(game) for game in games}
-    jobs = [(game, arm, seed) for seed in seeds for game in games for arm in arms]
-    folders = [out / "{}__{}__{}".format(*job) for job in jobs]
     with ThreadPoolExecutor(parallel) as pool:
         results = []
         for number, result in enumerate(pool.map(train, folders, *zip(*jobs)), start=1):

@@ -1,33 +1,91 @@
 #!/usr/bin/env bash
-# Make all that benchmark/ and docs/ show once more, in a folder of its own: about ten hours on two cores.
+# Make the studies, the measurements and the battles of benchmark/ and docs/ once more, in a folder of its own.
 #
-#     bash benchmark/reproduce.sh [FOLDER]
+#     bash benchmark/reproduce.sh [FOLDER]          # in runs/reproduced
+#     bash benchmark/reproduce.sh --try [FOLDER]    # in runs/tried: every step, but small, in 20 minutes
 #
-# The same command continues it, except the measurements of speed and reliability, which start again; nothing else should
-# run beside those. The study, 121 trainings and their evaluations, takes about four hours. Not made here are matches
-# against bots that must be fetched first (see benchmark/README.md).
+# The same command continues it, except the measurements of speed and reliability, which start again;
+# nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
+#
+# The study has about 210 trainings, the NeurIPS stage 25, the other games 80, the battles 42. How long
+# all of it takes is not measured yet at this size; expect a day on two cores. Not made here are matches
+# against bots that must be fetched first, and what shows a single training or match (the pages of
+# credit, the bands of a healthy run): benchmark/README.md has their commands.
 set -euo pipefail
+
+size=full
+out=runs/reproduced
+if [ "${1:-}" = --try ]; then
+    size=small
+    out=runs/tried
+    shift
+fi
+if [ $# -gt 1 ] || [[ "${1:-}" = -* ]]; then
+    echo "usage: bash benchmark/reproduce.sh [--try] [FOLDER]" >&2
+    exit 2
+fi
+out="${1:-$out}"
+
+# What each step is given beside its defaults
+tiny=""
+study=""
+neurips="--seeds 11 12 13 14 15"
+throughput=""
+reliability=""
+games=""
+battle="--seeds 5"
+if [ $size = small ]; then
+    tiny="--total-timesteps 1024 --num-steps 32"
+    study="--seeds 11 --matches 2 --schedule 512 --arms default global separate mod-2 top-1 shared-ratio"
+    study+=" global-critic-reward authors global-authors lichen"
+    neurips="--seeds 11 --matches 2"
+    throughput="--steps 512 --repeats 1"
+    reliability="--steps 2048 --kills 1"
+    games="--seeds 11 --steps 1024 --arms separate mappo"
+    battle="--seeds 1 --steps 1024 --frozen-steps 1024 --battles 2"
+fi
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out="${1:-runs/reproduced}"
 mkdir -p "$out"
-
-python benchmark/ablation.py --out "$out/study"
-python benchmark/plot.py --results "$out/study" --out "$out/study"
-python benchmark/study.py --results "$out/study" --out "$out/docs"
-neurips="--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 40"
-python benchmark/ablation.py --arms default --schedule 102400 --flags="$neurips" --seeds 11 12 13 --out "$out/neurips"
-python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
-
-python benchmark/throughput.py --out "$out/throughput"
-python benchmark/reliability.py --out "$out/reliability"
-python benchmark/placement.py --out "$out/placement.png"
-if python -c "import rware, lbforaging, pettingzoo" 2> "$out/games.log"; then
-    python benchmark/other_games.py --out "$out/games"
-else
+has_games=yes
+has_battle=yes
+if ! python -c "import rware, lbforaging, mpe2" 2> "$out/games.log"; then
+    has_games=no
     echo "no other games: pip install -r examples/gymnasium/requirements.txt -r examples/pettingzoo/requirements.txt"
 fi
-if python -c "import magent2" 2> "$out/magent2.log"; then
-    python examples/battle/compare.py --out "$out/battle" --work "$out/work/battle"
-else
-    echo "no magent2: pip install -r examples/battle/requirements.txt, and start this again for the battle"
+if ! python -c "import magent2" 2> "$out/magent2.log"; then
+    has_battle=no
+    echo "no battle: pip install -r examples/battle/requirements.txt"
 fi
+trap 'echo "$SECONDS seconds in all; what was made lies in $out"' EXIT
+
+# Run a command; print it before, and the seconds that it took behind.
+step() {
+    local start=$SECONDS
+    printf '\n$'
+    printf ' %q' "$@"
+    printf '\n'
+    "$@"
+    echo "took $((SECONDS - start)) seconds"
+}
+
+step python benchmark/ablation.py --out "$out/study" $study --flags="$tiny"
+step python benchmark/plot.py --results "$out/study" --out "$out/study"
+step python benchmark/study.py --results "$out/study" --out "$out/docs"
+arms="default global global-small-value-loss global-reward global-critic-reward"
+stage="--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 40"
+step python benchmark/ablation.py --arms $arms $neurips --schedule 102400 --flags="$stage $tiny" --out "$out/neurips"
+step python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
+if [ $has_games = yes ]; then
+    step python benchmark/other_games.py --out "$out/games" $games
+fi
+if [ $has_battle = yes ]; then
+    arms="separate ippo mappo global"
+    for map_size in 24 45; do  # armies of 16 and of 81 soldiers
+        step python examples/battle/compare.py --arms $arms --map-size $map_size $battle \
+            --out "$out/battle_$map_size" --work "$out/work/battle_$map_size"
+    done
+fi
+step python benchmark/placement.py --out "$out/placement.png"
+step python benchmark/throughput.py --out "$out/throughput" $throughput
+step python benchmark/reliability.py --out "$out/reliability" $reliability  # last: it fails if it misses a goal

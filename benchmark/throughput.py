@@ -8,6 +8,7 @@ ratios come from runs in turns (those of `entities` from one run of each size). 
 alone, which keeps the results of the others:
 
     python benchmark/throughput.py --parts wrapper entities
+    python benchmark/throughput.py --parts torchrun --steps 1024 --repeats 1    # in small, to try it
 
     part        what it measures
     training    a training with the default flags: speed, where the time goes, peak memory
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from ablation import commit
 from luxai_s2 import LuxAI_S2
-from plot import ROOT, named_or, start, table
+from plot import ROOT, Refused, named_or, start, table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lux_wrapper as lux
@@ -44,6 +45,8 @@ import trajsep_ppo
 sys.path.append(str(ROOT / "tests"))
 
 from helpers import scripted  # noqa: E402
+
+ROLLOUT = 16 * 32  # environment steps of an update with the default flags
 
 # -- Tools ---------------------------------------------------------------------------------
 
@@ -143,15 +146,15 @@ PHASES = {
 }
 
 
-def profiled_training(folder):
-    """Train with the default flags and stopwatches."""
+def profiled_training(folder, steps):
+    """Train with the default flags, but so many environment steps, and stopwatches."""
     watches = Stopwatches()
     watches.watch(lux.LuxVecEnv, "step", "waiting")
     network = trajsep_ppo.HybridNet
     watches.watch(network, "forward", lambda: "forward" if torch.is_grad_enabled() else "inference")
     watches.watch(torch.Tensor, "backward", "backward")
     watches.watch(torch.optim.Adam, "step", "optimizer")
-    args = trajsep_ppo.Args()
+    args = trajsep_ppo.Args(total_timesteps=steps)
     start = time.perf_counter()
     trajsep_ppo.train(args, folder, torch.device("cpu"))
     return {
@@ -163,9 +166,9 @@ def profiled_training(folder):
     }
 
 
-def training():
+def training(steps):
     with tempfile.TemporaryDirectory() as folder:
-        result, peak = in_a_process(profiled_training, folder)
+        result, peak = in_a_process(profiled_training, folder, steps)
     return result | {"peak_memory_mb": peak}
 
 
@@ -220,7 +223,7 @@ def bare_engine(seed):
     return engine
 
 
-def wrapper(repeats=5):
+def wrapper(repeats):
     torch.set_num_threads(1)
     env = lux.LuxVecEnv(4, num_workers=0, max_robots=20)
     recordings = ((seed, recorded_matches(env, seed)) for seed in range(1, 100))
@@ -260,7 +263,7 @@ def report_wrapper(result):
 # -- Processes -----------------------------------------------------------------------------
 
 
-def torchrun(repeats=3, steps=8192):
+def torchrun(repeats, steps):
     speeds = defaultdict(list)
     alone = ("--num-workers", 0)
     some, twice = ("--total-timesteps", steps), ("--num-envs", 32, "--total-timesteps", 2 * steps)
@@ -271,7 +274,7 @@ def torchrun(repeats=3, steps=8192):
             speeds["two processes, a thread each"].append(two(*some))
             speeds["two processes, twice the matches"].append(two(*twice))
             speeds["no torchrun, default flags"].append(train(folder, *some))
-    return dict(speeds)
+    return dict(speeds) | {"steps": steps}
 
 
 def report_torchrun(result):
@@ -279,7 +282,7 @@ def report_torchrun(result):
     runs = {name: speeds for name, speeds in result.items() if isinstance(speeds, list)}
     rows = [(name, spread(x), spread(np.divide(x, base), 2)) for name, x in runs.items()]
     head = ("processes", "environment steps/s", "ratio")
-    return "The first 8,192 steps of a training.\n\n" + table(head, rows)
+    return f"The first {result['steps']:,} steps of a training.\n\n" + table(head, rows)
 
 
 # -- Entities ------------------------------------------------------------------------------
@@ -364,16 +367,29 @@ REPORTS = {
 
 def main(
     parts: tuple[Literal["training", "wrapper", "torchrun", "entities"], ...] = tuple(REPORTS),
+    steps: Optional[int] = None,
+    repeats: Optional[int] = None,
     out: Optional[Path] = None,
 ):
     """Measure, print and keep.
 
     Args:
         parts: what to measure.
+        steps: environment steps of a training, instead of 102,400 in `training` and 8,192 in `torchrun`.
+        repeats: turns that are measured, instead of 5 in `wrapper` and 3 in `torchrun`.
         out: folder of the report and of each part's numbers, instead of runs/throughput.
     """
+    if steps is not None and (steps < ROLLOUT or steps % ROLLOUT):
+        raise Refused(f"--steps must be a multiple of {ROLLOUT}, the steps of a rollout")
+    if repeats is not None and repeats < 1:
+        raise Refused("--repeats must be at least 1")
     out = named_or("runs/throughput", out, [f"{part}.json" for part in parts])
-    measures = {"training": training, "wrapper": wrapper, "torchrun": torchrun, "entities": entities}
+    measures = {
+        "training": partial(training, steps or 102400),
+        "wrapper": partial(wrapper, repeats or 5),
+        "torchrun": partial(torchrun, repeats or 3, steps or 8192),
+        "entities": entities,
+    }
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:
         print(f"measuring {part}", flush=True)
