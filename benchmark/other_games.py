@@ -105,10 +105,10 @@ def train(folder, game, arm, seed, steps):
 
 
 def curve(run, steps):
-    """(step, mean return of the training matches up to there) for each part of a run."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
-    parts = {}
-    for event in events:
+    """(step, mean return of the training matches up to there) for each part of a run in which one ended."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    key, parts = "charts/episodic_return", {}
+    for event in events.Scalars(key) if key in events.Tags()["scalars"] else ():
         parts.setdefault(-(-event.step * PARTS // steps), []).append(event.value)
     return [(part * steps // PARTS, f"{np.mean(values):.5g}") for part, values in sorted(parts.items())]
 

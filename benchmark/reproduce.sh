@@ -7,7 +7,7 @@
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
 #
-# The study has about 210 trainings, the NeurIPS stage 25, the other games 80, the battles 42. How long
+# The study has about 240 trainings, the search 66, the NeurIPS stage 25, the other games 80, the battles 42. How long
 # all of it takes is not measured yet at this size; expect a day on two cores. Not made here are matches
 # against bots that must be fetched first, and what shows a single training or match (the pages of
 # credit, the bands of a healthy run): benchmark/README.md has their commands.
@@ -30,15 +30,17 @@ out="${1:-$out}"
 tiny=""
 study=""
 neurips="--seeds 11 12 13 14 15"
+search=""
 throughput=""
 reliability=""
 games=""
 battle="--seeds 5"
 if [ $size = small ]; then
-    tiny="--total-timesteps 1024 --num-steps 32"
+    tiny="--total-timesteps 1024 --num-steps 32 --save-every 1"
     study="--seeds 11 --matches 2 --schedule 512 --arms default global separate mod-2 top-1 shared-ratio"
     study+=" global-critic-reward authors global-authors lichen"
     neurips="--seeds 11 --matches 2"
+    search="--number 2 --seeds 11 --steps 1024"
     throughput="--steps 512 --repeats 1"
     reliability="--steps 2048 --kills 1"
     games="--seeds 11 --steps 1024 --arms separate mappo"
@@ -72,6 +74,7 @@ step() {
 step python benchmark/ablation.py --out "$out/study" $study --flags="$tiny"
 step python benchmark/plot.py --results "$out/study" --out "$out/study"
 step python benchmark/study.py --results "$out/study" --out "$out/docs"
+step python benchmark/search.py --out "$out/search" $search --flags="$tiny"
 arms="default global global-small-value-loss global-reward global-critic-reward"
 stage="--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 40"
 step python benchmark/ablation.py --arms $arms $neurips --schedule 102400 --flags="$stage $tiny" --out "$out/neurips"
@@ -83,8 +86,9 @@ if [ $has_battle = yes ]; then
     arms="separate ippo mappo global"
     for map_size in 24 45; do  # armies of 16 and of 81 soldiers
         step python examples/battle/compare.py --arms $arms --map-size $map_size $battle \
-            --out "$out/battle_$map_size" --work "$out/work/battle_$map_size"
+            --out "$out/battle_$map_size" --work "$out/battle_$map_size"
     done
+    step python examples/battle/armies.py --works "$out/battle_24" "$out/battle_45" --out "$out/armies"
 fi
 step python benchmark/placement.py --out "$out/placement.png"
 step python benchmark/throughput.py --out "$out/throughput" $throughput
