@@ -300,3 +300,11 @@ def test_ladder_picture(tmp_path, monkeypatch):
     points = [line.get_xydata().tolist() for line in steps.lines if line.get_marker() == "o"]
     assert points[0] == [[6.144, -0.12]] * 2 and points[2] == [[1.08 * 8.192, 0.12]] * 2
     assert clipped.lines[0].get_xdata() == pytest.approx([11, 12])
+
+
+def test_one_generation():
+    """All trainings that are evaluated on the newest maps are of one commit, without changes of its programs."""
+    newest = {
+        row["commit"] for row in plot.read_csv(KEPT / "runs.csv") if row["maps"].startswith(f"{ablation.FIRST_MAP} ")
+    }
+    assert len(newest) == 1 and not newest.pop().endswith("-dirty")
