@@ -163,11 +163,13 @@ FOLLOWING = (  # arms of which something is claimed
 # Flags were chosen with seeds 1 to 10, rules with seeds 11 to 20 too, all on maps below 7000.
 FIRST_SEED, FIRST_MAP = 11, 7000
 SEEDS = {arm: 10 if arm in MAIN else 5 if arm in FOLLOWING else 3 for arm in ARMS}
-# Environment steps after which a training is evaluated, at the next checkpoint; and always the last.
-SCHEDULE = (
+# Environment steps after which the main arms and the others are evaluated, at the next checkpoint;
+# and always the last. An evaluation takes half a minute, once matches are long.
+FINE = (
     *(2048, 4096, 6144, 8192, 10240, 12288, 16384, 20480, 24576),
     *(32768, 40960, 49152, 65536, 81920),
 )
+COARSE = (4096, 8192, 12288, 16384, 24576, 49152, 81920)
 SAVE_EVERY = 2048  # environment steps between two checkpoints, or an update if that has more
 
 MATCH = ("match_seed", "player", "starting_factories", "episode_length")
@@ -453,7 +455,8 @@ class Work:
         same_training(folder, task, run)
         paths = saved(folder)
         last = max(paths)
-        steps = {min(saved for saved in paths if saved >= step) for step in self.schedule if step < last}
+        schedule = (FINE if arm in MAIN else COARSE) if self.schedule is None else self.schedule
+        steps = {min(saved for saved in paths if saved >= step) for step in schedule if step < last}
         wanted = [(step, "sampled") for step in sorted(steps - {last})]
         wanted += [(last, "sampled"), (last, "greedy")]
         wanted = [key for key in wanted if not evaluation(folder, *key).exists()]
@@ -487,7 +490,7 @@ def main(
     parallel: int = os.cpu_count() or 1,
     matches: int = 20,
     first_map: int = FIRST_MAP,
-    schedule: tuple[int, ...] = SCHEDULE,
+    schedule: Optional[tuple[int, ...]] = None,
     flags: str = "",
 ):
     """Work through the queue.
@@ -501,8 +504,8 @@ def main(
         parallel: trainings or evaluations at a time, each with one thread.
         matches: held-out matches of an evaluation.
         first_map: the first of as many held-out maps.
-        schedule: environment steps after which trainings are evaluated, at the next checkpoint; the
-            last one always is.
+        schedule: environment steps after which trainings are evaluated, at the next checkpoint,
+            instead of the arms' own; the last checkpoint always is.
         flags: more flags for every training, in quotes.
     """
     commands = commands_of(arms or (() if arm else ARMS), arm)
