@@ -304,7 +304,7 @@ class CrowdVecEnv:
         obs["board"][:] = rng.integers(0, 101, obs["board"].shape)
         obs["features"][:] = rng.normal(size=obs["features"].shape)
         obs["position"][:] = rng.integers(0, 48, obs["position"].shape)
-        obs["kind"][..., :live] = rng.integers(1, 4, (*shape[:2], live))
+        obs["kind"][..., :live] = rng.integers(lux.FACTORY, lux.ROBOT + 1, (*shape[:2], live))
         obs["group"][:] = np.arange(shape[-1])
         obs["action_mask"][:] = True
         self.obs = obs

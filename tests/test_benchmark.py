@@ -301,6 +301,12 @@ def test_a_report_of_what_was_measured(tmp_path):
     assert "The first 1,024 steps" in throughput.report_torchrun(speeds | {"steps": 1024})
 
 
+def test_entities():
+    """An update on a crowd of all kinds takes time and memory."""
+    (update,) = throughput.entities((10,))["network"].values()
+    assert update["seconds"] > 0 and update["memory_mb"] > 0
+
+
 def test_memory_is_a_goal_of_long_runs(tmp_path, monkeypatch, capsys):
     """While a program still starts, its memory grows."""
     monkeypatch.setattr(luxai_s2.env, "validate_actions", luxai_s2.env.validate_actions)  # puts it back
