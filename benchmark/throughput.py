@@ -78,6 +78,7 @@ def in_a_process(function, *args):
     here, there = spawn.Pipe()
     process = spawn.Process(target=_send, args=(there, function, args))
     process.start()
+    there.close()  # so that `recv` ends when the process does
     peak = [0.0]
     done = threading.Event()
 
@@ -86,9 +87,13 @@ def in_a_process(function, *args):
             peak[0] = max(peak[0], memory_of(process.pid))
 
     threading.Thread(target=sample, daemon=True).start()
-    result = here.recv()
-    done.set()
-    process.join()
+    try:
+        result = here.recv()
+    except EOFError:
+        raise ChildProcessError(f"{function.__name__} failed, see above") from None
+    finally:
+        done.set()
+        process.join()
     return result, peak[0]
 
 

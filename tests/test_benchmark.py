@@ -305,6 +305,8 @@ def test_entities():
     """An update on a crowd of all kinds takes time and memory."""
     (update,) = throughput.entities((10,))["network"].values()
     assert update["seconds"] > 0 and update["memory_mb"] > 0
+    with pytest.raises(ChildProcessError, match="crowd_update failed"):  # and nobody waits for it
+        throughput.in_a_process(throughput.crowd_update, "many")
 
 
 def test_memory_is_a_goal_of_long_runs(tmp_path, monkeypatch, capsys):
