@@ -105,10 +105,10 @@ def train(folder, game, arm, seed, steps):
 
 
 def curve(run, steps):
-    """(step, mean return of the training matches up to there) for each part of a run."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("charts/episodic_return")
+    """(step, mean return of the training matches up to there) for each part of a run in which some have ended."""
+    events, tag = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload(), "charts/episodic_return"
     parts = {}
-    for event in events:
+    for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else ():
         parts.setdefault(-(-event.step * PARTS // steps), []).append(event.value)
     return [(part * steps // PARTS, f"{np.mean(values):.5g}") for part, values in sorted(parts.items())]
 
@@ -223,7 +223,10 @@ def main(
     for folder, job in zip(folders, jobs):
         is_done(folder, command_of(*job))  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    floor = {game: random_return(game) for game in games}
+    floor = {}
+    for game in games:
+        print(f"{game}: random play, {RANDOM_MATCHES} matches", flush=True)
+        floor[game] = random_return(game)
     with ThreadPoolExecutor(parallel) as pool:
         results = []
         for number, result in enumerate(pool.map(train, folders, *zip(*jobs)), start=1):

@@ -1,6 +1,8 @@
 """The ablation: its queue, that it continues where it was stopped, the numbers of its tables."""
 
 import csv
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ import ablation
 import bands
 import compare
 import figures
+import luxai_s2.env
 import numpy as np
 import placement
 import plot
@@ -24,6 +28,7 @@ import reliability
 import study
 import throughput
 import torch
+import tyro
 
 import trajsep_ppo
 from hybrid_model import HybridNet
@@ -249,10 +254,57 @@ def test_a_report_of_what_was_measured(tmp_path):
     """A person's copies in the folder are no measurements."""
     shutil.copy(ROOT / "benchmark" / "reliability" / "kill.json", tmp_path / "kill.json")
     shutil.copy(tmp_path / "kill.json", tmp_path / "kill copy.json")
-    with pytest.raises(trajsep_ppo.Refused, match="--steps must be at least 80"):
-        reliability.main(steps=8, out=tmp_path)
+    for program, steps, sentence in (
+        (reliability, 8, "must be at least 80 for soak-engine"),
+        (reliability, 1024, "must be at least 2048 for kill"),  # else the first checkpoint is the last
+        (throughput, 100, "must be a multiple of 512"),
+    ):
+        with pytest.raises(trajsep_ppo.Refused, match=f"--steps {sentence}"):
+            program.main(steps=steps, out=tmp_path)
     reliability.main(parts=(), out=tmp_path)
     assert (tmp_path / "report.md").read_text().count("20 of 20") == 1
+    speeds = {"one process, one thread": [100], "two processes, a thread each": [150]}
+    assert "The first 1,024 steps" in throughput.report_torchrun(speeds | {"steps": 1024})
+
+
+def test_memory_is_a_goal_of_long_runs(tmp_path, monkeypatch, capsys):
+    """While a program still starts, its memory grows."""
+    monkeypatch.setattr(luxai_s2.env, "validate_actions", luxai_s2.env.validate_actions)  # puts it back
+    monkeypatch.setattr(reliability, "memory_of", lambda pid, sizes=itertools.count(100): next(sizes))
+    reliability.main(parts=("soak-engine",), steps=80, out=tmp_path)
+    assert "passed: 80 steps: orders" in (said := capsys.readouterr().out) and "(no goal in a short run)" in said
+    monkeypatch.setitem(reliability.PARTS, "soak-engine", (reliability.soak_engine, 80, 80))
+    with pytest.raises(SystemExit, match="missed the goal: soak-engine"):
+        reliability.main(parts=("soak-engine",), out=tmp_path)
+
+
+def test_a_reproduction_can_be_tried(tmp_path, monkeypatch):
+    """In small it runs the same programs, each with flags that it takes; a missed goal costs none of them."""
+    fake = tmp_path / "bin" / "python"  # notes its command; reliability.py misses its goal
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf \'%s\\0\' "$@" END >> "$LOG"\ncase $1 in *reliability.py) exit 1; esac\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+
+    def reproduce(*words):
+        monkeypatch.setenv("LOG", str(log := tmp_path / "_".join(["log", *words])))
+        command = ["bash", ROOT / "benchmark" / "reproduce.sh", *words, tmp_path / "my results"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        calls = [call.strip("\0").split("\0") for call in log.read_text().split("END\0")[:-1]]
+        return done, [call for call in calls if call[0] != "-c"]
+
+    (done, full), (_, small) = reproduce(), reproduce("--try")
+    assert [program for program, *_ in small] == [program for program, *_ in full]
+    for program, *flags in full + small:
+        module = importlib.import_module(Path(program).stem)
+        main = module.Args if module is compare else wraps(module.main)(lambda **options: SimpleNamespace(**options))
+        options = tyro.cli(main, args=flags)
+        assert "my results" in str(options.out) and set(getattr(options, "arms", ())) <= {*ablation.ARMS, *compare.ARMS}
+    programs = {path.name for path in (ROOT / "benchmark").glob("*.py")}
+    assert done.returncode == 1 and done.stdout.count("\n$ python ") == len(full)
+    assert done.stdout.count("\ntook ") == len(full) - 1 and "seconds in all" in done.stdout
+    made_by_hand = {"bands.py", "credit.py", "figures.py", "match.py", "page.py"}
+    assert {Path(program).name for program, *_ in full} == programs - made_by_hand | {"compare.py"}
 
 
 def test_battle(tmp_path, monkeypatch, capsys):

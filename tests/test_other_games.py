@@ -10,13 +10,15 @@ from compare import shares_won
 from plot import read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trajsep_ppo import SummaryWriter
+
 
 def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
     """Every number of the tables can be found again in the runs; the second start trains nothing."""
-    monkeypatch.setattr(other_games, "GAMES", {"toy": ("the toy", "toy", "toy_env:ToyVecEnv", 4096)})
+    monkeypatch.setattr(other_games, "GAMES", {"toy": ("the toy", "toy", "toy_env:ToyVecEnv", 512)})
     monkeypatch.setattr(other_games, "PARTS", 4)
     arms = ("global", "mappo")
-    other_games.main(("toy",), arms, (1, 2), tmp_path, parallel=2)
+    other_games.main(("toy",), arms, (1, 2), tmp_path, steps=4096, parallel=2)
     with open(tmp_path / "games.csv") as file:
         random, *rows = csv.DictReader(file)
     assert [(row["arm"], row["seed"]) for row in rows] == [(arm, seed) for seed in "12" for arm in arms]
@@ -38,7 +40,8 @@ def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
             part = [event.value for event in events if step - 1024 < event.step <= step]
             assert value == pytest.approx(np.mean(part), rel=1e-4)
     (line,) = [line for line in (tmp_path / "games.md").read_text().splitlines() if line.startswith("| the toy")]
-    shown = [cell.strip() for cell in line.split("|")[3:-1]]
+    steps, *shown = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert steps == "4,096"
     assert shown[2] == "" and shown[0] == f"{cells['random'][0]:.3g}"  # without the arm ippo
     assert shown[5] == f"{np.mean([float(row['train_seconds']) for row in rows]) / 60:.1f}"
     for cell, arm in zip((shown[3], shown[4]), ("mappo", "global")):
@@ -48,9 +51,18 @@ def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     before = (tmp_path / "games.csv").read_text()
-    other_games.main(("toy",), arms, (1, 2), tmp_path)
+    other_games.main(("toy",), arms, (1, 2), tmp_path, steps=4096)
     assert "training" not in capsys.readouterr().out.replace("trainings are", "")
+    with pytest.raises(other_games.Refused, match="toy__global__1 holds a training with other flags"):
+        other_games.main(("toy",), arms, (1, 2), tmp_path)
     assert (tmp_path / "games.csv").read_text() == before
+
+
+def test_no_match_has_ended(tmp_path):
+    """In a training so short that none has, there is no curve."""
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("charts/SPS", 1, 512)
+    assert other_games.curve(tmp_path, 1024) == []
 
 
 def test_what_is_refused(tmp_path):
