@@ -73,11 +73,12 @@ class Stopwatches:
 
 
 def in_a_process(function, *args):
-    """What function(*args) returns in a process of its own, and the peak of its memory in MB."""
+    """What function(*args) returns in a process of its own, and the peak of its memory in MB; ends if it fails."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_send, args=(there, function, args))
     process.start()
+    there.close()  # so that the end of the process is the end of the pipe
     peak = [0.0]
     done = threading.Event()
 
@@ -86,9 +87,13 @@ def in_a_process(function, *args):
             peak[0] = max(peak[0], memory_of(process.pid))
 
     threading.Thread(target=sample, daemon=True).start()
-    result = here.recv()
-    done.set()
-    process.join()
+    try:
+        result = here.recv()
+    except EOFError:
+        sys.exit("throughput.py: error: the process that was measured has failed, see above")
+    finally:
+        done.set()
+        process.join()
     return result, peak[0]
 
 
@@ -304,7 +309,8 @@ class CrowdVecEnv:
         obs["board"][:] = rng.integers(0, 101, obs["board"].shape)
         obs["features"][:] = rng.normal(size=obs["features"].shape)
         obs["position"][:] = rng.integers(0, 48, obs["position"].shape)
-        obs["kind"][..., :live] = rng.integers(1, 4, (*shape[:2], live))
+        kinds = self.single_observation_space["kind"].high.max()
+        obs["kind"][..., :live] = rng.integers(1, kinds + 1, (*shape[:2], live))
         obs["group"][:] = np.arange(shape[-1])
         obs["action_mask"][:] = True
         self.obs = obs

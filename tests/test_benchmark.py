@@ -267,6 +267,14 @@ def test_a_report_of_what_was_measured(tmp_path):
     assert "The first 1,024 steps" in throughput.report_torchrun(speeds | {"steps": 1024})
 
 
+def test_a_process_that_is_measured():
+    """A made-up crowd learns; a failure ends the program, which does not wait for what never comes."""
+    update, peak = throughput.in_a_process(throughput.crowd_update, 10)
+    assert update["seconds"] > 0 and peak > 0
+    with pytest.raises(SystemExit, match="has failed, see above"):
+        throughput.in_a_process(json.loads, "[")
+
+
 def test_memory_is_a_goal_of_long_runs(tmp_path, monkeypatch, capsys):
     """While a program still starts, its memory grows."""
     monkeypatch.setattr(luxai_s2.env, "validate_actions", luxai_s2.env.validate_actions)  # puts it back
