@@ -223,7 +223,10 @@ def main(
     for folder, job in zip(folders, jobs):
         is_done(folder, command_of(*job))  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    floor = {game: random_return(game) for game in games}
+    floor = {}
+    for game in games:
+        print(f"{game}: random play, {RANDOM_MATCHES} matches", flush=True)
+        floor[game] = random_return(game)
     with ThreadPoolExecutor(parallel) as pool:
         results = []
         for number, result in enumerate(pool.map(train, folders, *zip(*jobs)), start=1):

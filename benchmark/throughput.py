@@ -73,7 +73,7 @@ class Stopwatches:
 
 
 def in_a_process(function, *args):
-    """What function(*args) returns in a process of its own, and the peak of its memory in MB."""
+    """What function(*args) returns in a process of its own, and the peak of its memory in MB; ends if it fails."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=_send, args=(there, function, args))

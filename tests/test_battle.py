@@ -268,6 +268,7 @@ def test_comparison_continues_and_draws(tmp_path):
     for _ in range(2):
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
+        assert "match/s" not in result.stderr, "bars of several processes mix"
         rows = list(csv.DictReader(table.open()))
         written.append(table.stat().st_mtime_ns)
         fought = sorted({(x["arm"], x["seed"], x["global_step"], x["opponent"]) for x in rows})

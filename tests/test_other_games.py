@@ -11,6 +11,8 @@ from plot import read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from trajsep_ppo import SummaryWriter
+
 
 def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
     """Every number of the tables can be found again in the runs; the second start trains nothing."""
@@ -55,6 +57,13 @@ def test_two_arms_of_a_game(tmp_path, monkeypatch, capsys):
     with pytest.raises(other_games.Refused, match="toy__global__1 holds a training with other flags"):
         other_games.main(("toy",), arms, (1, 2), tmp_path)
     assert (tmp_path / "games.csv").read_text() == before
+
+
+def test_no_match_has_ended(tmp_path):
+    """In a training so short that none has, there is no curve."""
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_scalar("charts/SPS", 1, 512)
+    assert other_games.curve(tmp_path, 1024) == []
 
 
 def test_what_is_refused(tmp_path):

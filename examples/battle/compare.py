@@ -27,11 +27,13 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmark")]
@@ -40,6 +42,7 @@ from ablation import keep, programs, runs_of  # noqa: E402
 from other_games import ARMS  # noqa: E402
 from plot import plt, read_csv, table, write, write_csv  # noqa: E402
 
+import trajsep_ppo  # noqa: E402
 from hybrid_model import HybridNet  # noqa: E402
 from trajsep_ppo import Refused, checkpoints, evaluate  # noqa: E402
 
@@ -163,7 +166,7 @@ def fight(agent, opponent, battles, map_size):
 def measure(args, arm, seed):
     """Train, then fight both opponents with every checkpoint; a row for each battle."""
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would mix
+    trajsep_ppo.tqdm = partial(tqdm, disable=True)  # bars of several processes would mix
     folder = train(args, arm, seed, args.steps)
     *_, path = checkpoints(args.work / "{}_{}".format(*FROZEN))
     frozen = load(path)
