@@ -9,7 +9,6 @@ import pytest
 from compare import shares_won
 from plot import read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 from trajsep_ppo import SummaryWriter
 
@@ -79,10 +78,3 @@ def test_results_in_the_pages():
     results = other_games.ROOT / "benchmark"
     assert other_games.mean_returns(read_csv(results / "other_games" / "games.csv")) in page
     assert shares_won(read_csv(results / "battle_16" / "battle.csv")) in page
-
-
-def test_a_run_in_which_no_match_ended(tmp_path):
-    """It has no curve."""
-    with SummaryWriter(tmp_path) as writer:
-        writer.add_scalar("charts/SPS", 1, 1)
-    assert other_games.curve(tmp_path, 512) == []

@@ -12,15 +12,16 @@ Each army is the last checkpoint of its training. An army fights those of the ot
 """
 
 import itertools
-import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -28,6 +29,7 @@ from compare import ROOT, fight, load, trained_policy  # noqa: E402
 from other_games import ARMS  # noqa: E402
 from plot import named_or, plt, read_csv, steps_to, table, write, write_csv  # noqa: E402
 
+import trajsep_ppo  # noqa: E402
 from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
 COLUMNS = ("soldiers", "arm", "opponent", "seed", "won", "kills", "survivors", "length")
@@ -62,7 +64,7 @@ def meet(arms, seed, paths, battles):
     from battle_env import BattleVecEnv  # here: --help works without magent2
 
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes would mix
+    trajsep_ppo.tqdm = partial(tqdm, disable=True)  # bars of several processes would mix
     map_size = torch.load(paths[0], weights_only=True)["args"]["env_kwargs"]["map_size"]
     agent, other = map(load, paths)
     results = fight(agent, trained_policy(other, seed), battles, map_size)
