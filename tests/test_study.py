@@ -304,7 +304,6 @@ def test_ladder_picture(tmp_path, monkeypatch):
 
 def test_one_generation():
     """All trainings that are evaluated on the newest maps are of one commit, without changes of its programs."""
-    newest = {
-        row["commit"] for row in plot.read_csv(KEPT / "runs.csv") if row["maps"].startswith(f"{ablation.FIRST_MAP} ")
-    }
+    rows = [row for name in ("study", "generation") for row in plot.read_csv(KEPT.parent / name / "runs.csv")]
+    newest = {row["commit"] for row in rows if row["maps"].startswith(f"{ablation.FIRST_MAP} ")}
     assert len(newest) == 1 and not newest.pop().endswith("-dirty")
