@@ -304,7 +304,7 @@ def test_a_report_of_what_was_measured(tmp_path):
 def test_entities():
     """An update on a crowd of all kinds takes time and memory."""
     (update,) = throughput.entities((10,))["network"].values()
-    assert update["seconds"] > 0 and update["memory_mb"] > 0
+    assert update["seconds"] > 0 and update["memory_mb"] >= 0
     with pytest.raises(ChildProcessError, match="crowd_update failed"):  # and nobody waits for it
         throughput.in_a_process(throughput.crowd_update, "many")
 
