@@ -246,6 +246,14 @@ def test_maps_that_do_not_matter():
     assert plot.estimate(alone)[1:] == pytest.approx((alone.mean() - half, alone.mean() + half))
 
 
+def test_intervals_by_hand():
+    """Mean squares 16 between seeds, 9 between maps, and 4: a variance of (16 + 9 - 4) / 4."""
+    values = np.array([[1.0, 2], [3, 8]])
+    half = stats.t.ppf(0.975, 21**2 / (16**2 + 9**2 + 4**2)) * np.sqrt(5.25)
+    assert plot.estimate(values) == pytest.approx((3.5, 3.5 - half, 3.5 + half))
+    assert plot.difference(values, np.zeros((2, 2)))[:3] == pytest.approx((3.5, 3.5 - half, 3.5 + half))
+
+
 def test_holm():
     assert plot.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert plot.holm([0.6, 0.7]) == [1, 1] and plot.holm([]) == []
