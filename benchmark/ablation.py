@@ -78,9 +78,7 @@ ARMS = {
     "cluster": "trajsep_ppo.py --group-by cluster",
     # Clipping, and other flags for the baseline
     "clip-50": "trajsep_ppo.py --clip-coef 0.5",
-    "clip-100": "trajsep_ppo.py --clip-coef 1",
     "global-clip-50": "global_ppo.py --clip-coef 0.5",
-    "global-clip-100": "global_ppo.py --clip-coef 1",
     "global-small-value-loss": "global_ppo.py --vf-coef 0.01",
     "global-long-rollouts": "global_ppo.py --num-steps 64 --num-minibatches 16",
     # The own share of the reward
@@ -95,12 +93,9 @@ ARMS = {
     # Fewer samples of robots
     "top-1": SEPARATE,
     "top-2": f"{SEPARATE} --top-samples 2",
-    "top-4": f"{SEPARATE} --top-samples 4",
     "top-1-abs": SEPARATE,
     "top-1-return": SEPARATE,
     "random-1": SEPARATE,
-    "random-2": f"{SEPARATE} --top-samples 2",
-    "random-4": f"{SEPARATE} --top-samples 4",
     "top-1-raw": f"{SEPARATE} --no-norm-adv",  # advantages as they are, not normalized
     "top-1-robots": SEPARATE,  # normalized over the robots that are learned from, without factories
     # From the authors' regime to the default flags: all of it, with safe masks, with six robots too,
@@ -142,7 +137,6 @@ PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
     "global-critic-reward": ("global-critic",),
     "global-may-wait": ("may-wait",),
     "top-2": ("top-1",),  # it adds the flag --top-samples
-    "top-4": ("top-1",),
     "top-1-abs": ("top-1", "top-1-abs"),
     "top-1-return": ("top-1", "top-1-return"),
     "top-1-raw": ("top-1",),
@@ -152,8 +146,6 @@ PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
     "global-authors-cut": ("authors-cut",),
     "global-authors-clipped-values": ("authors-clipped-values",),
     "random-1": ("top-1", "random-1"),
-    "random-2": ("top-1", "random-1"),
-    "random-4": ("top-1", "random-1"),
 }
 MAIN = ("default", "global")
 FOLLOWING = (  # arms of which something is claimed
@@ -163,13 +155,15 @@ FOLLOWING = (  # arms of which something is claimed
 # Flags were chosen with seeds 1 to 10, rules with seeds 11 to 20 too, all on maps below 7000.
 FIRST_SEED, FIRST_MAP = 11, 7000
 SEEDS = {arm: 10 if arm in MAIN else 5 if arm in FOLLOWING else 3 for arm in ARMS}
-# Environment steps after which the main arms and the others are evaluated, at the next checkpoint;
-# and always the last. An evaluation takes half a minute, once matches are long.
+# Environment steps after which the main arms, those of the authors' regime and the rungs below it, and
+# the others are evaluated, at the next checkpoint; and always the last. An evaluation takes half a
+# minute, once matches are long.
 FINE = (
     *(2048, 4096, 6144, 8192, 10240, 12288, 16384, 20480, 24576),
     *(32768, 40960, 49152, 65536, 81920),
 )
-COARSE = (4096, 8192, 12288, 16384, 24576, 49152, 81920)
+LATE = (8192, 16384, 32768, 49152, 65536)
+COARSE = (4096, 8192, 12288, 16384, 24576, 49152)
 SAVE_EVERY = 2048  # environment steps between two checkpoints, or an update if that has more
 
 MATCH = ("match_seed", "player", "starting_factories", "episode_length")
@@ -198,6 +192,13 @@ def queue(arms, seeds=None):
 
     jobs, order = [(arm, seed) for arm in arms for seed in seeds_of(arm)], [*ARMS, *arms]
     return sorted(jobs, key=lambda job: (job[0] not in MAIN, job[1], order.index(job[0])))
+
+
+def schedule_of(arm):
+    """Environment steps after which an arm is evaluated, but for the last."""
+    if arm in MAIN:
+        return FINE
+    return LATE if re.match("(global-)?(authors|six)", arm) else COARSE
 
 
 def commands_of(arms, own):
@@ -455,7 +456,7 @@ class Work:
         same_training(folder, task, run)
         paths = saved(folder)
         last = max(paths)
-        schedule = (FINE if arm in MAIN else COARSE) if self.schedule is None else self.schedule
+        schedule = schedule_of(arm) if self.schedule is None else self.schedule
         steps = {min(saved for saved in paths if saved >= step) for step in schedule if step < last}
         wanted = [(step, "sampled") for step in sorted(steps - {last})]
         wanted += [(last, "sampled"), (last, "greedy")]

@@ -180,9 +180,9 @@ def kill(options, keep):
         child = train(folder, *flags)
         start = wait_for_checkpoint(folder, child, 1)
         seconds = wait_for_checkpoint(folder, child, options.steps) - start
-        if child.wait():
+        if code := child.wait():
             said = Path(folder, "log").read_text()[-300:]
-            sys.exit(f"reliability.py: error: the training failed: {said}")
+            sys.exit(f"reliability.py: error: the training ended with {code}: {said}")
         expected = parameters(folder)
     while len(kills) < options.kills:
         with tempfile.TemporaryDirectory() as folder:

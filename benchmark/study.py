@@ -37,12 +37,9 @@ PUBLISHED = {
     "nearest-heavy": (35224, 10946, 1000, 0, 36864, 73728),
     "top-1": (38072, 13071, 1000, 0, 32768, 57344),
     "top-2": (40053, None, 1000, 0, 24576, 61440),
-    "top-4": (43246, None, 1000, 0, 28672, 49152),
     "top-1-abs": (33926, 9324, 1000, 0, 32768, 57344),
     "top-1-return": (23156, 10369, 968, 138, 40960, NEVER),
     "random-1": (2550, None, 420, None, 77824, NEVER),
-    "random-2": (4284, None, 513, None, 77824, NEVER),
-    "random-4": (17927, None, 951, None, 45056, NEVER),
     "global-reward": (9614, 8094, 763, 300, 53248, NEVER),
     "global-critic": (30687, 9844, 994, 34, 40960, 69632),
     "global-critic-reward": (2643, 3353, 380, 244, 73728, NEVER),
@@ -125,7 +122,7 @@ SECTIONS = (
     Section("rules", "separate nearest-heavy nearest-factory quadrants robots"),
     Section(
         "samples",
-        "separate top-4 top-2 top-1 top-1-raw top-1-robots top-1-abs top-1-return random-4 random-2 random-1",
+        "separate top-2 top-1 top-1-raw top-1-robots top-1-abs top-1-return random-1",
     ),
     Section(
         "components",
@@ -140,11 +137,10 @@ SECTIONS = (
     ),
     Section(
         "baseline",
-        "default clip-50 clip-100 global global-clip-50 global-clip-100 global-small-value-loss global-long-rollouts",
+        "default clip-50 global global-clip-50 global-small-value-loss global-long-rollouts",
         pairs=(
             ("default", "global"),
             ("clip-50", "global-clip-50"),
-            ("clip-100", "global-clip-100"),
             ("default", "global-small-value-loss"),
             ("default", "global-long-rollouts"),
         ),
@@ -193,6 +189,13 @@ def pairs_of(section, runs):
     return [(one, other) for one, other in zip(arms, arms[1:]) if ice[one] > ice[other]]
 
 
+def same_maps(runs, arms):
+    """Raise Refused if not all evaluations of these arms played the same maps: they are compared map by map."""
+    maps = {tuple(metrics["match_seed"]) for arm in arms for run in runs[arm].values() for metrics in run.values()}
+    if len(maps) > 1:
+        raise Refused(f"{names(arms)} were evaluated on different maps; evaluate them on the same")
+
+
 def verdicts_of(runs, last):
     """Pair of arms -> its Verdict by final ice and by pace, of all pairs of the page."""
     pairs = list(dict.fromkeys(pair for section in SECTIONS for pair in pairs_of(section, runs)))
@@ -200,6 +203,7 @@ def verdicts_of(runs, last):
     for is_pace in (False, True):
         found = []
         for pair in pairs:
+            same_maps(runs, pair)
             steps = common(*(runs[arm] for arm in pair)) if is_pace else [last]
             found.append(difference(*(values_of(runs[arm], "ice_transferred", steps).mean(0) for arm in pair)))
         corrected = holm([p for *_, p in found])

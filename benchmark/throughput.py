@@ -15,8 +15,10 @@ alone, which keeps the results of the others:
     wrapper     LuxVecEnv against the bare engine: the same matches, the same orders, one core
     torchrun    two processes with a thread each against one
     entities    time and memory of an update by live entities per player
+    gpu         trainings on the GPU against the same on the CPU cores of its machine; only if it is named
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -362,16 +364,54 @@ def report_entities(result):
     )
 
 
+# -- A GPU ---------------------------------------------------------------------------------
+
+LARGE_STAGE = "--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 100"
+# What is trained -> environment steps, as a share of those of the default flags, and flags
+SIZES = {
+    "16 matches, default flags": (1, ""),
+    "256 matches": (4, "--num-envs 256"),
+    "16 matches, 64 x 64, up to 100 robots a team": (0.5, LARGE_STAGE),
+}
+DEVICES = {"GPU": "--cuda", "CPU": "--no-cuda"}
+
+
+def gpu(repeats, steps):
+    if not torch.cuda.is_available():
+        raise Refused("there is no GPU that PyTorch can use")
+    speeds = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for _, size, device in itertools.product(range(repeats), SIZES, DEVICES):
+            share, flags = SIZES[size]
+            some = f"--total-timesteps {int(share * steps)} --eval-episodes 0"
+            speed = train(folder, *f"{flags} {DEVICES[device]} {some}".split())
+            print(f"{size}, {device}: {speed:.0f} steps/s", flush=True)
+            speeds[f"{size}, {device}"].append(speed)
+    return dict(speeds) | {"steps": steps, "gpu": torch.cuda.get_device_name()}
+
+
+def report_gpu(result):
+    rows = []
+    for size, (share, _) in SIZES.items():
+        on_gpu, on_cpu = (result[f"{size}, {device}"] for device in DEVICES)
+        ratio = spread(np.divide(on_gpu, on_cpu), 2)
+        rows.append((size, f"{int(share * result['steps']):,}", spread(on_gpu), spread(on_cpu), ratio))
+    head = ("training", "first steps", "GPU, steps/s", "CPU, steps/s", "ratio")
+    return f"{result['gpu']}, a worker for each core.\n\n{table(head, rows)}"
+
+
 REPORTS = {
     "training": report_training,
     "wrapper": report_wrapper,
     "torchrun": report_torchrun,
     "entities": report_entities,
+    "gpu": report_gpu,
 }
+Part = Literal["training", "wrapper", "torchrun", "entities", "gpu"]
 
 
 def main(
-    parts: tuple[Literal["training", "wrapper", "torchrun", "entities"], ...] = tuple(REPORTS),
+    parts: tuple[Part, ...] = ("training", "wrapper", "torchrun", "entities"),
     steps: Optional[int] = None,
     repeats: Optional[int] = None,
     out: Optional[Path] = None,
@@ -380,8 +420,8 @@ def main(
 
     Args:
         parts: what to measure.
-        steps: environment steps of a training, instead of 102,400 in `training` and 8,192 in `torchrun`.
-        repeats: turns that are measured, instead of 5 in `wrapper` and 3 in `torchrun`.
+        steps: environment steps of a training, instead of 102,400 in `training`, 8,192 in `torchrun` and 16,384 in `gpu`.
+        repeats: turns that are measured, instead of 5 in `wrapper` and 3 in `torchrun` and `gpu`.
         out: folder of the report and of each part's numbers, instead of runs/throughput.
     """
     if steps is not None and (steps < ROLLOUT or steps % ROLLOUT):
@@ -394,6 +434,7 @@ def main(
         "wrapper": partial(wrapper, repeats or 5),
         "torchrun": partial(torchrun, repeats or 3, steps or 8192),
         "entities": entities,
+        "gpu": partial(gpu, repeats or 3, steps or 16384),
     }
     out.mkdir(parents=True, exist_ok=True)
     for part in parts:

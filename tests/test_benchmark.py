@@ -54,10 +54,13 @@ def test_every_prefix_of_the_queue_is_a_result():
 
 def test_schedule():
     """One checkpoint is saved every 2,048 steps, and after every update where that has more."""
-    for schedule in (ablation.FINE, ablation.COARSE):
+    schedules = {ablation.schedule_of(arm) for arm in ablation.ARMS}
+    assert schedules == {ablation.FINE, ablation.LATE, ablation.COARSE}
+    assert ablation.schedule_of("global-six-fresh") == ablation.schedule_of("authors") == ablation.LATE
+    for schedule in schedules:
         assert list(schedule) == sorted(set(schedule))
         assert all(step % 2048 == 0 and step < 102400 for step in schedule)
-    assert set(ablation.COARSE) < set(ablation.FINE)  # so arms of a table have steps in common
+        assert set(schedule) <= set(ablation.FINE)  # so arms of a table have steps in common
     work = ablation.Work(ablation.ARMS, ROOT, None, 2, 0, "")
     arms = {"default": 4, "global-long-rollouts": 2, "authors": 1, "global-six-fresh": 4}
     for arm, updates in arms.items():

@@ -108,7 +108,7 @@ def test_commands(page, command):
         (start,) = [index for index, word in enumerate(rest) if word.endswith("_ppo.py")]
         program, rest = "python", rest[start:]
     if program == "pip":
-        assert rest[:2] == ["install", "torch"] or (ROOT / rest[rest.index("-r") + 1]).is_file()
+        assert rest[1].startswith("torch<") or (ROOT / rest[rest.index("-r") + 1]).is_file()
     elif program == "python" and rest[0] in SCRIPTS:
         flags = [word for word in rest[1:] if word != "--help"]
         args = tyro.cli(SCRIPTS[rest[0]].Args, args=flags)

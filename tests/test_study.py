@@ -183,6 +183,16 @@ def test_verdicts_are_corrected_together(tmp_path):
         assert [x.corrected for x in column] == plot.holm([x.p for x in column])
 
 
+def test_other_maps_are_refused(tmp_path):
+    """A pair is compared map by map, so both must have played the same."""
+    data, last = made_up(tmp_path, ARMS)
+    runs = study.runs_by_arm(data)
+    for run in runs["global"].values():
+        run[last]["match_seed"] = run[last]["match_seed"] + 1
+    with pytest.raises(study.Refused, match="`global` were evaluated on different maps"):
+        study.verdicts_of(runs, last)
+
+
 def test_components(tmp_path):
     """60,000 ice for 3 factories in the end and nothing before, so 10,000 each is half of the way."""
     rich = both({4096: (0, (0, 0)), 8192: (10, (40000, 80000))})
