@@ -20,6 +20,7 @@ SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
     "global": ("global_ppo.py", "#D55E00", "--"),
 }
+PAPER = ("the paper, a trajectory for each", "the paper, one for the team")
 AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
 
 
@@ -81,8 +82,11 @@ def draw_result(data, path):
     for arm, (script, *look) in SCRIPTS.items():
         runs = data[arm, "sampled"]
         lines[f"{script}, {len(runs)} seeds"] = *look, *lines_of(runs, plot.common(runs))
-    marks = {"episode_length": AUTHORS["length"], "ice_transferred": AUTHORS["ice"]}
-    plot.draw(lines, path, marks=marks, size=(6.2, 3.6))
+    marks = {}
+    for arm, name, (_, colour, _) in zip(("separate", "global"), PAPER, SCRIPTS.values()):
+        ice, _, length, *_ = PUBLISHED[arm]
+        marks[name] = colour, {"episode_length": length, "ice_transferred": ice}
+    plot.draw(lines, path, columns=2, marks=marks, size=(6.6, 3.9))
 
 
 def draw_network(path):

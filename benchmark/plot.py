@@ -41,7 +41,7 @@ ARMS = {
     "separate": ("all separate, own share 1", "#009E73", "-"),
     "share-75": ("separate, own share 0.75", "#56B4E9", "--"),
     "share-50": ("separate, own share 0.5", "#E69F00", "-."),
-    "global-reward": ("separate, global reward (own share 0)", "#CC79A7", ":"),
+    "global-reward": ("separate, global reward (own share 0)", "#CC79A7", "-."),
     "global-critic": ("separate, global critic", "#56B4E9", "--"),
     "global": ("global trajectory", "#D55E00", "-"),
     "global-critic-reward": ("separate, global critic and reward", "black", "--"),
@@ -49,7 +49,7 @@ ARMS = {
     "no-positive-weight": ("separate, no early positive weight", "black", ":"),
     "global-long-rollouts": ("global trajectory, rollouts of 64 steps", "#D55E00", "--"),
     "global-small-value-loss": ("global trajectory, weight of the value loss 0.01", "#D55E00", ":"),
-    "shared-ratio": ("separate, global ratio", "#CC79A7", "--"),
+    "shared-ratio": ("separate, global ratio", "#E69F00", "-."),
     "shared-entropy": ("separate, global entropy", "#009E73", "--"),
     "shared-dones": ("separate, global dones", "#009E73", ":"),
     "robots": ("separate factories, global robots", "#E69F00", "-"),
@@ -66,7 +66,7 @@ ARMS = {
     "top-2": ("top 2 robots by advantage", "#0072B2", "-."),
     "top-1-abs": ("top 1 robot by absolute advantage", "#56B4E9", (0, (1, 1))),
     "top-1-return": ("top 1 robot by return", "#CC79A7", (0, (1, 1))),
-    "random-1": ("1 random robot", "#D55E00", (0, (1, 1))),
+    "random-1": ("1 random robot", "#D55E00", (0, (3, 1, 1, 1))),
     "top-1-raw": ("top 1 robot, advantages not normalized", "#009E73", (0, (5, 5))),
     "top-1-robots": ("top 1 robot, advantages normalized by kind", "#E69F00", (0, (5, 5))),
     "authors": ("separate, the authors' regime", "#0072B2", (0, (3, 1))),
@@ -388,32 +388,36 @@ def styles(arms):
 
 
 def draw(lines, path, columns=3, marks=None, size=None):
-    """Length and ice against environment steps.
+    """Length and ice against environment steps, which are on a logarithmic scale: most is learned early.
 
     Args:
         lines: label -> colour, line style, steps [T], and metric -> mean, low and high, each [T].
-        marks: metric -> the authors' final value, as text; it stands to the right of the lines.
+        marks: label -> colour, and metric -> a value that somebody else reports at the last step.
         size: of the picture, in inches.
     """
     size = size or (9, 3.1 + 0.2 * -(-len(lines) // columns))
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained")
-    last = max(max(steps) for _, _, steps, _ in lines.values())
+    first, last = (end(end(steps) for _, _, steps, _ in lines.values()) for end in (min, max))
     for axis, (metric, title) in zip(axes, PANELS.items()):
+        highest = 0
         for label, (colour, style, steps, values) in lines.items():
             mean, low, high = values[metric]
             x = np.array(steps) / 1000
-            axis.plot(x, mean, ls=style, color=colour, lw=1.6, label=label)
+            axis.plot(x, mean, ls=style, color=colour, lw=1.6, marker="o", ms=3, label=label, clip_on=False)
             axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-            if len(x) == 1:  # a line has no length
-                axis.plot(x, mean, "o", color=colour, clip_on=False)
+            highest = max(highest, *mean)
+        for label, (colour, values) in (marks or {}).items():
+            highest = max(highest, values[metric])
+            axis.plot(
+                last / 1000, values[metric], "D", ms=7, mfc="white", mew=1.8, color=colour, label=label, clip_on=False
+            )
+            place = {"textcoords": "offset points", "va": "center", "color": colour, "fontsize": 9}
+            axis.annotate(f"{values[metric]:,}", (last / 1000, values[metric]), (8, 0), **place)
         axis.set_title(title, fontsize=10)
-        axis.set(xlabel="thousand environment steps", xlim=(0, last / 1000), ylim=(0, None))
-        if marks:
-            place = 1.08 * last / 1000, float(marks[metric].replace(",", ""))
-            axis.plot(*place, "D", ms=7, mfc="white", mew=1.8, color="0.3")
-            label = {"textcoords": "offset points", "ha": "right", "va": "top", "color": "0.3"}
-            axis.annotate(f"the authors:\n{marks[metric]}", place, (7, -8), fontsize=9, **label)
-            axis.set_xlim(0, 1.16 * last / 1000)
+        axis.set_xscale("log", base=2)
+        ticks = [step for step in (2, 4, 8, 16, 32, 64) if 0.9 * first <= 1000 * step < 0.8 * last] + [last / 1000]
+        axis.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axis.set(xlabel="thousand environment steps", ylim=(0, 1.2 * highest))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.yaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,g}"))

@@ -284,7 +284,8 @@ def lines_of(runs, steps):
     """These steps, and metric -> mean, low and high [T] of an arm, as `plot.draw` takes them."""
     values = {}
     for metric in plot.PANELS:
-        values[metric] = np.transpose([estimate(x) for x in values_of(runs, metric, steps)])
+        mean, *ends = np.transpose([estimate(x) for x in values_of(runs, metric, steps)])
+        values[metric] = mean, *np.clip(ends, 0, plot.MOST.get(metric, np.inf))
     return steps, values
 
 
@@ -301,7 +302,7 @@ def draw_ladder(runs, last, trainings, path):
             logged[row["arm"], key].append(float(row.get(key) or np.nan))
     rungs = {name: pair for name, pair in LADDER.items() if set(pair) <= set(runs)}
     figure, axes = plt.subplots(1, 4, figsize=(11, 1.4 + 0.4 * len(rungs)), sharey=True, layout="constrained")
-    for offset, name, colour in ((-0.12, "method", "#0072B2"), (0.12, "baseline", "#D55E00")):
+    for offset, name, colour in ((-0.18, "method", "#0072B2"), (0.18, "baseline", "#D55E00")):
         for row, pair in enumerate(rungs.values()):
             arm = pair[offset > 0]
             label = name if row == 0 else None
@@ -312,9 +313,12 @@ def draw_ladder(runs, last, trainings, path):
             steps = np.minimum(plot.steps_to(runs[arm], "ice_per_factory", 10000, common(runs[arm])), 1.08 * last)
             seeds = (steps / 1000, np.multiply(logged[arm, "clipfrac"], 100), logged[arm, "approx_kl"])
             for axis, values in zip(axes[1:], seeds):
-                axis.plot(values, [row + offset] * len(values), "o", color=colour, alpha=0.6)
+                apart = np.linspace(-0.06, 0.06, len(values))  # so that equal ones are seen
+                axis.plot(values, row + offset + apart, "o", ms=4, color=colour, alpha=0.7)
+                if np.isnan(values).all():
+                    axis.text(0, row + offset, " not logged", color=colour, va="center", fontsize=8)
     axes[0].set(yticks=range(len(rungs)), yticklabels=rungs, xlabel="thousand ice per team\nin the end", xlim=(0, None))
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rungs) - 0.5, -0.5)
     axes[1].axvline(last / 1000, color="0.7", lw=0.8)
     axes[1].set(
         xlim=(0, 1.14 * last / 1000),
@@ -342,7 +346,9 @@ def block(runs, last, section, verdicts):
     parts.append(results(runs, last, section, arms, steps))
     parts.append(f"Evaluations that all of these have: {', '.join(map(step_text, steps))} steps.")
     parts += changes(arms)
-    parts.append(f"![Episode length and ice against environment steps](study/{section.name}.png)")
+    shown = "Of each rung what the table says, the ratios clipped and the KL divergence"
+    shown = shown if section.name == "ladder" else "Episode length and ice against environment steps"
+    parts.append(f"![{shown}](study/{section.name}.png)")
     parts += [orders(section, verdicts)] * bool(verdicts)
     if missing := [arm for arm in all_arms if arm not in arms]:
         parts.append(f"Not run yet: {names(missing)}.")

@@ -420,7 +420,8 @@ def main(
 
     Args:
         parts: what to measure.
-        steps: environment steps of a training, instead of 102,400 in `training`, 8,192 in `torchrun` and 16,384 in `gpu`.
+        steps: environment steps of a training, instead of 102,400 in `training`, 8,192 in `torchrun`
+            and 16,384 in `gpu`.
         repeats: turns that are measured, instead of 5 in `wrapper` and 3 in `torchrun` and `gpu`.
         out: folder of the report and of each part's numbers, instead of runs/throughput.
     """

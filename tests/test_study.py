@@ -311,13 +311,15 @@ def test_ladder_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(plot.plt, "close", drawn.append)
     trainings = plot.read_csv(tmp_path / "runs.csv")
     study.draw_ladder(study.runs_by_arm(data), last, trainings, tmp_path / "ladder.png")
-    ice, steps, clipped, _ = drawn[0].axes
+    ice, steps, clipped, divergence = drawn[0].axes
     assert [text.get_text() for text in ice.get_yticklabels()] == ["the authors' regime", "our flags"]
     (method, baseline), *_ = [[line for line in ice.lines if line.get_marker() == "o"][::2]]
-    assert method.get_xydata().tolist() == [[60, -0.12]] and baseline.get_xydata().tolist() == [[7, 0.12]]
-    points = [line.get_xydata().tolist() for line in steps.lines if line.get_marker() == "o"]
-    assert points[0] == [[6.144, -0.12]] * 2 and points[2] == [[1.08 * 8.192, 0.12]] * 2
+    assert method.get_xydata().tolist() == [[60, -0.18]] and baseline.get_xydata().tolist() == [[7, 0.18]]
+    points = [line.get_xydata() for line in steps.lines if line.get_marker() == "o"]
+    assert points[0] == pytest.approx(np.array([[6.144, -0.24], [6.144, -0.12]]))
+    assert points[2][:, 0] == pytest.approx([1.08 * 8.192] * 2)
     assert clipped.lines[0].get_xdata() == pytest.approx([11, 12])
+    assert [text.get_text() for text in clipped.texts] == [] and len(divergence.texts) == 4
 
 
 def test_one_generation():
