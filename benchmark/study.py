@@ -274,7 +274,7 @@ def orders(section, verdicts):
         if not section.pairs:
             row.append(f"{published(section, one)[0] - published(section, other)[0]:+,}")
         rows.append([*row, *map(str, both)])
-    first = ["the authors' order", "final ice, theirs"]
+    first = ["the authors' ranking", "final ice, theirs"]
     if section.pairs:
         first = ["the method above the baseline"]
     return table([*first, "final ice, ours", "pace, ours"], rows)
