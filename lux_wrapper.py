@@ -1206,35 +1206,56 @@ PLAYER_COLOURS = (224, 65, 40), (0, 112, 81)  # these, and those of the ground, 
 GROUND_COLOURS = {"ice": (44, 158, 211), "ore": (218, 167, 48), "ground": (210, 102, 65), "rubble": (96, 32, 9)}
 
 
-def captioned(picture, step, ice, factories):
-    """The engine's picture with a caption below it, uint8 [height + CAPTION_HEIGHT, width, 3].
+def captioned(picture, state, ice):
+    """The engine's picture with robots that can be told apart, and a caption below it.
 
     Args:
+        picture: of the engine, uint8 [height, width, 3].
+        state: the engine's, which the picture shows.
         ice: units that each player brought home.
-        factories: how many each player has left.
+
+    Returns:
+        uint8 [height + CAPTION_HEIGHT, width, 3].
     """
     from PIL import Image, ImageDraw  # a bot for the official runner may be without it
 
-    caption = Image.new("RGB", (picture.shape[1], CAPTION_HEIGHT), "white")
-    draw = ImageDraw.Draw(caption)
+    height, width, _ = picture.shape
+    canvas = Image.new("RGB", (width, height + CAPTION_HEIGHT), "white")
+    canvas.paste(Image.fromarray(picture))
+    draw = ImageDraw.Draw(canvas)
 
-    def write(x, y, text, colour=None, letter=""):
-        """Text, behind a square of a colour where there is one."""
-        if colour:
-            draw.rectangle((x, y, x + 11, y + 11), fill=colour)
-            draw.text((x + 6, y + 6), letter, fill="black", font_size=10, anchor="mm")
-        draw.text((x + 16 * bool(colour), y + 6), text, fill="black", font_size=12, anchor="lm")
+    def light(x, y, size, colour):
+        draw.ellipse((x, y, x + size, y + size), fill=colour, outline="white")
 
-    write(318, 5, f"step {step}")
-    for player, colour in enumerate(PLAYER_COLOURS):
-        score = f"{ice[player]:,.0f} ice brought home, {factories[player]} factories alive"
-        write(6, 5 + 20 * player, score, colour)
+    def heavy(x, y, size, colour):
+        draw.rectangle((x - 1, y - 1, x + size + 1, y + size + 1), fill=colour, outline="white", width=2)
+
+    def factory(x, y, size, colour):
+        draw.rectangle((x, y, x + size, y + size), fill=colour)
+
+    cell = height / len(state.board.rubble)
+    for player, colour in zip(PLAYERS, PLAYER_COLOURS):
+        for unit in state.units[player].values():
+            shape = heavy if unit.is_heavy() else light
+            shape(round(unit.pos.x * cell), round(unit.pos.y * cell), round(cell) - 1, colour)
+
+    def write(x, row, text, shape=None, colour=None):
+        """Text in a row of the caption, behind a shape where there is one."""
+        y = height + 5 + 20 * row
+        if shape:
+            shape(x, y, 11, colour)
+        draw.text((x + 16 * bool(shape), y + 6), text, fill="black", font_size=12, anchor="lm")
+
+    write(318, 0, f"step {max(state.real_env_steps, 0)}")
+    for row, (player, colour) in enumerate(zip(PLAYERS, PLAYER_COLOURS)):
+        score = f"{ice[row]:,.0f} ice brought home, {len(state.factories[player])} factories alive"
+        write(6, row, score, factory, colour)
     for x, (name, colour) in zip((6, 80, 154, 248), GROUND_COLOURS.items()):
-        write(x, 45, name, colour)
-    write(318, 45, "pale: lichen")
-    for x, name in zip((6, 154, 248), ("factory", "light robot", "heavy robot")):
-        write(x, 65, name, "lightgrey", letter=name[0].upper())
-    return np.concatenate([picture, np.asarray(caption)])
+        write(x, 2, name, factory, colour)
+    write(318, 2, "pale: lichen")
+    for x, name, shape in ((6, "factory", factory), (154, "light robot", light), (248, "heavy robot", heavy)):
+        write(x, 3, name, shape, "dimgrey")
+    return np.asarray(canvas)
 
 
 class LuxMatch:
@@ -1310,9 +1331,7 @@ class LuxMatch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the font that the engine asks for may be missing
             picture = self.engine.render()
-        ice = self.totals[:, REWARD_INDEX["ice_delivered"]]
-        factories = [len(self.engine.state.factories[player]) for player in PLAYERS]
-        return captioned(picture, self.time, ice, factories)
+        return captioned(picture, self.engine.state, self.totals[:, REWARD_INDEX["ice_delivered"]])
 
     def _achievements(self, acts, robots, factories):
         """Amount of each reward term for each entity in the step just played, [P, E, len(REWARDS)].

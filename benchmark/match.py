@@ -248,8 +248,7 @@ def picture(engine):
     """What the engine draws, with step, score and a key below it."""
     state = engine.state
     ice = [state.stats[player]["transfer"]["ice"] for player in PLAYERS]
-    factories = [len(state.factories[player]) for player in PLAYERS]
-    return captioned(engine.render(), max(state.real_env_steps, 0), ice, factories)
+    return captioned(engine.render(), state, ice)
 
 
 async def _play(engine, seats, seed, replay, bot_names):

@@ -282,6 +282,14 @@ def test_render():
         for change in (lambda: bring(player, "ice_delivered"), lambda: state.factories[side].popitem()):
             rows, columns = changed(change)
             assert player * 20 <= rows.min() <= rows.max() < (player + 1) * 20 and columns.max() < 300
+    for player, x, is_heavy in ((0, 10, False), (1, 20, True)):  # a circle, and a square with its corners
+        kind = UnitType.HEAVY if is_heavy else UnitType.LIGHT
+        match.engine.add_unit(state.teams[lux.PLAYERS[player]], kind, np.array([x, 7]))
+        (picture,) = env.render()
+        cell = width / lux.LuxOptions().map_size
+        left, top = round(x * cell), round(7 * cell)
+        assert picture[top + 4, left + 4].tolist() == [*lux.PLAYER_COLOURS[player]]
+        assert (picture[top, left] == 255).all() == is_heavy and (picture[top + 4, left] == 255).all()
     env.close()
     env, _ = in_process(1)
     with pytest.raises(ValueError, match='^rendering needs .*render_mode="rgb_array"'):
