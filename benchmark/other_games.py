@@ -28,6 +28,7 @@ from typing import Optional
 import numpy as np
 import torch
 from ablation import commit, programs, runs_of, say
+from plot import ARMS as STUDY
 from plot import ROOT, Refused, plt, start, table, write, write_csv
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,17 +42,24 @@ GAMES = {
     "kaz": ("Knights Archers Zombies", "pettingzoo", "games:KazVecEnv", 65536),
     "toy": ("toy, 16 slots", "toy", "toy_env:ToyVecEnv", 102400),
 }
-# arm -> (its name, command, patches of benchmark/arms, colour)
+# arm -> (its name, command, patches of benchmark/arms, colour, line style); the colours are those of the study
 ARMS = {
-    "separate": ("separate (default)", "trajsep_ppo.py", (), "#0072B2"),
-    "ippo": ("team's reward (as in IPPO)", "trajsep_ppo.py --agent-reward-weight 0", (), "#E69F00"),
+    "separate": ("separate (default)", "trajsep_ppo.py", (), STUDY["default"][1], "-"),
+    "ippo": (
+        "team's reward (as in IPPO)",
+        "trajsep_ppo.py --agent-reward-weight 0",
+        (),
+        STUDY["global-reward"][1],
+        ":",
+    ),
     "mappo": (
         "team's reward and value (as in MAPPO)",
         "trajsep_ppo.py --agent-reward-weight 0",
         ("global-critic",),
-        "#009E73",
+        STUDY["global-critic-reward"][1],
+        "-.",
     ),
-    "global": ("one trajectory (baseline)", "global_ppo.py", (), "#D55E00"),
+    "global": ("one trajectory (baseline)", "global_ppo.py", (), STUDY["global"][1], "--"),
 }
 FLAGS = "--positive-reward-weight 1"  # rewards as the game pays them
 COLUMNS = ("game", "arm", "seed", "steps", "train_seconds", "sampled", "greedy", "commit", "command")
@@ -73,14 +81,14 @@ def is_done(folder, command):
 
 def command_of(game, arm, seed, steps):
     _, _, env_id, _ = GAMES[game]
-    _, command, _, _ = ARMS[arm]
+    _, command, *_ = ARMS[arm]
     return f"{command} --env-id {env_id} --total-timesteps {steps} {FLAGS} --seed {seed}"
 
 
 def train(folder, game, arm, seed, steps):
     """Train and evaluate one seed; returns its row of games.csv and its curve."""
     _, place, _, _ = GAMES[game]
-    _, _, patches, _ = ARMS[arm]
+    _, _, patches, *_ = ARMS[arm]
     command, result = command_of(game, arm, seed, steps), folder / "result.json"
     if not is_done(folder, command):
         say(f"{game} {arm}", seed, f"training, see {folder / 'log'}")
@@ -162,7 +170,7 @@ def draw(rows, curves, path):
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(1, len(games), figsize=(3.1 * len(games), 3.4), layout="constrained", squeeze=False)
     for axis, game in zip(axes[0], games):
-        for arm, (name, _, _, colour) in ARMS.items():
+        for arm, (name, _, _, colour, style) in ARMS.items():
             own = {}
             for row in curves:
                 if (row["game"], row["arm"]) == (game, arm):
@@ -171,7 +179,7 @@ def draw(rows, curves, path):
                 axis.plot(line.keys(), line.values(), color=colour, alpha=0.25, linewidth=0.8)
             steps = sorted(set().union(*own.values())) if own else []
             means = [np.mean([line[step] for line in own.values() if step in line]) for step in steps]
-            axis.plot(steps, means, color=colour, linewidth=2, label=name)
+            axis.plot(steps, means, color=colour, linestyle=style, linewidth=2, label=name)
         axis.axhline(floor[game], color="grey", linestyle=":", label="random play")
         axis.set(title=GAMES[game][0], xlabel="environment steps")
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}K")

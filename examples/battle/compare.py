@@ -87,7 +87,7 @@ def is_done(args, arm, seed, steps):
         Refused: if one with other flags has been run there.
     """
     folder = args.work / f"{arm}_{seed}"
-    _, script, _, _ = ARMS[arm]
+    _, script, *_ = ARMS[arm]
     command = f"{script} --seed {seed} --total-timesteps {steps} {FLAGS}"
     command += f" --env-id battle_env:BattleVecEnv --env-kwargs map_size {args.map_size}"
     done = (folder / "done").exists()
@@ -108,7 +108,7 @@ def train(args, arm, seed, steps):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     print(f"{time.strftime('%H:%M:%S')} {arm} seed {seed}: training, see {folder / 'log'}", flush=True)
     words = command.split()
-    _, _, patches, _ = ARMS[arm]
+    _, _, patches, *_ = ARMS[arm]
     program = programs(patches, folder / "programs") / words[0]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -190,7 +190,7 @@ def draw(rows, path):
     figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True, sharey="row", layout="constrained")
     for column, opponent in enumerate(("random", "frozen")):
         for row, (key, label) in enumerate((("won", "share of battles won"), ("kills", "enemies killed"))):
-            for arm, (name, _, _, colour) in ARMS.items():
+            for arm, (name, _, _, colour, style) in ARMS.items():
                 curves = {}
                 for x in rows:
                     if (x["arm"], x["opponent"]) == (arm, opponent):
@@ -200,7 +200,7 @@ def draw(rows, path):
                 for line in lines:
                     axes[row, column].plot(*zip(*line), color=colour, alpha=0.3, linewidth=1)
                 if lines:
-                    axes[row, column].plot(*np.mean(lines, 0).T, color=colour, label=name)
+                    axes[row, column].plot(*np.mean(lines, 0).T, color=colour, linestyle=style, label=name)
             axes[row, column].set_ylabel(label if column == 0 else None)
         axes[0, column].set_title(f"against the {opponent} opponent")
         axes[1, column].set(xlabel="environment steps", xscale="log")
