@@ -88,12 +88,15 @@ def test_looks_of_the_arms(monkeypatch, tmp_path):
     monkeypatch.setattr(plot.plt, "close", figures.append)
     games, curves = (read_csv(results / "other_games" / f"{name}.csv") for name in ("games", "curves"))
     other_games.draw(games, curves, tmp_path / "games.png")
-    compare.draw(read_csv(results / "battle_16" / "battle.csv"), tmp_path / "battle.png")
+    compare.draw(read_csv(results / "battle_16" / "battle.csv"), tmp_path / "battle.png", 16, 8192)
     monkeypatch.undo()
     for figure in figures:
-        lines = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1]))
+        (legend,) = figure.legends
+        lines = {line.get_label(): line for line in legend.legend_handles}
         looks = [(lines[name].get_color(), lines[name].get_linestyle()) for name, *_ in other_games.ARMS.values()]
         colours, styles = zip(*looks)
         study = ("default", "global-reward", "global-critic-reward", "global")
         assert [*colours] == [plot.ARMS[arm][1] for arm in study] and len({*styles}) == 4
         plot.plt.close(figure)
+    assert {"thin: a seed", "all 16 soldiers"} < {*lines}  # of the battle
+    assert "frozen at 8,192 steps" in figure.axes[1].get_title()
