@@ -83,7 +83,7 @@ def test_results_in_the_pages():
 
 
 def test_looks_of_the_arms(monkeypatch, tmp_path):
-    """In both pictures an arm has its colour of the study, and a line style of its own."""
+    """In both pictures an arm has its colour of the study, and a line style of its own; the rest is named."""
     figures, results = [], ROOT / "benchmark"
     monkeypatch.setattr(plot.plt, "close", figures.append)
     games, curves = (read_csv(results / "other_games" / f"{name}.csv") for name in ("games", "curves"))
@@ -98,5 +98,12 @@ def test_looks_of_the_arms(monkeypatch, tmp_path):
         study = ("default", "global-reward", "global-critic-reward", "global")
         assert [*colours] == [plot.ARMS[arm][1] for arm in study] and len({*styles}) == 4
         plot.plt.close(figure)
+    panels = figures[0].axes
+    assert panels[0].get_gridspec().get_geometry() == (2, 2)
+    for panel, game in zip(panels, other_games.GAMES):  # means and random play are lines, seeds a band
+        assert (len(panel.lines), len(panel.collections)) == (5, 4)
+        own = [float(row["return"]) for row in curves if (row["game"], row["arm"]) == (game, "separate")]
+        heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+        assert (min(heights), max(heights)) == (min(own), max(own))
     assert {"thin: a seed", "all 16 soldiers"} < {*lines}  # of the battle
     assert "frozen at 8,192 steps" in figure.axes[1].get_title()
