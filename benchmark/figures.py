@@ -91,41 +91,49 @@ def draw_result(data, path):
 
 def draw_network(path):
     """The tensors of the hybrid network: what runs once for a board, and what once for an entity."""
-    figure, axis = plt.subplots(figsize=(10, 3.3), layout="constrained")
-    axis.set(xlim=(0, 100), ylim=(0, 34))
+    figure, axis = plt.subplots(figsize=(9.4, 4.3), layout="constrained")
+    axis.set(xlim=(0, 100), ylim=(0, 46))
     axis.axis("off")
 
     def box(x, y, width, height, text, colour):
         style = {"boxstyle": "round,pad=0.2,rounding_size=0.8", "fc": colour, "ec": "0.35", "lw": 1}
         axis.add_patch(matplotlib.patches.FancyBboxPatch((x, y), width, height, **style))
-        centre = {"ha": "center", "va": "center", "fontsize": 8.6, "linespacing": 1.5}
+        centre = {"ha": "center", "va": "center", "fontsize": 9, "linespacing": 1.5}
         axis.text(x + width / 2, y + height / 2, text, **centre)
 
-    def arrow(start, end):
-        style = {"arrowstyle": "-|>", "color": "0.35", "shrinkA": 0, "shrinkB": 0}
+    def arrow(start, end, bend="arc3"):
+        style = {"arrowstyle": "-|>", "color": "0.35", "shrinkA": 0, "shrinkB": 0, "connectionstyle": bend}
         axis.annotate("", end, start, arrowprops=style)
 
+    def note(x, y, text):
+        axis.text(x, y, text, fontsize=8.5, color="0.3", linespacing=1.4)
+
     shared, own = "#DCE9F5", "#FBE7D3"
-    box(1, 20, 13, 8, "board\n[B, H, W, C]", "white")
-    box(22, 20, 17, 8, "map  [B, 32, h, w]\ntiles of 8 x 8, residual block", shared)
-    box(47, 20, 17, 8, "whole  [B, 64]\nmean and max of the map", shared)
-    box(22, 5, 17, 8, "place  [M, 32]\n+ the map at its cell", own)
-    box(1, 5, 13, 8, "patch  [M, 96]\n5 x 5 cells around it", own)
-    box(47, 5, 17, 8, "hidden  [M, 128]\n+ features, mask, kind", own)
-    box(75, 15, 23, 6, "team_value  [B]", shared)
-    box(75, 8, 23, 5.2, "value  [M]  to  [B, E]", own)
-    box(75, 0.3, 23, 6, "logits  [M, A]  to  [B, E, A]\na head for each kind", own)
-    for y in (24, 9):
-        arrow((14.5, y), (21.5, y))
-        arrow((39.5, y), (46.5, y))
-    for x in (7.5, 30.5, 55.5):
-        arrow((x, 19.5), (x, 13.5))
-    for start, end in ((23, 19), (11, 17), (9.5, 10.5), (7.5, 4)):
-        arrow((64.5, start), (74.5, end))
-    axis.text(31.5, 16.2, "gather at the M live entities", fontsize=7.8, color="0.3")
-    bold = {"fontsize": 9.5, "weight": "bold"}
-    axis.text(1, 31, "once for each board (monolithic)", color="#2b5d8c", **bold)
-    axis.text(1, 1, "once for each live entity (distributed)", color="#a8601a", **bold)
+    box(1, 34, 15, 7, "board\n[B, H, W, C]", "white")
+    box(25, 34, 21, 7, "map  [B, 32, h, w]\ntiles, residual block", shared)
+    box(54, 34, 21, 7, "whole  [B, 64]\nmean and max of the map", shared)
+    box(83, 34, 16, 7, "team_value\n[B]", shared)
+    box(25, 19, 21, 7, "place  [M, 32]\nthe map at its cell", own)
+    box(25, 10, 21, 7, "patch  [M, 96]\n5 x 5 cells around it", own)
+    box(25, 1, 21, 7, "features, action mask, kind\n[M, F + A + K]", "white")
+    box(54, 10, 21, 7, "hidden  [M, 128]\ntwo layers", own)
+    box(83, 15, 16, 7, "value\n[M]  to  [B, E]", own)
+    box(83, 4, 16, 8.5, "logits, a head\nfor each kind\n[M, A]  to  [B, E, A]", own)
+    for start, end in ((16.5, 24.5), (46.5, 53.5), (75.5, 82.5)):
+        arrow((start, 37.5), (end, 37.5))
+    arrow((8.5, 33.5), (24.5, 13.5), "angle,angleA=90,angleB=0,rad=0")
+    arrow((35.5, 33.5), (35.5, 26.5))
+    arrow((64.5, 33.5), (64.5, 17.5))
+    for start, end in ((22.5, 15.5), (13.5, 13.5), (4.5, 11.5)):
+        arrow((46.5, start), (53.5, end))
+    for end in (18.5, 8.5):
+        arrow((75.5, 13.5), (82.5, end))
+    arrow((73, 17.5), (87, 33.5))
+    note(36.5, 29.5, "read where the\nentities are")
+    note(84.5, 25.5, "mean over the\nlive entities")
+    bold = {"fontsize": 10, "weight": "bold"}
+    axis.text(1, 43.5, "once for each board: B, one for every team and step", color="#2b5d8c", **bold)
+    axis.text(1, 2, "once for each\nlive entity: M", color="#a8601a", **bold)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

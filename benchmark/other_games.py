@@ -12,7 +12,7 @@ side by side, each with one thread, seed by seed. Started again, it continues; a
                  actions; and for random play
     curves.csv   team returns of the training matches, means of PARTS equal parts of every training
     games.md     the table
-    games.png    the curves
+    games.png    the curves: means of the seeds, and the bands that they span
     <game>__<arm>__<seed>/  a training's log and run
 """
 
@@ -28,6 +28,7 @@ from typing import Optional
 import numpy as np
 import torch
 from ablation import commit, programs, runs_of, say
+from plot import ARMS as STUDY
 from plot import ROOT, Refused, plt, start, table, write, write_csv
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,17 +42,24 @@ GAMES = {
     "kaz": ("Knights Archers Zombies", "pettingzoo", "games:KazVecEnv", 65536),
     "toy": ("toy, 16 slots", "toy", "toy_env:ToyVecEnv", 102400),
 }
-# arm -> (its name, command, patches of benchmark/arms, colour)
+# arm -> (its name, command, patches of benchmark/arms, colour, line style); the colours are those of the study
 ARMS = {
-    "separate": ("separate (default)", "trajsep_ppo.py", (), "#0072B2"),
-    "ippo": ("team's reward (as in IPPO)", "trajsep_ppo.py --agent-reward-weight 0", (), "#E69F00"),
+    "separate": ("separate (default)", "trajsep_ppo.py", (), STUDY["default"][1], "-"),
+    "ippo": (
+        "team's reward (as in IPPO)",
+        "trajsep_ppo.py --agent-reward-weight 0",
+        (),
+        STUDY["global-reward"][1],
+        ":",
+    ),
     "mappo": (
         "team's reward and value (as in MAPPO)",
         "trajsep_ppo.py --agent-reward-weight 0",
         ("global-critic",),
-        "#009E73",
+        STUDY["global-critic-reward"][1],
+        "-.",
     ),
-    "global": ("one trajectory (baseline)", "global_ppo.py", (), "#D55E00"),
+    "global": ("one trajectory (baseline)", "global_ppo.py", (), STUDY["global"][1], "--"),
 }
 FLAGS = "--positive-reward-weight 1"  # rewards as the game pays them
 COLUMNS = ("game", "arm", "seed", "steps", "train_seconds", "sampled", "greedy", "commit", "command")
@@ -73,14 +81,14 @@ def is_done(folder, command):
 
 def command_of(game, arm, seed, steps):
     _, _, env_id, _ = GAMES[game]
-    _, command, _, _ = ARMS[arm]
+    _, command, *_ = ARMS[arm]
     return f"{command} --env-id {env_id} --total-timesteps {steps} {FLAGS} --seed {seed}"
 
 
 def train(folder, game, arm, seed, steps):
     """Train and evaluate one seed; returns its row of games.csv and its curve."""
     _, place, _, _ = GAMES[game]
-    _, _, patches, _ = ARMS[arm]
+    _, _, patches, *_ = ARMS[arm]
     command, result = command_of(game, arm, seed, steps), folder / "result.json"
     if not is_done(folder, command):
         say(f"{game} {arm}", seed, f"training, see {folder / 'log'}")
@@ -156,28 +164,31 @@ def mean_returns(rows):
 
 
 def draw(rows, curves, path):
-    """A panel for each game: the mean of each arm's seeds, each seed, and random play."""
+    """A panel for each game: of each arm the mean of its seeds and the band that they span, and random play."""
     floor = {row["game"]: float(row["sampled"]) for row in rows if row["arm"] == "random"}
     games = [game for game in GAMES if game in floor]
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, len(games), figsize=(3.1 * len(games), 3.4), layout="constrained", squeeze=False)
-    for axis, game in zip(axes[0], games):
-        for arm, (name, _, _, colour) in ARMS.items():
-            own = {}
+    lines = -(-len(games) // 2)
+    figure, axes = plt.subplots(lines, 2, figsize=(7, 0.5 + 2.5 * lines), layout="constrained", squeeze=False)
+    for axis, game in zip(axes.flat, games):
+        for arm, (name, _, _, colour, style) in ARMS.items():
+            returns = {}  # step -> of each seed
             for row in curves:
                 if (row["game"], row["arm"]) == (game, arm):
-                    own.setdefault(row["seed"], {})[int(row["step"])] = float(row["return"])
-            for line in own.values():
-                axis.plot(line.keys(), line.values(), color=colour, alpha=0.25, linewidth=0.8)
-            steps = sorted(set().union(*own.values())) if own else []
-            means = [np.mean([line[step] for line in own.values() if step in line]) for step in steps]
-            axis.plot(steps, means, color=colour, linewidth=2, label=name)
-        axis.axhline(floor[game], color="grey", linestyle=":", label="random play")
-        axis.set(title=GAMES[game][0], xlabel="environment steps")
+                    returns.setdefault(int(row["step"]), []).append(float(row["return"]))
+            steps = sorted(returns)
+            low, mean, high = ([of_seeds(returns[step]) for step in steps] for of_seeds in (min, np.mean, max))
+            axis.fill_between(steps, low, high, color=colour, alpha=0.13, linewidth=0)
+            above = 3 if style == ":" else 2  # dots hide least
+            axis.plot(steps, mean, color=colour, linestyle=style, linewidth=2, zorder=above, label=name)
+        axis.axhline(floor[game], color="grey", linestyle=":", linewidth=1, label="random play")
+        axis.set_title(GAMES[game][0], fontsize=10)
+        axis.set(xlabel="environment steps", ylabel="return")
         axis.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}K")
-    axes[0, 0].set_ylabel("return of a training match")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    for axis in axes.flat[len(games) :]:
+        axis.set_axis_off()
+    handles, _ = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

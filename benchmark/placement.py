@@ -1,4 +1,4 @@
-"""Draw the factory placement of one map: the board, the score of every cell, the chosen cells.
+"""Draw the factory placement of one map: the board, the score of every cell, the factories in their order.
 
 python benchmark/placement.py --seed 7        # writes runs/placement.png
 """
@@ -8,9 +8,12 @@ from typing import Optional
 
 import numpy as np
 from luxai_s2 import LuxAI_S2
+from matplotlib.patheffects import withStroke
 from plot import named_or, plt, start
 
 from lux_wrapper import PLAYERS, early_phase_action, placement_score
+
+COLOURS = dict(zip(PLAYERS, ("crimson", "black")))
 
 
 def main(seed: int = 7, out: Optional[Path] = None):
@@ -26,30 +29,35 @@ def main(seed: int = 7, out: Optional[Path] = None):
     obs = engine.reset(seed=seed)[0]["player_0"]
     board = {key: obs["board"][key].copy() for key in ("rubble", "ice", "ore")}
     score = placement_score(obs)
+    placed = {}  # factory -> its player and cell, in the order of placement
     while obs["real_env_steps"] < 0:
         actions = {player: early_phase_action(obs, player) for player in PLAYERS}
         obs = engine.step(actions)[0]["player_0"]
+        for player in PLAYERS:
+            for name, factory in obs["factories"][player].items():
+                placed.setdefault(name, (player, factory["pos"]))
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.8), layout="constrained")
     left.imshow(board["rubble"].T, cmap="Greys", vmin=0, vmax=160)
     for name, colour in (("ice", "deepskyblue"), ("ore", "peru")):
-        left.scatter(*np.nonzero(board[name]), c=colour, marker="s", s=22, label=name)
-    left.set_title("the map: rubble (grey), ice, ore")
+        left.scatter(*np.nonzero(board[name]), c=colour, marker="s", s=14, label=name)
+    left.set_title("the map: rubble (the darker, the more), ice, ore", fontsize=10)
     picture = right.imshow(np.where(np.isfinite(score), score, np.nan).T, cmap="viridis")
-    figure.colorbar(picture, ax=right, shrink=0.8, label="score of the first factory")
-    right.set_title("the score (white: not allowed)")
+    right.set_facecolor("0.75")
+    figure.colorbar(picture, ax=right, shrink=0.75, label="score")
+    right.set_title("the score before the first placement (grey: not allowed)", fontsize=10)
+    edge = [withStroke(linewidth=4, foreground="white")]
     for axes in (left, right):
         axes.set(xticks=[], yticks=[])
-        for player, colour in zip(PLAYERS, ("crimson", "darkorange")):
-            label = f"factories of {player}"
-            for factory in obs["factories"][player].values():
-                corner = factory["pos"] - 1.5
-                square = plt.Rectangle(corner, 3, 3, fill=False, ec=colour, lw=2, label=label)
-                axes.add_patch(square)
-                label = None  # once in the legend
-    handles = left.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=90)
+        for number, (player, cell) in enumerate(placed.values(), start=1):
+            look = {"color": COLOURS[player], "path_effects": edge, "clip_on": False}
+            axes.add_patch(plt.Rectangle(cell - 1.5, 3, 3, fill=False, lw=2, **look))
+            axes.text(*cell, number, ha="center", va="center_baseline", weight="bold", fontsize=9, **look)
+    handles, _ = left.get_legend_handles_labels()
+    for player, colour in COLOURS.items():
+        handles.append(plt.Rectangle((0, 0), 1, 1, fill=False, ec=colour, lw=2, label=f"factories of {player}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
     print(f"written to {path}")
 
 

@@ -275,6 +275,20 @@ def test_nothing_is_overwritten_that_was_not_named(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
 
 
+def test_placement(tmp_path, monkeypatch):
+    """Factories have their order and are whole at the edge of the map; what is not allowed is not white."""
+    figures = []
+    monkeypatch.setattr(plot.plt.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    placement.main(out=tmp_path / "placement.png")
+    for axes in figures[0].axes[:2]:
+        numbers, squares = axes.texts, axes.patches
+        assert [number.get_text() for number in numbers] == [str(1 + index) for index in range(len(squares))]
+        assert len(squares) >= 4 and len({square.get_edgecolor() for square in squares[:2]}) == 2  # in turn
+        assert not any(x.get_clip_on() for x in [*numbers, *squares])
+    assert figures[0].axes[1].get_facecolor() == (0.75, 0.75, 0.75, 1) and "grey: not allowed" in axes.get_title()
+    plot.plt.close("all")
+
+
 def test_bands_of_ones_own_runs(tmp_path, capsys):
     """They are read, and kept only where it is said."""
     for number, name in enumerate("abc"):

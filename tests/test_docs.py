@@ -13,6 +13,7 @@ import torch
 import tyro
 
 import global_ppo
+import hybrid_model
 import trajsep_ppo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +149,21 @@ def test_worked_examples():
     mean = trajsep_ppo.masked_mean(losses, ~losses.isnan()).item()
     assert f"**{mean:.2f}**" in README and losses.isnan().sum() == 3
     assert f"6.94 / 12 = {losses.nan_to_num(0).mean().item():.2f}" in README
+
+
+def test_network_picture(monkeypatch, tmp_path):
+    """It has each tensor of the network's table and all that enters; it and the page mean the same by B."""
+    drawn = []
+    monkeypatch.setattr(plot.plt, "close", drawn.append)
+    figures.draw_network(tmp_path / "network.png")
+    monkeypatch.undo()
+    words = " ".join(text.get_text() for text in drawn[0].axes[0].texts).split()
+    text = " ".join(words)
+    table = re.findall(r"^    (\w+) +\[", hybrid_model.__doc__, re.MULTILINE)
+    assert len(table) == 9 and {*table} <= {*(word.strip(",") for word in words)}
+    assert "features, action mask, kind [M, F + A + K]" in text and "mean over the live entities" in text
+    assert all("one for every team and step" in page for page in (text, README, hybrid_model.__doc__))
+    plot.plt.close(drawn[0])
 
 
 def test_result():

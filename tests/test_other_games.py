@@ -3,11 +3,13 @@
 import csv
 import json
 
+import compare
 import numpy as np
 import other_games
+import plot
 import pytest
 from compare import shares_won
-from plot import read_csv
+from plot import ROOT, read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trajsep_ppo import SummaryWriter
@@ -74,7 +76,34 @@ def test_what_is_refused(tmp_path):
 
 def test_results_in_the_pages():
     """The tables of examples/README.md are those that the kept rows make."""
-    page = (other_games.ROOT / "examples" / "README.md").read_text()
-    results = other_games.ROOT / "benchmark"
+    page = (ROOT / "examples" / "README.md").read_text()
+    results = ROOT / "benchmark"
     assert other_games.mean_returns(read_csv(results / "other_games" / "games.csv")) in page
     assert shares_won(read_csv(results / "battle_16" / "battle.csv")) in page
+
+
+def test_looks_of_the_arms(monkeypatch, tmp_path):
+    """In both pictures an arm has its colour of the study, and a line style of its own; the rest is named."""
+    figures, results = [], ROOT / "benchmark"
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+    games, curves = (read_csv(results / "other_games" / f"{name}.csv") for name in ("games", "curves"))
+    other_games.draw(games, curves, tmp_path / "games.png")
+    compare.draw(read_csv(results / "battle_16" / "battle.csv"), tmp_path / "battle.png", 16, 8192)
+    monkeypatch.undo()
+    for figure in figures:
+        (legend,) = figure.legends
+        lines = {line.get_label(): line for line in legend.legend_handles}
+        looks = [(lines[name].get_color(), lines[name].get_linestyle()) for name, *_ in other_games.ARMS.values()]
+        colours, styles = zip(*looks)
+        study = ("default", "global-reward", "global-critic-reward", "global")
+        assert [*colours] == [plot.ARMS[arm][1] for arm in study] and len({*styles}) == 4
+        plot.plt.close(figure)
+    panels = figures[0].axes
+    assert panels[0].get_gridspec().get_geometry() == (2, 2)
+    for panel, game in zip(panels, other_games.GAMES):  # means and random play are lines, seeds a band
+        assert (len(panel.lines), len(panel.collections)) == (5, 4)
+        own = [float(row["return"]) for row in curves if (row["game"], row["arm"]) == (game, "separate")]
+        heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+        assert (min(heights), max(heights)) == (min(own), max(own))
+    assert {"thin: a seed", "all 16 soldiers"} < {*lines}  # of the battle
+    assert "frozen at 8,192 steps" in figure.axes[1].get_title()

@@ -119,7 +119,8 @@ def draw(works, path):
             axis.plot([soldiers] * len(finite), finite, "o", color=ARMS[arm][3], alpha=0.3, ms=4)
             lines.setdefault(arm, []).append((soldiers, np.median(values)))
     for arm, points in lines.items():
-        axis.plot(*zip(*sorted(points)), "o-", color=ARMS[arm][3], label=ARMS[arm][0])
+        name, _, _, colour, style = ARMS[arm]
+        axis.plot(*zip(*sorted(points)), marker="o", color=colour, linestyle=style, label=name)
     axis.set(xscale="log", yscale="log", xlabel="soldiers of an army", ylabel="steps, as a multiple of the method's")
     sizes = sorted({soldiers for points in lines.values() for soldiers, _ in points})
     axis.set_xticks(sizes, [f"{size}" for size in sizes], minor=False)

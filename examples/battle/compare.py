@@ -12,7 +12,7 @@ Started again, it continues; only trainings that were not finished begin again. 
 
     written to --out
     battle.csv      a row for every battle: arm, seed, step, seconds trained, opponent, won, kills, survivors, length
-    battle.png      share won and kills against environment steps, mean of the seeds and each of them
+    battle.png      share won and kills against environment steps, mean of the seeds and (thin) each of them
     battle.md       share won against the frozen army after each arm's last step
 
 Checkpoints and logs lie in --work.
@@ -87,7 +87,7 @@ def is_done(args, arm, seed, steps):
         Refused: if one with other flags has been run there.
     """
     folder = args.work / f"{arm}_{seed}"
-    _, script, _, _ = ARMS[arm]
+    _, script, *_ = ARMS[arm]
     command = f"{script} --seed {seed} --total-timesteps {steps} {FLAGS}"
     command += f" --env-id battle_env:BattleVecEnv --env-kwargs map_size {args.map_size}"
     done = (folder / "done").exists()
@@ -108,7 +108,7 @@ def train(args, arm, seed, steps):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     print(f"{time.strftime('%H:%M:%S')} {arm} seed {seed}: training, see {folder / 'log'}", flush=True)
     words = command.split()
-    _, _, patches, _ = ARMS[arm]
+    _, _, patches, *_ = ARMS[arm]
     program = programs(patches, folder / "programs") / words[0]
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
@@ -184,13 +184,24 @@ def measure(args, arm, seed):
     return rows
 
 
-def draw(rows, path):
-    """Share won and kills against environment steps, a column for each opponent."""
+def draw(rows, path, soldiers, frozen_steps):
+    """Share won and kills against environment steps, a column for each opponent.
+
+    Args:
+        rows: of battle.csv.
+        path: the picture to write.
+        soldiers: how many an army has.
+        frozen_steps: environment steps of the training of the frozen opponent.
+    """
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5), sharex=True, sharey="row", layout="constrained")
-    for column, opponent in enumerate(("random", "frozen")):
+    figure, axes = plt.subplots(2, 2, figsize=(7.6, 5.6), sharex=True, sharey="row", layout="constrained")
+    titles = {
+        "random": "against an army of random actions",
+        "frozen": f"against an army of trajsep_ppo.py,\nfrozen at {frozen_steps:,} steps",
+    }
+    for column, (opponent, title) in enumerate(titles.items()):
         for row, (key, label) in enumerate((("won", "share of battles won"), ("kills", "enemies killed"))):
-            for arm, (name, _, _, colour) in ARMS.items():
+            for arm, (name, _, _, colour, style) in ARMS.items():
                 curves = {}
                 for x in rows:
                     if (x["arm"], x["opponent"]) == (arm, opponent):
@@ -198,13 +209,21 @@ def draw(rows, path):
                         curve.setdefault(int(x["global_step"]), []).append(float(x[key]))
                 lines = [[(step, np.mean(y)) for step, y in sorted(curve.items())] for curve in curves.values()]
                 for line in lines:
-                    axes[row, column].plot(*zip(*line), color=colour, alpha=0.3, linewidth=1)
+                    axes[row, column].plot(*zip(*line), color=colour, alpha=0.3, linewidth=0.8)
                 if lines:
-                    axes[row, column].plot(*np.mean(lines, 0).T, color=colour, label=name)
+                    look = {"color": colour, "linestyle": style, "linewidth": 2.8 if style == "-" else 2}
+                    look["zorder"] = 3 if style == ":" else 2  # dots hide least
+                    axes[row, column].plot(*np.mean(lines, 0).T, label=name, **look)
             axes[row, column].set_ylabel(label if column == 0 else None)
-        axes[0, column].set_title(f"against the {opponent} opponent")
-        axes[1, column].set(xlabel="environment steps", xscale="log")
-    axes[0, 0].legend(frameon=False)
+        axes[0, column].set_title(title, fontsize=10)
+        axes[1, column].axhline(soldiers, color="grey", linestyle=":", label=f"all {soldiers} soldiers")
+        axes[1, column].set_xlabel("environment steps")
+    axes[1, 0].set_xscale("log", base=2)
+    axes[1, 0].xaxis.set_major_formatter("{x:,.0f}")
+    handles, _ = axes[1, 0].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color="grey", linewidth=0.8, label="thin: a seed"))
+    figure.suptitle(f"{soldiers} soldiers against {soldiers}", fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -245,14 +264,17 @@ def main(args):
     if not missing:
         print(f"all of it is in {results} already; another --out and --work make it again")
         return
+    from battle_env import BattleVecEnv  # here: nothing else needs magent2
+
     args.out.mkdir(parents=True, exist_ok=True)
+    soldiers = BattleVecEnv(1, map_size=args.map_size).size
     train(args, *FROZEN, args.frozen_steps)
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(measure, args, *run) for run in missing]
         for number, job in enumerate(as_completed(jobs), start=len(runs) - len(missing) + 1):
             rows = sorted(rows + job.result(), key=lambda x: (x["arm"], int(x["seed"]), int(x["global_step"])))
             write_csv(results, COLUMNS, rows)
-            draw(rows, args.out / "battle.png")
+            draw(rows, args.out / "battle.png", soldiers, args.frozen_steps)
             write(args.out / "battle.md", shares_won(rows))
             print(f"{number} of {len(runs)} trainings have fought, see {results} and battle.png", flush=True)
 
