@@ -13,6 +13,7 @@ from typing import Optional
 import matplotlib
 import numpy as np
 import plot
+from PIL import Image, ImageSequence
 from plot import ROOT, plt
 from study import PUBLISHED, lines_of
 
@@ -138,6 +139,17 @@ def draw_network(path):
     plt.close(figure)
 
 
+def shorten(film, path):
+    """Every third picture of a GIF, in 96 colours that all of them share; the last one stays for a while."""
+    pictures = [picture.convert("RGB") for picture in ImageSequence.Iterator(Image.open(film))]
+    pictures = [*pictures[::3], pictures[-1]]
+    some = pictures[:: max(len(pictures) // 5, 1)]
+    palette = Image.fromarray(np.concatenate(some)).quantize(96, dither=Image.Dither.NONE)
+    first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    milliseconds = [120] * len(others) + [2500]
+    first.save(path, save_all=True, append_images=others, duration=milliseconds, loop=0, optimize=True)
+
+
 OPPONENTS = {  # file of benchmark/matches/ -> what it is called
     "idle": "`idle`, which places its factories and then does nothing",
     "python": "official Python kit",
@@ -165,18 +177,21 @@ def matches(folder):
     return plot.table(head, rows)
 
 
-def main(out: Optional[Path] = None):
+def main(out: Optional[Path] = None, film: Optional[Path] = None):
     """Draw everything, and print the tables.
 
     Args:
         out: folder of the pictures, instead of runs/figures.
+        film: a video.gif of `--capture-video`, to make match.gif of.
     """
-    files = ["result.png", "network.png"]
+    files = ["result.png", "network.png"] + ["match.gif"] * bool(film)
     out = plot.named_or("runs/figures", out, files)
     data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
     out.mkdir(parents=True, exist_ok=True)
     draw_result(data, out / "result.png")
     draw_network(out / "network.png")
+    if film:
+        shorten(film, out / "match.gif")
     print(ends(data, last), results(data, last), comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")

@@ -30,6 +30,7 @@ import study
 import throughput
 import torch
 import tyro
+from PIL import Image, ImageSequence
 
 import global_ppo
 import trajsep_ppo
@@ -505,6 +506,16 @@ def test_the_authors_stand_beside_the_lines(tmp_path, monkeypatch):
         assert [text.get_text() for text in axis.texts] == [f"{value:,}" for value in values]
         assert axis.get_ylim()[1] > max(values)
         assert len({line.get_linestyle() for line in lines}) == len(lines) == 2
+
+
+def test_a_film_is_shortened(tmp_path):
+    """Every third picture, the last one for longer, in colours that are the same in all."""
+    pictures = [Image.new("RGB", (8, 8), (10 * number, 100, 200)) for number in range(8)]
+    pictures[0].save(tmp_path / "long.gif", save_all=True, append_images=pictures[1:], duration=50)
+    figures.shorten(tmp_path / "long.gif", tmp_path / "short.gif")
+    with Image.open(tmp_path / "short.gif") as film:
+        shown = [(one.convert("RGB").getpixel((4, 4)), one.info["duration"]) for one in ImageSequence.Iterator(film)]
+    assert shown == [((10 * number, 100, 200), 120 if number < 7 else 2500) for number in (0, 3, 6, 7)]
 
 
 def test_comparison_of_known_numbers(tmp_path):
