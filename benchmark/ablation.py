@@ -162,8 +162,8 @@ FINE = (
     *(2048, 4096, 6144, 8192, 10240, 12288, 16384, 20480, 24576),
     *(32768, 40960, 49152, 65536, 81920),
 )
-LATE = (8192, 16384, 32768, 49152, 65536)
-COARSE = (4096, 8192, 12288, 16384, 24576, 49152)
+LATE = (8192, 16384, 32768, 49152)
+COARSE = (4096, 8192, 12288, 16384, 32768, 49152)
 SAVE_EVERY = 2048  # environment steps between two checkpoints, or an update if that has more
 
 MATCH = ("match_seed", "player", "starting_factories", "episode_length")
