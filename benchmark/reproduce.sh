@@ -2,7 +2,7 @@
 # Make the studies, the measurements and the battles of benchmark/ and docs/ once more, in a folder of its own.
 #
 #     bash benchmark/reproduce.sh [FOLDER]          # in runs/reproduced
-#     bash benchmark/reproduce.sh --try [FOLDER]    # in runs/tried: every step, but small, in 20 minutes
+#     bash benchmark/reproduce.sh --try [FOLDER]    # in runs/tried: every step, but small, in half an hour
 #
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.

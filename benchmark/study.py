@@ -266,6 +266,20 @@ def results(runs, last, section, arms, steps):
     return table([*head, "95% full-length by step, theirs", "ours"], rows)
 
 
+def rungs(runs, last, trainings):
+    """The table of the ladder: of each rung the final ice of method and baseline, and the ratios that were clipped."""
+    clipped, rows = shares(trainings, "clipfrac"), []
+    for name, pair in LADDER.items():
+        if set(pair) <= set(runs):
+            seeds = ", ".join(sorted({str(len(runs[arm])) for arm in pair}))
+            one, other = (values_of(runs[arm], "ice_transferred", [last]).mean() for arm in pair)
+            ice = [final(runs[arm], last, "ice_transferred") for arm in pair]
+            row = [f"**{name}**: {how(pair[0], '../')}", seeds, *ice, f"{one / other:.1f}"]
+            rows.append([*row, *(clipped[arm] for arm in pair)])
+    head = ["rung, and how the method is run", "seeds", "final ice per team: method", "baseline", "factor"]
+    return table([*head, "ratios clipped: method", "baseline"], rows)
+
+
 def orders(section, verdicts):
     """The table of a section's pairs."""
     rows = []
@@ -334,8 +348,8 @@ def draw_ladder(runs, last, trainings, path):
     plt.close(figure)
 
 
-def block(runs, last, section, verdicts):
-    """What is shown of a section; `verdicts` as of `verdicts_of`, those of its pairs."""
+def block(runs, last, section, verdicts, trainings):
+    """What is shown of a section; `verdicts` as of `verdicts_of`, those of its pairs, `trainings` as of `page`."""
     all_arms = section.arms.split()
     arms = [arm for arm in all_arms if arm in runs]
     if not arms:
@@ -343,11 +357,12 @@ def block(runs, last, section, verdicts):
     steps = common(*(runs[arm] for arm in arms))
     final_ice, pace = (counted(column) for column in zip(*verdicts.values())) if verdicts else ("", "")
     parts = [f"By final ice: {final_ice}. By pace: {pace}."] * bool(verdicts)
-    parts.append(results(runs, last, section, arms, steps))
+    is_ladder = section.name == "ladder"
+    parts.append(rungs(runs, last, trainings) if is_ladder else results(runs, last, section, arms, steps))
     parts.append(f"Evaluations that all of these have: {', '.join(map(step_text, steps))} steps.")
     parts += changes(arms)
-    shown = "Of each rung what the table says, the ratios clipped and the KL divergence"
-    shown = shown if section.name == "ladder" else "Episode length and ice against environment steps"
+    shown = "Of each rung final ice, steps to 10,000 ice per factory, ratios clipped and KL divergence"
+    shown = shown if is_ladder else "Episode length and ice against environment steps"
     parts.append(f"![{shown}](study/{section.name}.png)")
     parts += [orders(section, verdicts)] * bool(verdicts)
     if missing := [arm for arm in all_arms if arm not in arms]:
@@ -412,7 +427,7 @@ def page(data, last, trainings):
     blocks, orders_of_theirs = {}, {}
     for section in SECTIONS:
         own = {pair: verdicts[pair] for pair in pairs_of(section, runs)}
-        blocks[section.name] = block(runs, last, section, own)
+        blocks[section.name] = block(runs, last, section, own, trainings)
         orders_of_theirs |= {} if section.pairs else own
     final_ice, pace = zip(*orders_of_theirs.values()) if orders_of_theirs else ((), ())
     seeds = {int(row["seed"]) for row in trainings}

@@ -302,6 +302,18 @@ def test_claims(tmp_path):
     assert study.PUBLISHED["separate"][0] / study.PUBLISHED["global"][0] > 14
 
 
+def test_ladder_table(tmp_path):
+    """A row for each rung that both scripts have: the ratio of their ice, and what was clipped."""
+    arms = {"authors": ARMS["separate"], "global-authors": ARMS["global"], "authors-six": ARMS["separate"]}
+    data, last = made_up(tmp_path, arms)
+    trainings = plot.read_csv(tmp_path / "runs.csv")
+    row, *others = study.rungs(study.runs_by_arm(data), last, trainings).splitlines()[2:]
+    cells = [*map(str.strip, row.strip("|").split("|"))]
+    assert not others and cells[0].startswith("**the authors' regime**: `trajsep_ppo.py ")
+    assert [cells[1], *cells[4:]] == ["2", "10.0", "12%", "12%"]
+    assert [cell.split(" ")[0] for cell in cells[2:4]] == ["10,000", "1,000"]
+
+
 def test_ladder_picture(tmp_path, monkeypatch):
     """Of each rung with both arms: final ice, steps, and what was clipped; never lies beyond the end."""
     arms = {"authors": both({4096: (0, (0, 0)), 8192: (10, (40000, 80000))}), "authors-six": ARMS["separate"]}
