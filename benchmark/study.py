@@ -452,8 +452,8 @@ def page(data, last, trainings):
     }
     facts["claims"] = claims(runs, last)
     ice = {arm: values_of(runs[arm], "ice_transferred", [last]).mean() for arm in runs}
-    regime = ("authors", "global-authors")
-    facts["factor"] = f"{ice[regime[0]] / ice[regime[1]]:.1f}" if set(regime) <= set(ice) else "-"
+    factors = {one: f"{ice[one] / ice[other]:.1f}" for one, other in LADDER.values() if {one, other} <= set(ice)}
+    facts["factors"] = defaultdict(lambda: "-", factors)
     losses = {key: shares(trainings, key) for key in LOSSES}
     return PAGE.read_text().format_map(blocks | facts | losses)
 
