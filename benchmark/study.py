@@ -454,6 +454,7 @@ def page(data, last, trainings):
     ice = {arm: values_of(runs[arm], "ice_transferred", [last]).mean() for arm in runs}
     factors = {one: f"{ice[one] / ice[other]:.1f}" for one, other in LADDER.values() if {one, other} <= set(ice)}
     facts["factors"] = defaultdict(lambda: "-", factors)
+    facts["ice"] = defaultdict(lambda: "-", {arm: f"{mean:,.0f}" for arm, mean in ice.items()})
     losses = {key: shares(trainings, key) for key in LOSSES}
     return PAGE.read_text().format_map(blocks | facts | losses)
 

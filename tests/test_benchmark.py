@@ -484,10 +484,9 @@ def test_one_picture_of_several_folders(tmp_path, monkeypatch, capsys):
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     default, other = plot.ARMS["default"][0], plot.ARMS["top-2"][0]
     assert labels == [f"{default} ({tmp_path / 'a'})", other, "mine", f"{default} ({tmp_path / 'b'})"]
-    lines = [line for line in figure.axes[0].lines if line.get_marker() == "None"]
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 4
-    (marked,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
-    assert marked.get_xydata().tolist() == [[2.048, 500]] and marked.get_color() == lines[2].get_color()
+    lines = figure.axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 4
+    assert {line.get_marker() for line in lines} == {"o"} and lines[2].get_xydata().tolist() == [[2.048, 500]]
     assert len(set(map(str, plot.styles([f"arm {number}" for number in range(99)])))) == 99
 
 
