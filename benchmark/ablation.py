@@ -198,7 +198,7 @@ def schedule_of(arm):
     """Environment steps after which an arm is evaluated, but for the last."""
     if arm in MAIN:
         return FINE
-    return LATE if re.match("(global-)?(authors|six)", arm) else COARSE
+    return LATE if AUTHORS in ARMS.get(arm, "") else COARSE
 
 
 def commands_of(arms, own):

@@ -15,14 +15,13 @@ import numpy as np
 import plot
 from PIL import Image, ImageSequence
 from plot import ROOT, plt
-from study import PUBLISHED, lines_of
+from study import PUBLISHED, factor, lines_of
 
 SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
     "global": ("global_ppo.py", "#D55E00", "--"),
 }
 PAPER = ("the paper, a trajectory for each", "the paper, one for the team")
-AUTHORS = {"length": "1,000", "ice": "44,472", "full": "49,152"}  # all separate, at 102,400 steps
 
 
 def results(data, last):
@@ -33,7 +32,8 @@ def results(data, last):
         runs = data[arm, "sampled"]
         cells = [plot.final(runs, last, metric) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
         rows.append([f"`{script}`", *cells, plot.reached(runs, "full_length", 0.95, steps)])
-    rows.append(["the authors, all separate", AUTHORS["length"], AUTHORS["ice"], "-", AUTHORS["full"]])
+    ice, _, length, *_, full = PUBLISHED["separate"]
+    rows.append(["the authors, all separate", f"{length:,}", f"{ice:,}", "-", f"{full:,}"])
     head = ["", "episode length", "ice per team", "ice per starting factory"]
     return plot.table([*head, "95% of matches full-length by step"], rows)
 
@@ -48,8 +48,8 @@ def comparison(data, last):
         ("steps to 10,000 ice per starting factory", "ice_per_factory", 10000),
     ):
         method, baseline = (np.median(plot.steps_to(runs, metric, level, steps)) for runs in both)
-        factor = f"{baseline / method:#.2g}" if np.isfinite(method) else "-"
-        rows.append([what, *(plot.reached(runs, metric, level, steps) for runs in both), factor])
+        ratio = f"{baseline / method:#.2g}" if np.isfinite(method) else "-"
+        rows.append([what, *(plot.reached(runs, metric, level, steps) for runs in both), ratio])
     for what, metric, text in (
         ("final ice per starting factory", "ice_per_factory", "{:,.0f}".format),
         ("teams that lose a factory", "loses_factory", "{:.0%}".format),
@@ -70,10 +70,9 @@ def ends(data, last):
     for what, arms in (("their regime, this code", ("authors", "global-authors")), ("this code's flags", names)):
         if {(arm, "sampled") for arm in arms} <= set(data):
             both = [data[arm, "sampled"] for arm in arms]
-            one, other = (plot.values_of(runs, "ice_transferred", [last]).mean() for runs in both)
             seeds = "; ".join(sorted({f"{len(runs)} seeds" for runs in both}))
             cells = [plot.final(runs, last, "ice_transferred") for runs in both]
-            rows.append([f"{what} ({seeds})", *cells, f"{one / other:.1f}"])
+            rows.append([f"{what} ({seeds})", *cells, factor(*both, last)])
     return plot.table(["final ice per team", "a trajectory for each", "one for the team", "factor"], rows)
 
 

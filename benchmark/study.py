@@ -266,15 +266,20 @@ def results(runs, last, section, arms, steps):
     return table([*head, "95% full-length by step, theirs", "ours"], rows)
 
 
+def factor(one, other, last):
+    """How many times the final ice of another arm the first one has, as text; both seed -> step -> metrics."""
+    ice, other_ice = (values_of(runs, "ice_transferred", [last]).mean() for runs in (one, other))
+    return f"{ice / other_ice:.1f}"
+
+
 def rungs(runs, last, trainings):
     """The table of the ladder: of each rung the final ice of method and baseline, and the ratios that were clipped."""
     clipped, rows = shares(trainings, "clipfrac"), []
     for name, pair in LADDER.items():
         if set(pair) <= set(runs):
             seeds = ", ".join(sorted({str(len(runs[arm])) for arm in pair}))
-            one, other = (values_of(runs[arm], "ice_transferred", [last]).mean() for arm in pair)
             ice = [final(runs[arm], last, "ice_transferred") for arm in pair]
-            row = [f"**{name}**: {how(pair[0], '../')}", seeds, *ice, f"{one / other:.1f}"]
+            row = [f"**{name}**: {how(pair[0], '../')}", seeds, *ice, factor(*(runs[arm] for arm in pair), last)]
             rows.append([*row, *(clipped[arm] for arm in pair)])
     head = ["rung, and how the method is run", "seeds", "final ice per team: method", "baseline", "factor"]
     return table([*head, "ratios clipped: method", "baseline"], rows)
@@ -452,7 +457,8 @@ def page(data, last, trainings):
     }
     facts["claims"] = claims(runs, last)
     ice = {arm: values_of(runs[arm], "ice_transferred", [last]).mean() for arm in runs}
-    factors = {one: f"{ice[one] / ice[other]:.1f}" for one, other in LADDER.values() if {one, other} <= set(ice)}
+    both = [pair for pair in LADDER.values() if set(pair) <= set(runs)]
+    factors = {one: factor(runs[one], runs[other], last) for one, other in both}
     facts["factors"] = defaultdict(lambda: "-", factors)
     facts["ice"] = defaultdict(lambda: "-", {arm: f"{mean:,.0f}" for arm, mean in ice.items()})
     losses = {key: shares(trainings, key) for key in LOSSES}

@@ -44,7 +44,8 @@ def start(tmp_path):
     def start(*arguments):
         command = [sys.executable, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+        shown = {key: x for key, x in os.environ.items() if key != "TQDM_DISABLE"}  # tests read the bars
+        process = subprocess.Popen(command, cwd=tmp_path, env=shown, start_new_session=True, **pipes)
         processes.append(process)
         return process
 
