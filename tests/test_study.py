@@ -302,6 +302,17 @@ def test_claims(tmp_path):
     assert study.PUBLISHED["separate"][0] / study.PUBLISHED["global"][0] > 14
 
 
+def test_bands_lie_within_what_can_be(tmp_path):
+    """However far two seeds are apart: no match is longer than 1,000 steps, and no ice is negative."""
+    arms = {"separate": {11: {8192: (10, (9000, 9000))}, 12: {8192: (0, (1000, 1000))}}}
+    data, last = made_up(tmp_path, arms)
+    _, values = study.lines_of(study.runs_by_arm(data)["separate"], [last])
+    mean, low, high = np.ravel(values["episode_length"])
+    assert (mean, low, high) == (750, 0, 1000)
+    mean, low, high = np.ravel(values["ice_transferred"])
+    assert mean == 5000 and low == 0 and high > 9000
+
+
 def test_ladder_table(tmp_path):
     """A row for each rung that both scripts have: the ratio of their ice, and what was clipped."""
     arms = {"authors": ARMS["separate"], "global-authors": ARMS["global"], "authors-six": ARMS["separate"]}
