@@ -1,4 +1,4 @@
-"""One page that plays a match and shows what each entity, and what the team, is told.
+"""One page that plays a match and shows the advantage of each entity, and of the team.
 
     python benchmark/credit.py submission/model.pt --map 6001 --out bot.html
     python benchmark/credit.py early.pt middle.pt late.pt    # checkpoints side by side

@@ -137,7 +137,7 @@ def test_example(tmp_path):
     told = match["credit"]
     (heavy,) = [row for row in told["rows"] if row["name"].startswith("heavy 4,")]
     lesson = (ROOT / "docs" / "lesson.md").read_text()
-    for name, row, at in (("heavy 4", heavy, 84 - heavy["born"]), ("the team", told["whole"], 84)):
+    for name, row, at in (("heavy 4", heavy, 59 - heavy["born"]), ("the team", told["whole"], 59)):
         columns = ("rewards", at), ("values", at), ("values", at + 1), ("advantages", at + 1)
         cells = [f"{row[key][step] * credit.UNIT:.3f}" for key, step in columns]
         assert f"| {name} | {' | '.join(cells)} |" in lesson
@@ -292,22 +292,34 @@ def drawn(browser):
         return shown().credit.rows.map((row, i) => [colourOf(row, i), beside(row, i).map(([word]) => word)])""")
 
 
-def test_switch(browser, two):
-    """Separate: each row is told its own advantage; team: all are told the team's, and wrong signs are marked."""
-    browser.open(two)
-    [match, _] = matches_in(two)
-    told, unit, harm, places = match["credit"], credit.UNIT, {}, {}
+def test_opening(browser):
+    """It opens at the reward whose earner the team's advantage blames most, normalized or not."""
+    path = ROOT / "docs" / "credit.html"
+    browser.open(path)
+    told, harm = matches_in(path)[0]["credit"], {}
     mean, std = np.array([told["moments"]["own"], told["moments"]["team"]]).T
-    team = (np.array(told["whole"]["advantages"]) * unit - mean[1]) / std[1]
     for index, row in enumerate(told["rows"]):
-        for i, (earned, own) in enumerate(zip(row["earned"], row["advantages"])):
-            at, own = row["born"] + i, (own * unit - mean[0]) / std[0]
-            places.setdefault(at, []).append((row["name"], earned * unit, own, own * team[at] < 0))
-            if own > 0 > team[at]:
-                harm[index, at] = earned * (own - team[at])
+        for at, (earned, own) in enumerate(zip(row["earned"], row["advantages"]), row["born"]):
+            raw = told["whole"]["advantages"][at]
+            own, team = (np.array([own, raw]) * credit.UNIT - mean) / std
+            if own > 0 > max(team, raw):
+                harm[index, at] = earned * (own - team)
     assert (browser.js("page.row"), browser.js("page.step")) == max(harm, key=harm.get)
     assert browser.find("#told strong").text == told["rows"][browser.js("page.row")]["name"]
-    assert "each is told about itself" in browser.find("#lead").text
+
+
+def test_switch(browser, two):
+    """Separate: each row has its own advantage; team: all have the team's, and wrong signs are marked."""
+    browser.open(two)
+    [match, _] = matches_in(two)
+    told, unit, places = match["credit"], credit.UNIT, {}
+    mean, std = np.array([told["moments"]["own"], told["moments"]["team"]]).T
+    team = (np.array(told["whole"]["advantages"]) * unit - mean[1]) / std[1]
+    for row in told["rows"]:
+        for at, (earned, own) in enumerate(zip(row["earned"], row["advantages"]), row["born"]):
+            own = (own * unit - mean[0]) / std[0]
+            places.setdefault(at, []).append((row["name"], earned * unit, own, own * team[at] < 0))
+    assert "an advantage for each" in browser.find("#lead").text
     step = max(range(20, 40), key=lambda at: len({wrong for *_, wrong in places[at]}))
     browser.driver.execute_script(f"show({{step: {step}}})")
     for mode in ("separate", "team"):
