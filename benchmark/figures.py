@@ -1,10 +1,10 @@
-"""Draw the README's pictures, print its tables of results and matches and the first of docs/results.md.
+"""Draw the README's pictures, print its tables of results, components and matches and the first of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README
 
-The result is from benchmark/study: both scripts, on maps that were never looked at while flags were
-chosen. Intervals are for other seeds and other maps (`plot.estimate`).
+The results are from benchmark/generation, on maps that were never looked at while flags were chosen.
+Intervals are for other seeds and other maps (`plot.estimate`).
 """
 
 from pathlib import Path
@@ -15,7 +15,9 @@ import numpy as np
 import plot
 from PIL import Image, ImageSequence
 from plot import ROOT, plt
-from study import PUBLISHED, factor, lines_of
+from study import PUBLISHED, components, factor, lines_of
+
+RESULTS = ROOT / "benchmark" / "generation"
 
 SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
@@ -30,11 +32,13 @@ def results(data, last):
     steps = plot.common(*(data[arm, "sampled"] for arm in SCRIPTS))
     for arm, (script, *_) in SCRIPTS.items():
         runs = data[arm, "sampled"]
-        cells = [plot.final(runs, last, metric) for metric in ("episode_length", "ice_transferred", "ice_per_factory")]
+        cells = [plot.final(runs, last, metric) for metric in ("episode_length", "ice_transferred")]
+        cells.append(plot.final(data[arm, "greedy"], last, "ice_transferred"))
+        cells.append(plot.final(runs, last, "ice_per_factory"))
         rows.append([f"`{script}`", *cells, plot.reached(runs, "full_length", 0.95, steps)])
     ice, _, length, *_, full = PUBLISHED["separate"]
-    rows.append(["the authors, all separate", f"{length:,}", f"{ice:,}", "-", f"{full:,}"])
-    head = ["", "episode length", "ice per team", "ice per starting factory"]
+    rows.append(["the authors, all separate", f"{length:,}", f"{ice:,}", "-", "-", f"{full:,}"])
+    head = ["", "episode length", "ice per team", "with greedy actions", "ice per starting factory"]
     return plot.table([*head, "95% of matches full-length by step"], rows)
 
 
@@ -50,10 +54,12 @@ def comparison(data, last):
         method, baseline = (np.median(plot.steps_to(runs, metric, level, steps)) for runs in both)
         ratio = f"{baseline / method:#.2g}" if np.isfinite(method) else "-"
         rows.append([what, *(plot.reached(runs, metric, level, steps) for runs in both), ratio])
-    for what, metric, text in (
-        ("final ice per starting factory", "ice_per_factory", "{:,.0f}".format),
-        ("teams that lose a factory", "loses_factory", "{:.0%}".format),
+    for what, policy, metric, text in (
+        ("final ice per starting factory", "sampled", "ice_per_factory", "{:,.0f}".format),
+        ("the same with greedy actions", "greedy", "ice_per_factory", "{:,.0f}".format),
+        ("teams that lose a factory", "sampled", "loses_factory", "{:.0%}".format),
     ):
+        both = [data[arm, policy] for arm in SCRIPTS]
         seeds = [plot.values_of(runs, metric, [last])[0].mean(1) for runs in both]
         said = [f"{text(x.mean())} ({text(x.min())} to {text(x.max())})" for x in seeds]
         method, baseline = (x.mean() for x in seeds)
@@ -185,13 +191,13 @@ def main(out: Optional[Path] = None, film: Optional[Path] = None):
     """
     files = ["result.png", "network.png"] + ["match.gif"] * bool(film)
     out = plot.named_or("runs/figures", out, files)
-    data, last = plot.load(ROOT / "benchmark" / "study" / "ablation.csv")
+    data, last = plot.load(RESULTS / "ablation.csv")
     out.mkdir(parents=True, exist_ok=True)
     draw_result(data, out / "result.png")
     draw_network(out / "network.png")
     if film:
         shorten(film, out / "match.gif")
-    print(ends(data, last), results(data, last), comparison(data, last), sep="\n")
+    print(ends(data, last), results(data, last), comparison(data, last), components(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")
 

@@ -5,8 +5,7 @@
 
 It reads ablation.csv and runs.csv in --results (benchmark/ablation.py makes them), fills in
 study_page.md, and writes study.md and a picture for each of its tables, study/<table>.png, to
---out. Any part of the data will do: arms without data are named. The README's table of components
-is printed.
+--out. Any part of the data will do: arms without data are named.
 """
 
 import re
@@ -379,13 +378,16 @@ def components(data, last):
     """The README's table: what happens where the team shares a part, or everything."""
     runs = runs_by_arm(data)
     arms, rows = [arm for arm in SHARED if arm in runs], []
+    steps = common(*(runs[arm] for arm in arms))
+    ice = {arm: values_of(runs[arm], "ice_transferred", [last])[0] for arm in arms}
     for arm in arms:
-        steps = common(*(runs[arm] for arm in arms))
-        cells = [final(runs[arm], last, "ice_transferred"), reached(runs[arm], "ice_per_factory", 10000, steps)]
-        ice, *_ = PUBLISHED.get(arm, (None,))
-        rows.append([how(arm, ""), SHARED[arm], *cells, theirs(ice)])
-    head = ["", "what the team shares", "final ice per team", "10,000 ice per starting factory by step"]
-    return table([*head, "final ice, the authors"], rows)
+        mean, low, high, _ = difference(ice[arm], ice["separate"])
+        behind = "-" if arm == "separate" else f"{mean:+,.0f} ({low:+,.0f} to {high:+,.0f})"
+        cells = [final(runs[arm], last, "ice_transferred"), behind, reached(runs[arm], "ice_per_factory", 10000, steps)]
+        published_ice, *_ = PUBLISHED.get(arm, (None,))
+        rows.append([how(arm, ""), SHARED[arm], *cells, theirs(published_ice)])
+    head = ["", "what the team shares", "final ice per team", "against sharing nothing, map by map"]
+    return table([*head, "10,000 ice per starting factory by step", "final ice, the authors"], rows)
 
 
 def claims(runs, last):
@@ -489,7 +491,6 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = Non
                 draw_ladder(runs, last, plot.read_csv(results / "runs.csv"), path)
             else:
                 draw_section(runs, arms, common(*(runs[arm] for arm in arms)), path)
-    print(components(data, last))
     print(f"written to {out / 'study.md'} and {out / 'study'}")
 
 

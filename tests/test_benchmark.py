@@ -433,8 +433,11 @@ def made_up(folder, lengths):
                             row |= {"ice_transferred": ice, "ice_per_factory": ice / 4}
                             row |= {"episode_length": length, "factories_alive": length / 250}
                             row["factories_alive_share"] = length / 1000
-                            for policy in ("sampled", "greedy") if step == 4096 else ("sampled",):
-                                writer.writerow(start | row | {"policy": policy})
+                            writer.writerow(start | row | {"policy": "sampled"})
+                            if step == 4096:
+                                row["ice_transferred"] += 400
+                                row["ice_per_factory"] += 100
+                                writer.writerow(start | row | {"policy": "greedy"})
 
 
 def test_tables_of_known_numbers(tmp_path, capfd):
@@ -538,7 +541,12 @@ def test_comparison_of_known_numbers(tmp_path):
     # A quarter of 10,100, 10,200 and 5,600 ice.
     row = ["2,538 (2,525 to 2,550)", "1,400 (1,400 to 1,400)", "0.55"]
     assert table["final ice per starting factory"] == row
+    row = ["2,638 (2,625 to 2,650)", "1,500 (1,500 to 1,500)", "0.57"]
+    assert table["the same with greedy actions"] == row
     assert table["teams that lose a factory"] == ["0% (0% to 0%)", "90% (90% to 90%)", "-"]
+    method = figures.results(*plot.load(tmp_path / "ablation.csv")).splitlines()[2]
+    means = [cell.split(" (")[0] for cell in method.strip("| ").split(" | ")]
+    assert means == ["`trajsep_ppo.py`", "1,000", "10,150", "10,550", "2,538", "2,995"]
 
 
 def test_both_ends(tmp_path):
@@ -554,7 +562,7 @@ def test_both_ends(tmp_path):
 
 def test_the_page_of_results_shows_what_the_data_says():
     """Its first table is what figures.py makes of the matches that are kept."""
-    made = figures.comparison(*plot.load(plot.RESULTS / "ablation.csv"))
+    made = figures.comparison(*plot.load(figures.RESULTS / "ablation.csv"))
     assert made in (ROOT / "docs" / "results.md").read_text()
 
 

@@ -200,8 +200,10 @@ def test_components(tmp_path):
     headline, *rows = study.components(*made_up(tmp_path, arms)).splitlines()[2:]
     assert headline.startswith("| `trajsep_ppo.py") and headline.endswith(" 6,144 | - |")
     assert len(rows) == 2 and rows[0].endswith(" 44,472 |")
-    assert "| nothing | 60,000 (44,919 to 75,081) | 6,144 |" in rows[0]
-    assert rows[1].endswith("| reward and value (as in MAPPO) | 7,000 (7,000 to 7,000) | never | 2,643 |")
+    assert "| nothing | 60,000 (44,919 to 75,081) | - | 6,144 |" in rows[0]
+    assert "| reward and value (as in MAPPO) | 7,000 (7,000 to 7,000) |" in rows[1]
+    assert rows[1].endswith("| -53,000 (-68,081 to -37,919) | never | 2,643 |")
+    assert "| 60,000 (44,919 to 75,081) | +0 (+0 to +0) | 6,144 |" in headline
 
 
 def test_every_arm_has_its_place():
