@@ -1,4 +1,4 @@
-"""Draw the README's pictures, print its tables of results, components and matches and the first of docs/results.md.
+"""Draw the README's pictures, print its tables of results, claims, components and matches and the first of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README
@@ -15,7 +15,7 @@ import numpy as np
 import plot
 from PIL import Image, ImageSequence
 from plot import ROOT, plt
-from study import PUBLISHED, components, factor, lines_of
+from study import PUBLISHED, claims, components, factor, lines_of, runs_by_arm
 
 RESULTS = ROOT / "benchmark" / "generation"
 
@@ -197,7 +197,8 @@ def main(out: Optional[Path] = None, film: Optional[Path] = None):
     draw_network(out / "network.png")
     if film:
         shorten(film, out / "match.gif")
-    print(ends(data, last), results(data, last), comparison(data, last), components(data, last), sep="\n")
+    tables = ends(data, last), results(data, last), claims(runs_by_arm(data), last), components(data, last)
+    print(*tables, comparison(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")
 

@@ -170,6 +170,7 @@ def test_result():
     """The README's results are what the matches say."""
     data, last = plot.load(figures.RESULTS / "ablation.csv")
     assert figures.ends(data, last) in README and figures.results(data, last) in README
+    assert study.claims(study.runs_by_arm(data), last) in README
 
 
 def test_components():
