@@ -1,4 +1,4 @@
-"""Draw the README's pictures, print its tables of results, claims, components and matches and the first of docs/results.md.
+"""Draw the README's pictures, and print its tables and the first of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README

@@ -391,7 +391,7 @@ def components(data, last):
 
 
 def claims(runs, last):
-    """The README's table of the newest abstract's claims: ratios of final ice, in the authors' regime and with our flags."""
+    """The README's table of the newest abstract's claims: ratios of final ice, in their regime and with our flags."""
     rows = []
     for what, theirs_said, *pair in CLAIMS:
         row = [what, theirs_said]
