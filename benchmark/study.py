@@ -5,7 +5,8 @@
 
 It reads ablation.csv and runs.csv in --results (benchmark/ablation.py makes them), fills in
 study_page.md, and writes study.md and a picture for each of its tables, study/<table>.png, to
---out. Any part of the data will do: arms without data are named.
+--out. Any part of the data will do: arms without data are named. The README's tables of claims and
+components are printed, of this data.
 """
 
 import re
@@ -170,7 +171,12 @@ class Verdict(NamedTuple):
         return WORDS[2] if self.corrected >= 0.05 else WORDS[0 if self.mean > 0 else 1]
 
     def __str__(self):
-        return f"{self.mean:+,.0f} ({self.low:+,.0f} to {self.high:+,.0f}), p {self.p:.2g}: *{self.word}*"
+        return f"{signed(self.mean, self.low, self.high)}, p {self.p:.2g}: *{self.word}*"
+
+
+def signed(mean, low, high):
+    """A difference and its interval, as text."""
+    return f"{mean:+,.0f} ({low:+,.0f} to {high:+,.0f})"
 
 
 def runs_by_arm(data):
@@ -381,8 +387,8 @@ def components(data, last):
     steps = common(*(runs[arm] for arm in arms))
     ice = {arm: values_of(runs[arm], "ice_transferred", [last])[0] for arm in arms}
     for arm in arms:
-        mean, low, high, _ = difference(ice[arm], ice["separate"])
-        behind = "-" if arm == "separate" else f"{mean:+,.0f} ({low:+,.0f} to {high:+,.0f})"
+        compared = arm != "separate" and "separate" in arms
+        behind = signed(*difference(ice[arm], ice["separate"])[:3]) if compared else "-"
         cells = [final(runs[arm], last, "ice_transferred"), behind, reached(runs[arm], "ice_per_factory", 10000, steps)]
         published_ice, *_ = PUBLISHED.get(arm, (None,))
         rows.append([how(arm, ""), SHARED[arm], *cells, theirs(published_ice)])
@@ -490,6 +496,7 @@ def main(results: Path = ROOT / "benchmark" / "study", out: Optional[Path] = Non
                 draw_ladder(runs, last, plot.read_csv(results / "runs.csv"), path)
             else:
                 draw_section(runs, arms, common(*(runs[arm] for arm in arms)), path)
+    print(claims(runs, last), components(data, last), sep="\n")
     print(f"written to {out / 'study.md'} and {out / 'study'}")
 
 

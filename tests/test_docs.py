@@ -173,6 +173,29 @@ def test_result():
     assert study.claims(study.runs_by_arm(data), last) in README
 
 
+def test_why():
+    """So are the factors of the first screen: final ice in both regimes, and steps with our flags."""
+    data, last = plot.load(figures.RESULTS / "ablation.csv")
+    runs = study.runs_by_arm(data)
+    ice = {arm: plot.values_of(runs[arm], "ice_transferred", [last]).mean() for arm in runs}
+    others = ("global-reward", "global-critic-reward", "global")  # IPPO, MAPPO, one trajectory
+    factors = [ice["authors"] / ice[study.IN_THEIR_REGIME[arm]] for arm in others]
+    assert factors == pytest.approx([3, 3, 5], rel=0.2) and "three times the ice of IPPO and" in README
+    assert all(ice["separate"] / ice[arm] == pytest.approx(1 + 1 / 6, abs=0.03) for arm in others)
+    arms = [runs[arm] for arm in ("separate", *others)]
+    own, *steps = (np.median(plot.steps_to(one, "ice_per_factory", 10000, plot.common(*arms))) for one in arms)
+    assert own < 0.25 * min(steps) and "in a quarter of the steps or less" in " ".join(README.split())
+
+
+def test_factories_that_die():
+    """So is what docs/results.md says of teams that keep all their factories, and of the others."""
+    data, last = plot.load(figures.RESULTS / "ablation.csv")
+    loses = plot.values_of(data["default", "sampled"], "loses_factory", [last])[0]
+    assert set(np.unique(loses * 2)) <= {0, 1, 2}  # means of both teams of a match
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert f"Of {2 * loses.size} teams of the method, {round(2 * (1 - loses).sum())} kept all their factories" in text
+
+
 def test_components():
     """The README's table of components is what the matches say, and it has all its arms."""
     made = study.components(*plot.load(figures.RESULTS / "ablation.csv"))
