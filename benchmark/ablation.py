@@ -76,11 +76,6 @@ ARMS = {
     "factories": SEPARATE,
     "kinds": SEPARATE,
     "cluster": "trajsep_ppo.py --group-by cluster",
-    # Clipping, and other flags for the baseline
-    "clip-50": "trajsep_ppo.py --clip-coef 0.5",
-    "global-clip-50": "global_ppo.py --clip-coef 0.5",
-    "global-small-value-loss": "global_ppo.py --vf-coef 0.01",
-    "global-long-rollouts": "global_ppo.py --num-steps 64 --num-minibatches 16",
     # The own share of the reward
     "share-75": "trajsep_ppo.py --agent-reward-weight 0.75",
     "share-50": "trajsep_ppo.py --agent-reward-weight 0.5",
@@ -128,7 +123,6 @@ ARMS = {
     "no-safe-masks": "trajsep_ppo.py --env-kwargs safe_masks False",
     "may-wait": "trajsep_ppo.py",
     "global-may-wait": "global_ppo.py",
-    "no-positive-weight": "trajsep_ppo.py --positive-reward-weight 1",
     "random-placement": "trajsep_ppo.py",
     "large-heads": "trajsep_ppo.py",
 }

@@ -3,7 +3,7 @@
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README
 
-The results are from benchmark/generation, on maps that were never looked at while flags were chosen.
+The results are from benchmark/study, on maps that were never looked at while flags were chosen.
 Intervals are for other seeds and other maps (`plot.estimate`).
 """
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 from plot import ROOT, plt
 from study import PUBLISHED, claims, components, factor, lines_of, runs_by_arm
 
-RESULTS = ROOT / "benchmark" / "generation"
+RESULTS = ROOT / "benchmark" / "study"
 
 SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
@@ -64,6 +64,13 @@ def comparison(data, last):
         said = [f"{text(x.mean())} ({text(x.min())} to {text(x.max())})" for x in seeds]
         method, baseline = (x.mean() for x in seeds)
         rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
+    shares = []
+    for arm in SCRIPTS:
+        greedy, sampled = (
+            plot.values_of(data[arm, policy], "ice_transferred", [last])[0].mean(1) for policy in ("greedy", "sampled")
+        )
+        shares.append(f"{(greedy / sampled).min():.1%} to {(greedy / sampled).max():.1%}")
+    rows.append(["ice with greedy over sampled actions, of each seed", *shares, "-"])
     scripts = [f"`{script}`" for script, *_ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 

@@ -132,18 +132,8 @@ SECTIONS = (
     Section("lichen", "default lichen", stands_for={"default": "separate"}),
     Section(
         "ablation",
-        "default no-positive-weight random-placement large-heads no-safe-masks",
+        "default random-placement large-heads no-safe-masks",
         stands_for={"default": "separate"},
-    ),
-    Section(
-        "baseline",
-        "default clip-50 global global-clip-50 global-small-value-loss global-long-rollouts",
-        pairs=(
-            ("default", "global"),
-            ("clip-50", "global-clip-50"),
-            ("default", "global-small-value-loss"),
-            ("default", "global-long-rollouts"),
-        ),
     ),
     Section(
         "regime",

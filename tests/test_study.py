@@ -116,12 +116,10 @@ def test_what_is_missing(text):
     assert "Evaluations that all of these have: 4,096, 8,192 steps." in said
     said, rows = of_section(text, "Number of groups of robots")
     assert set(rows) == {"robots", "separate", "separate above robots"}
-    said, rows = of_section(text, "Flags of the baseline's own")
-    assert set(rows) == {"global"} and "holds" not in said  # a pair has two arms
     said, rows = of_section(text, "Lichen")
     assert "Not run yet." in said and not rows
     assert f"5 of {len(ablation.ARMS)} arms, 11 trainings with seeds 11 to 12," in text
-    assert "1.8 hours with one thread each, at the commits `abc11`, `abc12`." in text
+    assert "1.8 hours with one thread each, programs of commit `abc11`, `abc12`." in text
 
 
 def test_patches(text):
@@ -166,7 +164,7 @@ def test_pairs_and_verdicts():
     assert study.pairs_of(sections["lichen"], arms) == [("default", "lichen")]
     pairs = [("default", "large-heads"), ("large-heads", "no-safe-masks")]
     assert study.pairs_of(sections["ablation"], arms) == pairs
-    assert study.pairs_of(sections["baseline"], arms) == [] == study.pairs_of(sections["share"], arms)
+    assert study.pairs_of(sections["share"], arms) == []
     assert study.pairs_of(sections["ladder"], arms) == [("authors", "global-authors")]
     words = [study.Verdict(mean, 0, 0, 0.01, p).word for mean, p in ((2, 0.04), (-2, 0.04), (2, 0.06))]
     assert words == ["holds", "does not hold", "undecided"]
@@ -348,7 +346,7 @@ def test_ladder_picture(tmp_path, monkeypatch):
 
 
 def test_one_generation():
-    """All trainings that are evaluated on the newest maps are of one commit, without changes of its programs."""
-    rows = [row for name in ("study", "generation") for row in plot.read_csv(KEPT.parent / name / "runs.csv")]
-    newest = {row["commit"] for row in rows if row["maps"].startswith(f"{ablation.FIRST_MAP} ")}
-    assert len(newest) == 1 and not newest.pop().endswith("-dirty")
+    """All trainings of the study are of one commit, without changes of its programs, and play the same maps."""
+    rows = plot.read_csv(KEPT / "runs.csv")
+    (commit,), (maps,) = ({row[key] for row in rows} for key in ("commit", "maps"))
+    assert not commit.endswith("-dirty") and maps.startswith(f"{ablation.FIRST_MAP} ")
