@@ -191,7 +191,9 @@ def test_factories_that_die():
     """So is what docs/results.md says of teams that keep all their factories, and of the others."""
     rows = plot.read_csv(figures.RESULTS / "ablation.csv")
     ended = {"arm": "default", "policy": "sampled", "global_step": "102400"}
-    teams = [{key: float(x) for key, x in row.items() if key not in ended} for row in rows if ended.items() <= row.items()]
+    teams = [
+        {key: float(x) for key, x in row.items() if key not in ended} for row in rows if ended.items() <= row.items()
+    ]
     lost = [team for team in teams if team["factories_alive"] < team["starting_factories"]]
     kept = [team for team in teams if team["factories_alive"] == team["starting_factories"]]
 
