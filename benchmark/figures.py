@@ -1,4 +1,4 @@
-"""Draw the README's pictures, and print its tables and the first of docs/results.md.
+"""Draw the README's pictures, and print its tables and two of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README
@@ -18,6 +18,7 @@ from plot import ROOT, plt
 from study import PUBLISHED, claims, components, factor, lines_of, runs_by_arm
 
 RESULTS = ROOT / "benchmark" / "study"
+NEURIPS = ROOT / "benchmark" / "neurips"
 
 SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
@@ -75,12 +76,34 @@ def comparison(data, last):
     return plot.table(["", *scripts, "baseline over method"], rows)
 
 
-def ends(data, last):
-    """The README's table of both ends: the paper, its regime on this code, and the flags of this code."""
-    names = ("separate", "global")
-    paper = [PUBLISHED[arm][0] for arm in names]
+def larger_teams(data, last):
+    """The table of the NeurIPS stage in docs/results.md: final means of both scripts, with their intervals."""
+    rows = []
+    for arm, (script, *_) in SCRIPTS.items():
+        sampled, greedy = data[arm, "sampled"], data[arm, "greedy"]
+        cells = [plot.final(runs, last, "ice_transferred") for runs in (sampled, greedy)]
+        cells += [plot.final(runs, last, "ice_per_factory") for runs in (sampled, greedy)]
+        rows.append([f"`{script}`", str(len(sampled)), *cells, plot.final(sampled, last, "factories_alive_share", 2)])
+    rows.append(["factor", "", *(factor(data["default", p], data["global", p], last) for p in ("sampled", "greedy"))])
+    rows[-1] += [""] * 3
+    head = ["", "seeds", "ice per team", "with greedy actions", "ice per starting factory", "with greedy actions"]
+    return plot.table([*head, "share of its factories that survive"], rows)
+
+
+def ends(data, last, larger):
+    """The README's table of factors: the paper, its regime on this code, and the flags of this code on both stages.
+
+    Args:
+        data, last: what plot.load returns of the study.
+        larger: the same, as a pair, of the NeurIPS stage.
+    """
+    paper = [PUBLISHED[arm][0] for arm in ("separate", "global")]
     rows = [["the authors' paper", *(f"{ice:,}" for ice in paper), f"{paper[0] / paper[1]:.1f}"]]
-    for what, arms in (("their regime, this code", ("authors", "global-authors")), ("this code's flags", names)):
+    for what, (data, last), arms in (
+        ("this code, their regime: 20 robots", (data, last), ("authors", "global-authors")),
+        ("this code's flags: six robots", (data, last), ("separate", "global")),
+        ("the same, 64x64 map: up to 40 robots", larger, ("default", "global")),
+    ):
         if {(arm, "sampled") for arm in arms} <= set(data):
             both = [data[arm, "sampled"] for arm in arms]
             seeds = "; ".join(sorted({f"{len(runs)} seeds" for runs in both}))
@@ -204,8 +227,9 @@ def main(out: Optional[Path] = None, film: Optional[Path] = None):
     draw_network(out / "network.png")
     if film:
         shorten(film, out / "match.gif")
-    tables = ends(data, last), results(data, last), claims(runs_by_arm(data), last), components(data, last)
-    print(*tables, comparison(data, last), sep="\n")
+    larger = plot.load(NEURIPS / "ablation.csv")
+    tables = ends(data, last, larger), results(data, last), claims(runs_by_arm(data), last), components(data, last)
+    print(*tables, comparison(data, last), larger_teams(*larger), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")
 

@@ -95,9 +95,9 @@ CLAIMS = (
 # Rungs from the authors' regime to ours: the method and the baseline on each.
 LADDER = {
     "the authors' regime": ("authors", "global-authors"),
-    "and training matches of 256 steps": ("authors-cut", "global-authors-cut"),
-    "and a clipped value loss": ("authors-clipped-values", "global-authors-clipped-values"),
-    "their regime with safe masks": ("authors-masks", "global-authors-masks"),
+    "their regime, matches of 256 steps": ("authors-cut", "global-authors-cut"),
+    "their regime, a clipped value loss": ("authors-clipped-values", "global-authors-clipped-values"),
+    "their regime, with safe masks": ("authors-masks", "global-authors-masks"),
     "and six robots": ("authors-six", "global-authors-six"),
     "six, and 32 steps, 2 epochs": ("six-fresh", "global-six-fresh"),
     "six, and annealing": ("six-annealed", "global-six-annealed"),

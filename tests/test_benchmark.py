@@ -549,6 +549,11 @@ def test_comparison_of_known_numbers(tmp_path):
     method = figures.results(*plot.load(tmp_path / "ablation.csv")).splitlines()[2]
     means = [cell.split(" (")[0] for cell in method.strip("| ").split(" | ")]
     assert means == ["`trajsep_ppo.py`", "1,000", "10,150", "10,550", "2,538", "2,995"]
+    rows = figures.larger_teams(*plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
+    rows = [[cell.split(" (")[0] for cell in row.strip("| ").split(" | ")] for row in rows]
+    assert rows[0] == ["`trajsep_ppo.py`", "2", "10,150", "10,550", "2,538", "2,638", "1.00"]
+    assert rows[1] == ["`global_ppo.py`", "1", "5,600", "6,000", "1,400", "1,500", "0.55"]
+    assert rows[2][:4] == ["factor", "", "1.8", "1.8"]
 
 
 def test_both_ends(tmp_path):
@@ -556,16 +561,20 @@ def test_both_ends(tmp_path):
     lengths = {"separate": 1000, "global": 500}
     arms = {arm: {seed: {4096: [length] * 10} for seed in (1, 2)} for arm, length in lengths.items()}
     made_up(tmp_path, arms)
-    rows = figures.ends(*plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
-    assert rows[0] == "| the authors' paper | 44,472 | 3,066 | 14.5 |" and len(rows) == 2
-    cells = ["this code's flags (2 seeds)", "10,150 (9,515 to 10,785)", "5,150 (4,515 to 5,785)", "2.0"]
+    study_data = plot.load(tmp_path / "ablation.csv")
+    made_up(tmp_path, {arm: {1: {2048: [length] * 10}} for arm, length in (("default", 800), ("global", 200))})
+    rows = figures.ends(*study_data, plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
+    assert rows[0] == "| the authors' paper | 44,472 | 3,066 | 14.5 |" and len(rows) == 3
+    cells = ["this code's flags: six robots (2 seeds)", "10,150 (9,515 to 10,785)", "5,150 (4,515 to 5,785)", "2.0"]
     assert rows[1].strip("| ").split(" | ") == cells
+    assert rows[2].startswith("| the same, 64x64 map: up to 40 robots (1 seeds) | 8,100") and rows[2].endswith(" 3.9 |")
 
 
 def test_the_page_of_results_shows_what_the_data_says():
-    """Its first table is what figures.py makes of the matches that are kept."""
-    made = figures.comparison(*plot.load(figures.RESULTS / "ablation.csv"))
-    assert made in (ROOT / "docs" / "results.md").read_text()
+    """Two of its tables are what figures.py makes of the matches that are kept."""
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert figures.comparison(*plot.load(figures.RESULTS / "ablation.csv")) in text
+    assert figures.larger_teams(*plot.load(figures.NEURIPS / "ablation.csv")) in text
 
 
 def test_search(tmp_path, monkeypatch):

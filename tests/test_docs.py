@@ -122,7 +122,7 @@ def test_commands(page, command):
         assert rest[1] == "pytest" and (ROOT / rest[-1]).exists()
     elif program == "python":
         source = (ROOT / rest[0]).read_text()
-        for flag in [word for word in rest[1:] if word.startswith("--")]:
+        for flag in [word.split("=")[0] for word in rest[1:] if word.startswith("--")]:
             if Path(rest[0]).stem == "compare":  # which takes 20 minutes, and is what the page shows
                 assert tyro.cli(compare.Args, args=rest[1:]) == compare.Args()
             assert re.search(rf"\b{flag[2:].replace('-', '[-_]')}\b", source), flag
@@ -169,7 +169,8 @@ def test_network_picture(monkeypatch, tmp_path):
 def test_result():
     """The README's results are what the matches say."""
     data, last = plot.load(figures.RESULTS / "ablation.csv")
-    assert figures.ends(data, last) in README and figures.results(data, last) in README
+    larger = plot.load(figures.NEURIPS / "ablation.csv")
+    assert figures.ends(data, last, larger) in README and figures.results(data, last) in README
     assert study.claims(study.runs_by_arm(data), last) in README
 
 
@@ -182,6 +183,9 @@ def test_why():
     factors = [ice["authors"] / ice[study.IN_THEIR_REGIME[arm]] for arm in others]
     assert factors == pytest.approx([3, 3, 5], rel=0.2) and "three times the ice of IPPO and" in README
     assert all(ice["separate"] / ice[arm] == pytest.approx(1 + 1 / 6, abs=0.03) for arm in others)
+    larger, end = plot.load(figures.NEURIPS / "ablation.csv")
+    assert study.factor(larger["default", "sampled"], larger["global", "sampled"], end) in ("4.7", "4.8", "4.9")
+    assert "nearly five times the ice of one trajectory" in README
     arms = [runs[arm] for arm in ("separate", *others)]
     own, *steps = (np.median(plot.steps_to(one, "ice_per_factory", 10000, plot.common(*arms))) for one in arms)
     assert own < 0.25 * min(steps) and "in a quarter of the steps or less" in " ".join(README.split())
