@@ -142,13 +142,14 @@ PATCHES = {path.stem: (path.stem,) for path in PATCH_FOLDER.glob("*.patch")} | {
     "random-1": ("top-1", "random-1"),
 }
 MAIN = ("default", "global")
-FOLLOWING = (  # arms of which something is claimed
+CLAIMED = (  # arms of which something is claimed
+    *MAIN,
     *("separate", "global-reward", "global-critic", "global-critic-reward", "shared-ratio", "top-1"),
-    *("authors", "global-authors"),
+    *("authors", "global-authors", "may-wait", "global-may-wait"),
 )
 # Flags were chosen with seeds 1 to 10, rules with seeds 11 to 20 too, all on maps below 7000.
 FIRST_SEED, FIRST_MAP = 11, 7000
-SEEDS = {arm: 10 if arm in MAIN else 5 if arm in FOLLOWING else 3 for arm in ARMS}
+SEEDS = {arm: 5 if arm in CLAIMED else 3 for arm in ARMS}
 # Environment steps after which the main arms, those of the authors' regime and the rungs below it, and
 # the others are evaluated, at the next checkpoint; and always the last. An evaluation takes half a
 # minute, once matches are long.
@@ -493,8 +494,8 @@ def main(
     Args:
         arms: which arms of the study; by default all, but none beside --arm.
         arm: an arm of your own, NAME=COMMAND in quotes; may be given more than once.
-        seeds: of all these arms; by default 11 to 20 for the main ones, 11 to 15 for those of which
-            something is claimed, and 11 to 13 for the others.
+        seeds: of all these arms; by default 11 to 15 for those of which something is claimed, and 11 to
+            13 for the others.
         out: folder of the tables and the trainings.
         parallel: trainings or evaluations at a time, each with one thread.
         matches: held-out matches of an evaluation.

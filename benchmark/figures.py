@@ -43,6 +43,16 @@ def results(data, last):
     return plot.table([*head, "95% of matches full-length by step"], rows)
 
 
+def of_seeds(runs, last, metric):
+    """Mean over the matches at the last step, of each seed."""
+    return plot.values_of(runs, metric, [last])[0].mean(1)
+
+
+def spread(seeds, text="{:,.0f}"):
+    """Mean of the seeds (lowest to highest), as text."""
+    return "{} ({} to {})".format(*map(text.format, (seeds.mean(), seeds.min(), seeds.max())))
+
+
 def comparison(data, last):
     """The first table of docs/results.md: the two scripts (lowest to highest seed), and their ratio."""
     both = [data[arm, "sampled"] for arm in SCRIPTS]
@@ -56,20 +66,17 @@ def comparison(data, last):
         ratio = f"{baseline / method:#.2g}" if np.isfinite(method) else "-"
         rows.append([what, *(plot.reached(runs, metric, level, steps) for runs in both), ratio])
     for what, policy, metric, text in (
-        ("final ice per starting factory", "sampled", "ice_per_factory", "{:,.0f}".format),
-        ("the same with greedy actions", "greedy", "ice_per_factory", "{:,.0f}".format),
-        ("teams that lose a factory", "sampled", "loses_factory", "{:.0%}".format),
+        ("final ice per starting factory", "sampled", "ice_per_factory", "{:,.0f}"),
+        ("the same with greedy actions", "greedy", "ice_per_factory", "{:,.0f}"),
+        ("teams that lose a factory", "sampled", "loses_factory", "{:.0%}"),
     ):
-        both = [data[arm, policy] for arm in SCRIPTS]
-        seeds = [plot.values_of(runs, metric, [last])[0].mean(1) for runs in both]
-        said = [f"{text(x.mean())} ({text(x.min())} to {text(x.max())})" for x in seeds]
-        method, baseline = (x.mean() for x in seeds)
-        rows.append([what, *said, f"{baseline / method:#.2g}" if method else "-"])
+        both = [of_seeds(data[arm, policy], last, metric) for arm in SCRIPTS]
+        method, baseline = (seeds.mean() for seeds in both)
+        ratio = f"{baseline / method:#.2g}" if method else "-"
+        rows.append([what, *(spread(seeds, text) for seeds in both), ratio])
     shares = []
     for arm in SCRIPTS:
-        greedy, sampled = (
-            plot.values_of(data[arm, policy], "ice_transferred", [last])[0].mean(1) for policy in ("greedy", "sampled")
-        )
+        greedy, sampled = (of_seeds(data[arm, policy], last, "ice_transferred") for policy in ("greedy", "sampled"))
         shares.append(f"{(greedy / sampled).min():.1%} to {(greedy / sampled).max():.1%}")
     rows.append(["ice with greedy over sampled actions, of each seed", *shares, "-"])
     scripts = [f"`{script}`" for script, *_ in SCRIPTS.values()]
@@ -88,6 +95,19 @@ def larger_teams(data, last):
     rows[-1] += [""] * 3
     head = ["", "seeds", "ice per team", "with greedy actions", "ice per starting factory", "with greedy actions"]
     return plot.table([*head, "share of its factories that survive"], rows)
+
+
+def waiting(data, last):
+    """The table of docs/results.md of the rule against waiting: both scripts with it and without."""
+    rows = []
+    for script, *arms in (("trajsep_ppo.py", "default", "may-wait"), ("global_ppo.py", "global", "global-may-wait")):
+        for arm, name in zip(arms, (f"`{script}`", "the same, factories may wait")):
+            both = [of_seeds(data[arm, policy], last, "ice_per_factory") for policy in ("sampled", "greedy")]
+            lowest = f"{(both[1] / both[0]).min():.0%}"
+            full = f"{of_seeds(data[arm, 'greedy'], last, 'full_length').mean():.0%}"
+            rows.append([name, str(len(both[0])), *map(spread, both), lowest, full])
+    head = ["", "seeds", "sampled actions", "greedy actions", "lowest ratio of a seed, greedy to sampled"]
+    return plot.table([*head, "full-length matches, greedy"], rows)
 
 
 def ends(data, last, larger):

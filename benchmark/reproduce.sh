@@ -7,7 +7,7 @@
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
 #
-# The study has about 210 trainings, the search 66, the NeurIPS stage 25, the other games 80, the battles 42. How long
+# The study has 186 trainings, the search 66, the NeurIPS stage 6, the other games 80, the battles 40. How long
 # all of it takes is not measured yet at this size; expect a day on two cores. Not made here are matches
 # against bots that must be fetched first, and what shows a single training or match (the pages of
 # credit, the bands of a healthy run): benchmark/README.md has their commands.
