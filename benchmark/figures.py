@@ -68,7 +68,7 @@ def comparison(data, last):
     for what, policy, metric, text in (
         ("final ice per starting factory", "sampled", "ice_per_factory", "{:,.0f}"),
         ("the same with greedy actions", "greedy", "ice_per_factory", "{:,.0f}"),
-        ("teams that lose a factory", "sampled", "loses_factory", "{:.0%}"),
+        ("teams that lose a factory", "sampled", "loses_factory", "{:.1%}"),
     ):
         both = [of_seeds(data[arm, policy], last, metric) for arm in SCRIPTS]
         method, baseline = (seeds.mean() for seeds in both)
@@ -118,11 +118,11 @@ def ends(data, last, larger):
         larger: the same, as a pair, of the NeurIPS stage.
     """
     paper = [PUBLISHED[arm][0] for arm in ("separate", "global")]
-    rows = [["the authors' paper", *(f"{ice:,}" for ice in paper), f"{paper[0] / paper[1]:.1f}"]]
+    rows = [["the authors", *(f"{ice:,}" for ice in paper), f"{paper[0] / paper[1]:.1f}"]]
     for what, (data, last), arms in (
-        ("this code, their regime: 20 robots", (data, last), ("authors", "global-authors")),
-        ("this code's flags: six robots", (data, last), ("separate", "global")),
-        ("the same, 64x64 map: up to 40 robots", larger, ("default", "global")),
+        ("this code, their regime: up to 20 robots", (data, last), ("authors", "global-authors")),
+        ("the default flags: up to six robots", (data, last), ("default", "global")),
+        ("the same on the larger map: up to 40 robots", larger, ("default", "global")),
     ):
         if {(arm, "sampled") for arm in arms} <= set(data):
             both = [data[arm, "sampled"] for arm in arms]

@@ -346,7 +346,7 @@ def test_ladder_picture(tmp_path, monkeypatch):
 
 
 def test_one_generation():
-    """All trainings that ablation.py made are of one commit, without changes of its programs, and play the same maps."""
+    """All kept trainings are of one commit, without changes of its programs, and were evaluated on the same maps."""
     rows = [row for path in KEPT.parent.glob("*/runs.csv") for row in plot.read_csv(path)]
     (commit,), (maps,) = ({row[key] for row in rows} for key in ("commit", "maps"))
     assert not commit.endswith("-dirty") and maps.startswith(f"{ablation.FIRST_MAP} ")
