@@ -1,4 +1,4 @@
-"""Draw the README's pictures, and print its tables and two of docs/results.md.
+"""Draw the README's pictures, and print its tables and three of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README
@@ -249,7 +249,7 @@ def main(out: Optional[Path] = None, film: Optional[Path] = None):
         shorten(film, out / "match.gif")
     larger = plot.load(NEURIPS / "ablation.csv")
     tables = ends(data, last, larger), results(data, last), claims(runs_by_arm(data), last), components(data, last)
-    print(*tables, comparison(data, last), larger_teams(*larger), sep="\n")
+    print(*tables, comparison(data, last), larger_teams(*larger), waiting(data, last), sep="\n")
     print(matches(ROOT / "benchmark" / "matches"))
     print(f"written to {out}: {', '.join(files)}")
 

@@ -577,10 +577,28 @@ def test_both_ends(tmp_path):
     )
 
 
+def test_waiting_by_hand(tmp_path):
+    """Of each arm the seeds' ice for each of four factories, sampled and greedy, and the seed that keeps least of it."""
+    full = {4096: [1000] * 10}
+    arms = {arm: {1: full} for arm in ("default", "global", "global-may-wait")}
+    arms["may-wait"] = {1: full, 2: {4096: [1000] * 9 + [200]}}
+    made_up(tmp_path, arms)
+    rows = plot.read_csv(path := tmp_path / "ablation.csv")
+    for row in rows:
+        if (row["arm"], row["seed"], row["policy"]) == ("may-wait", "2", "greedy"):
+            row["ice_per_factory"] = 1175  # half of what it is with sampled actions
+    plot.write_csv(path, ablation.COLUMNS, rows)
+    rows = figures.waiting(*plot.load(path)).splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == ["1", "2", "1", "1"]
+    assert rows[0].endswith("| 2,525 (2,525 to 2,525) | 2,625 (2,625 to 2,625) | 104% | 100% |")
+    assert rows[1].endswith("| 2 | 2,438 (2,350 to 2,525) | 1,900 (1,175 to 2,625) | 50% | 95% |")
+    assert rows[1].startswith("| the same, factories may wait |") and rows[2].startswith("| `global_ppo.py`")
+
+
 def test_the_page_of_results_shows_what_the_data_says():
-    """Two of its tables are what figures.py makes of the matches that are kept."""
-    text = (ROOT / "docs" / "results.md").read_text()
-    assert figures.comparison(*plot.load(figures.RESULTS / "ablation.csv")) in text
+    """Its three tables of ice are what figures.py makes of the matches that are kept."""
+    text, (data, last) = (ROOT / "docs" / "results.md").read_text(), plot.load(figures.RESULTS / "ablation.csv")
+    assert figures.comparison(data, last) in text and figures.waiting(data, last) in text
     assert figures.larger_teams(*plot.load(figures.NEURIPS / "ablation.csv")) in text
 
 
