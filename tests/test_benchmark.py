@@ -578,7 +578,7 @@ def test_both_ends(tmp_path):
 
 
 def test_waiting_by_hand(tmp_path):
-    """Of each arm the seeds' ice for each of four factories, and the seed that keeps least of it with greedy actions."""
+    """The seeds' ice for each of four factories, and the seed that keeps least of it with greedy actions."""
     full = {4096: [1000] * 10}
     arms = {arm: {1: full} for arm in ("default", "global", "global-may-wait")}
     arms["may-wait"] = {1: full, 2: {4096: [1000] * 9 + [200]}}
