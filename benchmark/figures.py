@@ -48,6 +48,12 @@ def of_seeds(runs, last, metric):
     return plot.values_of(runs, metric, [last])[0].mean(1)
 
 
+def greedy_over_sampled(data, arm, last):
+    """Final ice per starting factory with greedy actions over that with sampled ones, of each seed."""
+    greedy, sampled = (of_seeds(data[arm, policy], last, "ice_per_factory") for policy in ("greedy", "sampled"))
+    return greedy / sampled
+
+
 def spread(seeds, text="{:,.0f}"):
     """Mean of the seeds (lowest to highest), as text."""
     return "{} ({} to {})".format(*map(text.format, (seeds.mean(), seeds.min(), seeds.max())))
@@ -74,11 +80,8 @@ def comparison(data, last):
         method, baseline = (seeds.mean() for seeds in both)
         ratio = f"{baseline / method:#.2g}" if method else "-"
         rows.append([what, *(spread(seeds, text) for seeds in both), ratio])
-    shares = []
-    for arm in SCRIPTS:
-        greedy, sampled = (of_seeds(data[arm, policy], last, "ice_transferred") for policy in ("greedy", "sampled"))
-        shares.append(f"{(greedy / sampled).min():.1%} to {(greedy / sampled).max():.1%}")
-    rows.append(["ice with greedy over sampled actions, of each seed", *shares, "-"])
+    both = [greedy_over_sampled(data, arm, last) for arm in SCRIPTS]
+    rows.append(["greedy over sampled, of each seed", *(f"{x.min():.1%} to {x.max():.1%}" for x in both), "-"])
     scripts = [f"`{script}`" for script, *_ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 
@@ -91,8 +94,8 @@ def larger_teams(data, last):
         cells = [plot.final(runs, last, "ice_transferred") for runs in (sampled, greedy)]
         cells += [plot.final(runs, last, "ice_per_factory") for runs in (sampled, greedy)]
         rows.append([f"`{script}`", str(len(sampled)), *cells, plot.final(sampled, last, "factories_alive_share", 2)])
-    rows.append(["factor", "", *(factor(data["default", p], data["global", p], last) for p in ("sampled", "greedy"))])
-    rows[-1] += [""] * 3
+    factors = [factor(data["default", policy], data["global", policy], last) for policy in ("sampled", "greedy")]
+    rows.append(["factor", "", *factors, "", "", ""])
     head = ["", "seeds", "ice per team", "with greedy actions", "ice per starting factory", "with greedy actions"]
     return plot.table([*head, "share of its factories that survive"], rows)
 
@@ -103,7 +106,7 @@ def waiting(data, last):
     for script, *arms in (("trajsep_ppo.py", "default", "may-wait"), ("global_ppo.py", "global", "global-may-wait")):
         for arm, name in zip(arms, (f"`{script}`", "the same, factories may wait")):
             both = [of_seeds(data[arm, policy], last, "ice_per_factory") for policy in ("sampled", "greedy")]
-            lowest = f"{(both[1] / both[0]).min():.0%}"
+            lowest = f"{greedy_over_sampled(data, arm, last).min():.0%}"
             full = f"{of_seeds(data[arm, 'greedy'], last, 'full_length').mean():.0%}"
             rows.append([name, str(len(both[0])), *map(spread, both), lowest, full])
     head = ["", "seeds", "sampled actions", "greedy actions", "lowest ratio of a seed, greedy to sampled"]
@@ -119,16 +122,16 @@ def ends(data, last, larger):
     """
     paper = [PUBLISHED[arm][0] for arm in ("separate", "global")]
     rows = [["the authors", *(f"{ice:,}" for ice in paper), f"{paper[0] / paper[1]:.1f}"]]
-    for what, (data, last), arms in (
+    for what, (found, end), arms in (
         ("this code, their regime: up to 20 robots", (data, last), ("authors", "global-authors")),
         ("the default flags: up to six robots", (data, last), ("default", "global")),
         ("the same on the larger map: up to 40 robots", larger, ("default", "global")),
     ):
-        if {(arm, "sampled") for arm in arms} <= set(data):
-            both = [data[arm, "sampled"] for arm in arms]
+        if {(arm, "sampled") for arm in arms} <= set(found):
+            both = [found[arm, "sampled"] for arm in arms]
             seeds = "; ".join(sorted({f"{len(runs)} seeds" for runs in both}))
-            cells = [plot.final(runs, last, "ice_transferred") for runs in both]
-            rows.append([f"{what} ({seeds})", *cells, factor(*both, last)])
+            cells = [plot.final(runs, end, "ice_transferred") for runs in both]
+            rows.append([f"{what} ({seeds})", *cells, factor(*both, end)])
     return plot.table(["final ice per team", "a trajectory for each", "one for the team", "factor"], rows)
 
 

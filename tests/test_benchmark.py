@@ -543,7 +543,7 @@ def test_comparison_of_known_numbers(tmp_path):
     assert table["final ice per starting factory"] == row
     row = ["2,638 (2,625 to 2,650)", "1,500 (1,500 to 1,500)", "0.57"]
     assert table["the same with greedy actions"] == row
-    of_each = table["ice with greedy over sampled actions, of each seed"]
+    of_each = table["greedy over sampled, of each seed"]
     assert of_each == ["103.9% to 104.0%", "107.1% to 107.1%", "-"]
     assert table["teams that lose a factory"] == ["0.0% (0.0% to 0.0%)", "90.0% (90.0% to 90.0%)", "-"]
     method = figures.results(*plot.load(tmp_path / "ablation.csv")).splitlines()[2]
@@ -565,16 +565,12 @@ def test_both_ends(tmp_path):
     made_up(tmp_path, {arm: {1: {2048: [length] * 10}} for arm, length in (("default", 800), ("global", 200))})
     rows = figures.ends(*study_data, plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
     assert rows[0] == "| the authors | 44,472 | 3,066 | 14.5 |" and len(rows) == 3
-    cells = [
-        "the default flags: up to six robots (2 seeds)",
-        "10,150 (9,515 to 10,785)",
-        "5,150 (4,515 to 5,785)",
-        "2.0",
-    ]
-    assert rows[1].strip("| ").split(" | ") == cells
-    assert rows[2].startswith("| the same on the larger map: up to 40 robots (1 seeds) | 8,100") and rows[2].endswith(
-        " 3.9 |"
-    )
+    first, *cells = rows[1].strip("| ").split(" | ")
+    assert first == "the default flags: up to six robots (2 seeds)"
+    assert cells == ["10,150 (9,515 to 10,785)", "5,150 (4,515 to 5,785)", "2.0"]
+    first, *cells = rows[2].strip("| ").split(" | ")
+    assert first == "the same on the larger map: up to 40 robots (1 seeds)"
+    assert cells[0].startswith("8,100 (") and cells[-1] == "3.9"
 
 
 def test_waiting_by_hand(tmp_path):

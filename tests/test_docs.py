@@ -193,6 +193,34 @@ def test_why():
     assert own < 0.25 * min(steps) and "in a quarter of their steps or less" in " ".join(README.split())
 
 
+def test_larger_map():
+    """So is what docs/results.md says of the teams on the NeurIPS stage, and what the README says of the baseline's."""
+    rows = plot.read_csv(figures.NEURIPS / "ablation.csv")
+    clipped = study.shares(plot.read_csv(figures.NEURIPS / "runs.csv"), "clipfrac")
+
+    def seeds_of(arm, *columns):
+        of_seed = {}
+        for row in rows:
+            if (row["arm"], row["policy"]) == (arm, "sampled"):
+                of_seed.setdefault(row["seed"], []).append(sum(float(row[column]) for column in columns))
+        return [np.mean(values) for values in of_seed.values()]
+
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    built = [seeds_of(arm, "lights_built", "heavies_built") for arm in ("default", "global")]
+    assert [round(min(built[0])), round(max(built[0]))] == [8, 14] and "with eight to 14 robots per team" in text
+    lost = 1 - np.mean(seeds_of("global", "factories_alive_share"))
+    assert f"loses {lost:.0%} of its factories" in " ".join(README.split())
+    assert f"loses {lost:.0%} of its factories and half of the {np.mean(built[1]):.0f} robots that it builds" in text
+    assert np.mean(seeds_of("global", "robots_lost")) == pytest.approx(np.mean(built[1]) / 2, rel=0.1)
+    assert f"{clipped['global']} of its ratios are clipped, and {clipped['default']} of the method's" in text
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_end(path):
+    """An empty line follows each table: without it the next paragraph becomes a row."""
+    assert not re.search(r"^\|.*\|\n[^|\n]", PAGES[path], re.MULTILINE)
+
+
 def test_factories_that_die():
     """So is what docs/results.md says of teams that keep all their factories, and of the others."""
     rows = plot.read_csv(figures.RESULTS / "ablation.csv")
