@@ -211,7 +211,6 @@ PARTS = {  # part -> its function, its environment steps, and the fewest that it
     "kill": (kill, 4096, 2048),  # two checkpoints
 }
 SCRIPTS = ("trajsep_ppo", "global_ppo")
-MEASURED_BEFORE = ("faults", "saving")  # by earlier versions of this program
 
 
 def file_of(part, script):
@@ -261,8 +260,7 @@ def main(
         print(f"{path.stem}: {'passed' if result['passed'] else 'FAILED'}: {line}", flush=True)
         failed += [] if result["passed"] else [path.stem]
     lines = ["# Reliability\n"]
-    names = {file_of(part, script) for part in PARTS for script in SCRIPTS}
-    for name in sorted(names.union(MEASURED_BEFORE)):
+    for name in sorted({file_of(part, script) for part in PARTS for script in SCRIPTS}):
         path = out / f"{name}.json"
         result = json.loads(path.read_text()) if path.exists() else {}
         if "line" in result:  # finished
