@@ -88,8 +88,12 @@ def make_envs(args, num_envs, **options):
     """The vector environment of --env-id; the rest of this file only sees its arrays."""
     module, _, name = args.env_id.partition(":")
     try:
-        return getattr(import_module(module), name)(num_envs, **options, **args.env_kwargs)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        make = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Refused(f"--env-id {args.env_id} is not module:class: {error}")
+    try:
+        return make(num_envs, **options, **args.env_kwargs)
+    except (TypeError, ValueError) as error:
         raise Refused(f"--env-id {args.env_id}: {error}")
 
 
@@ -439,7 +443,7 @@ def check_args(args):
     if args.num_envs % WORLD_SIZE:
         raise Refused(f"--num-envs {args.num_envs} does not divide by the {WORLD_SIZE} processes")
     if args.num_steps % args.num_minibatches:
-        raise Refused(f"--num-steps {args.num_steps} does not divide by --num-minibatches")
+        raise Refused(f"--num-steps {args.num_steps} does not divide by --num-minibatches {args.num_minibatches}")
     if args.track and RANK == 0:
         try:
             import_module("wandb").login()

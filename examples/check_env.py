@@ -10,7 +10,11 @@ or in a test of your own:
 
 It makes environments as the scripts do and plays random actions that the masks allow, so it finds what comes up in
 such play; the command tells how many births, deaths and ends of matches there were. Its warnings are about what breaks
-no clause, and hurts learning. N matches, P players (teams), E entity slots, A actions.
+no clause, and hurts learning.
+
+What it cannot see is who is in a slot: an entity that takes another's at once is found only where their kinds differ.
+So an environment may have a method `entity_ids()` for it, which returns an array [N, P, E] of numbers that never come
+twice in a match. N matches, P players (teams), E entity slots, A actions.
 """
 
 import contextlib
@@ -74,9 +78,10 @@ class Checker:
     came up.
     """
 
-    def __init__(self, make_env, num_envs=3, entity_ids=None):
-        self.make_env, self.num_envs, self.entity_ids = make_env, num_envs, entity_ids
+    def __init__(self, make_env, num_envs=3, group_by="entity"):
+        self.make_env, self.num_envs, self.group_by = make_env, num_envs, group_by
         self.problems, self.warnings, self.seen, self.time = {}, [], Counter(), 0
+        self.kinds = set()
 
     def expect(self, fine, clause, vital=False):
         """Note the clause as broken unless all of `fine`, a bool or an array [N, ...], [N, P, ...] or [N, P, E]."""
@@ -111,6 +116,8 @@ class Checker:
         """The spaces, a long play, and short ones, which must be the same or not, as the seeds say."""
         env, rng = self.make(first_match=0), np.random.default_rng(0)
         self.check_spaces(env)
+        self.identified = hasattr(env, "entity_ids")
+        self.close(self.make(first_match=0, group_by=None))  # as global_ppo.py does
         start = self.reset(env)
         played = self.play(env, start, steps, rng)
         self.look_back()
@@ -129,10 +136,13 @@ class Checker:
             if hasattr(env, "state"):
                 self.check_state(env, rng)
         self.close(env)
+        if "rgb_array" in env.metadata.get("render_modes", ()):
+            self.check_render()
 
     def make(self, **options):
         """An environment as the scripts make one: for training with first_match, for evaluation with held_out."""
-        options = {"num_workers": 0, **options, "group_by": "entity"}
+        options = {"num_workers": 0, "group_by": self.group_by, **options}
+        options = {key: x for key, x in options.items() if x is not None}
         words = ", ".join(f"{key}={value!r}" for key, value in options.items())
         with self.doing(f"the call with ({self.num_envs}, {words}) and the options of --env-kwargs"):
             return self.make_env(self.num_envs, **options)
@@ -168,11 +178,11 @@ class Checker:
         self.possible = np.arange(self.sizes["A"]) < actions.nvec[..., None]
         self.low, self.high = (np.full(self.sizes["F"], x * np.inf, np.float32) for x in (1, -1))
 
-    def reset(self, env):
-        """Start new matches, always the same; a copy of the first observation."""
+    def reset(self, env, seed=1):
+        """Start new matches, those of a seed; a copy of the first observation."""
         self.time, self.lengths = 0, np.zeros(self.num_envs, int)
-        with self.doing("reset(seed=1)"):
-            result = env.reset(seed=1)
+        with self.doing(f"reset(seed={seed})"):
+            result = env.reset(seed=seed)
         fits = isinstance(result, tuple) and len(result) == 2
         self.expect(fits, "reset must return a tuple of two, observation and infos", vital=True)
         obs = self.check_observation(result[0])
@@ -194,6 +204,7 @@ class Checker:
             self.expect(obs[key].dtype == dtype, f"{key} must be of type {np.dtype(dtype)}", vital=True)
         obs = {key: np.array(obs[key]) for key in self.arrays}
         live, group = obs["kind"] > 0, obs["group"]
+        self.kinds |= set(obs["kind"][live].tolist())
         self.expect(obs["kind"] >= 0, "kind must be 0 in an empty slot and above 0 in others")
         if "board" in obs:
             x, y = np.moveaxis(obs["position"], -1, 0)
@@ -240,7 +251,7 @@ class Checker:
 
     def step(self, env, obs, actions):
         """One step, and all that can be said of it; copies of the next observation and the rewards, and who ended."""
-        before = None if self.entity_ids is None else np.array(self.entity_ids(env))
+        before = self.who(env)
         next_obs, rewards, terminated, truncated, infos = self.call_step(env, actions)
         self.seen["steps"] += 1
         live = obs["kind"] > 0
@@ -258,17 +269,28 @@ class Checker:
         next_obs = self.check_observation(next_obs)
         self.expect(isinstance(infos, dict), f"infos must be a dict, not a {type(infos).__name__}", vital=True)
         self.check_episodes(infos, over, np.where(live, rewards, 0).sum(-1))
-        if "final_obs" in infos:
-            self.check_final(infos, next_obs, truncated)
+        if (limit := truncated & ~terminated).any():
+            self.seen["truncations"] += int(limit.sum())
+            if "final_obs" in infos:
+                self.check_final(infos["final_obs"], next_obs, limit)
         next_live, goes_on = next_obs["kind"] > 0, ~over[:, None, None]
         stays = live & next_live & goes_on
         clause = "a slot must be seen empty before another entity takes it, here its {} changed"
         self.expect((next_obs["kind"] == obs["kind"]) | ~stays, clause.format("kind"))
-        if before is not None:
-            self.expect((before == self.entity_ids(env)) | ~stays, clause.format("entity"))
+        self.expect((before == self.who(env)) | ~stays, clause.format("entity"))
         self.seen["births"] += int((next_live & ~live & goes_on).sum())
         self.seen["deaths"] += int((live & ~next_live & goes_on).sum())
         return next_obs, rewards, over
+
+    def who(self, env):
+        """Who is in each slot [N, P, E], by `entity_ids`, or 0 where the environment cannot tell."""
+        if not hasattr(env, "entity_ids"):
+            return 0
+        with self.doing("entity_ids()"):
+            ids = np.array(env.entity_ids())
+        P, E = self.possible.shape[:2]
+        self.expect(ids.shape == (self.num_envs, P, E), "entity_ids must return an array [N, P, E]", vital=True)
+        return ids
 
     def check_episodes(self, infos, over, paid):
         """Expect `infos` to say which matches ended, and of those what was counted here."""
@@ -296,20 +318,17 @@ class Checker:
             self.seen["ends of matches"] += int(over.sum())
             self.lengths[over], self.returns[over] = 0, 0
 
-    def check_final(self, infos, next_obs, truncated):
-        """Expect the last observations of finished matches to be observations too."""
-        given = np.asarray(infos.get("_final_obs"))
-        fits = given.shape == truncated.shape and given.dtype == bool
-        self.expect(fits, 'infos["_final_obs"] must be an array of N bools, one for each match', vital=True)
-        self.expect(given | ~truncated, 'infos["_final_obs"] must be true where a match was truncated')
-        final = infos["final_obs"]
+    def check_final(self, final, next_obs, limit):
+        """Expect the last observations of the matches that were truncated, `limit` [N], to be observations too."""
         fits = isinstance(final, dict) and all(np.shape(final.get(key)) == x.shape for key, x in next_obs.items())
         self.expect(fits, 'infos["final_obs"] must be a dict of arrays as in an observation', vital=True)
-        rows = np.flatnonzero(given)
-        for key, x in next_obs.items():
-            next_obs = next_obs | {key: x.astype(final[key].dtype)}
-            next_obs[key][rows] = final[key][rows]
-        self.check_observation(next_obs)
+        last = {key: x.astype(final[key].dtype) for key, x in next_obs.items()}
+        for key, x in last.items():
+            x[limit] = final[key][limit]
+        same = [alike.reshape(self.num_envs, -1).all(1) for alike in agreement(last, next_obs)]
+        self.seen["last observations"] += int(limit.sum())
+        self.seen["last observations of the next match"] += int((np.all(same, 0) & limit).sum())
+        self.check_observation(last)
 
     def look_back(self):
         """Warn of what a whole play has shown."""
@@ -319,6 +338,18 @@ class Checker:
             f"no match ended in {steps} steps: where none ever does, the evaluation after a training does not either"
         )
         self.warn(not self.seen["ends of matches"], f"{wrong} (--steps plays longer)")
+        wrong = (
+            "entities were born, but none died. If some did, their slots were reused at once, and their trajectories"
+        )
+        silent = self.seen["births"] and not self.seen["deaths"] and not self.identified
+        self.warn(silent, f"{wrong} run on; a method entity_ids() shows this here (see --help)")
+        missing = sorted(set(range(1, max(self.kinds, default=0))) - self.kinds)
+        self.warn(missing, f"no entity of kind {missing} was ever seen, though kinds are counted from 1 without gaps")
+        wrong = 'matches were truncated without infos["final_obs"]: the learner takes their ends for deaths'
+        self.warn(self.seen["truncations"] > self.seen["last observations"], wrong)
+        wrong = 'infos["final_obs"] is the first observation of the next match, not the last one of the truncated match'
+        last = self.seen["last observations"]
+        self.warn(last and self.seen["last observations of the next match"] == last, wrong)
         large = np.flatnonzero(np.isfinite(size) & (size > 10)).tolist()
         wrong = f"features {large[:8]} are beyond 10 in size: they drown the others, and learning is slow; scale them"
         self.warn(large, f"{wrong} to about -1 to 1")
@@ -332,23 +363,40 @@ class Checker:
         self.warn(self.seen["impossible"], f"{wrong}: they will choose actions that they do not have")
 
     def check_seeds(self, steps):
-        """Warn if options that choose other matches do not."""
-        wrong = {
-            "first_match": "all processes of torchrun play the same matches, so more of them learn nothing more",
-            "held_out": 'evaluation plays matches of the training, so that what it calls "held-out" is not',
-        }
-        for option, value in (("first_match", self.num_envs), ("held_out", True)):
-            envs, rng = [self.make(first_match=0), self.make(**{option: value})], np.random.default_rng(0)
-            obs, other = (self.reset(env) for env in envs)
+        """Warn if what chooses other matches does not."""
+        for name, options, seed, wrong in (
+            (
+                *("first_match", {"first_match": self.num_envs}, 1),
+                "all processes of torchrun play the same matches, so more of them learn nothing more",
+            ),
+            (
+                *("held_out", {"held_out": True}, 1),
+                'evaluation plays matches of the training, so that what it calls "held-out" is not',
+            ),
+            ("the seed of reset", {"first_match": 0}, 2, "every run plays the same matches"),
+        ):
+            envs, rng = [self.make(first_match=0), self.make(**options)], np.random.default_rng(0)
+            obs, other = self.reset(envs[0]), self.reset(envs[1], seed)
             for _ in range(steps):
                 if not all(same.all() for same in agreement(obs, other)):
                     break
                 actions = self.choose(obs, rng)
                 obs, other = (self.call_step(env, actions.copy())[0] for env in envs)
             else:
-                self.warn(True, f"{option} had no effect in {steps} steps: {wrong[option]}")
+                self.warn(True, f"{name} had no effect in {steps} steps: {wrong}")
             for env in envs:
                 self.close(env)
+        env, rng = self.make(first_match=0), np.random.default_rng(0)
+        obs = self.reset(env)
+        for _ in range(steps):
+            first = {key: np.repeat(x[:1], self.num_envs, 0) for key, x in obs.items()}
+            if not all(same.all() for same in agreement(obs, first)):
+                break
+            obs = self.call_step(env, np.repeat(self.choose(obs, rng)[:1], self.num_envs, 0))[0]
+        else:
+            wrong = f"the {self.num_envs} matches were the same in {steps} steps of the same actions"
+            self.warn(self.num_envs > 1, f"{wrong}: more of them learn nothing more, and evaluation is of one match")
+        self.close(env)
 
     def check_state(self, env, rng):
         """Expect matches to go on after load_state as they did after state."""
@@ -357,6 +405,11 @@ class Checker:
             state = env.state()
         fits = isinstance(state, list) and len(state) == self.num_envs
         self.expect(fits, "state must return a list with a dict of numbers and arrays for each match", vital=True)
+        types = {np.asarray(x).dtype.kind for match in state for x in match.values()}
+        clause = (
+            "state must hold numbers of at most 64 bits, and arrays of such numbers: a checkpoint keeps nothing else"
+        )
+        self.expect(types <= set("biuf"), clause, vital=True)
         state = [{key: np.array(x) for key, x in match.items()} for match in state]  # as a checkpoint keeps it
         played = self.play(env, obs, SAME, rng)
         other = self.make(first_match=0)
@@ -365,6 +418,17 @@ class Checker:
         clause = "after load_state the matches must go on as they did after state"
         self.replay(other, self.check_observation(resumed), obs, played, clause)
         self.close(other)
+
+    def check_render(self):
+        """Expect pictures of an environment that says it has them, as --capture-video does."""
+        env = self.make(held_out=True, render_mode="rgb_array")
+        self.reset(env)
+        with self.doing("render()"):
+            pictures = [np.asarray(picture) for picture in env.render()]
+        fits = [x.ndim == 3 and x.shape[-1] == 3 and x.dtype == np.uint8 for x in pictures]
+        clause = "render must return N pictures, arrays [height, width, 3] of type uint8"
+        self.expect(len(fits) == self.num_envs and all(fits), clause)
+        self.close(env)
 
     def replay(self, env, obs, start, played, clause, change_empty=False):
         """Expect the same to follow from the same actions, except in empty slots."""
@@ -387,7 +451,7 @@ class Checker:
             self.expect(same, clause)
 
 
-def check_env(make_env, steps=200, num_envs=3, entity_ids=None):
+def check_env(make_env, steps=200, num_envs=3, group_by="entity"):
     """Play an environment at random and compare it with the contract.
 
     Args:
@@ -395,13 +459,12 @@ def check_env(make_env, steps=200, num_envs=3, entity_ids=None):
             num_workers, first_match, held_out and group_by.
         steps: how many are played in every match; long enough for some matches to end.
         num_envs: N.
-        entity_ids: a function from the environment to an array [N, P, E] that says who is in which slot. Without it
-            an entity that takes another's slot at once is found only where their kinds differ.
+        group_by: what the environment is given, a value of --group-by.
 
     Returns:
         A list of sentences, one for each clause that is broken; [] if none is. Checker has the warnings too.
     """
-    checker = Checker(make_env, num_envs, entity_ids)
+    checker = Checker(make_env, num_envs, group_by)
     checker.check(steps)
     return [f"{clause} ({where})" for clause, where in checker.problems.items()]
 
@@ -437,6 +500,7 @@ class Args:
     environment: Annotated[str, tyro.conf.Positional]  # module:Class, or path/to/module.py:Class
     steps: int = 200  # steps of each match
     num_envs: int = 3  # matches
+    group_by: str = "entity"  # who shares a trajectory, as in trajsep_ppo.py
     env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # options: name value ...
 
 
@@ -450,7 +514,11 @@ def main():
     except Refused as error:
         print(f"check_env.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    checker = Checker(lambda num_envs, **options: make_env(num_envs, **options, **args.env_kwargs), args.num_envs)
+
+    def make(num_envs, **options):
+        return make_env(num_envs, **options, **args.env_kwargs)
+
+    checker = Checker(make, args.num_envs, args.group_by)
     checker.check(args.steps)
     for clause, where in checker.problems.items():
         print(f"{clause} ({where})")

@@ -117,7 +117,73 @@ def noise(x):
     return np.random.default_rng().integers(0, 100, x.shape, np.uint8)
 
 
-Truncated = changed("step", lambda env, x: (*x[:2], x[3], x[2], x[4]))
+# Its matches end by a time limit, and it does not show their last observation
+Unfinished = changed("step", lambda env, x: (*x[:2], x[3], x[2], x[4]))
+
+
+class Truncated(Unfinished):
+    """The same with one, which is not that of the next match."""
+
+    def step(self, actions):
+        *others, infos = super().step(actions)
+        last = {key: x[:, ::-1].copy() for key, x in self.obs.items()}
+        return *others, infos and infos | {"final_obs": last}
+
+
+class Alike(Toy):
+    """All its matches are the first one."""
+
+    def _observe(self):
+        self.live[:] = self.live[:1]
+        obs = super()._observe()
+        self.colour[:] = self.colour[:1]
+        return {key: np.repeat(x[:1], self.num_envs, 0) for key, x in obs.items()}
+
+
+class Fixed(Toy):
+    """Every seed begins the same matches."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=1)
+
+
+class SecondKind(Toy):
+    """Its kinds do not begin with 1."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.single_observation_space.spaces["kind"] = gym.spaces.Box(0, 2, (2, 16), np.int64)
+
+    def _observe(self):
+        obs = super()._observe()
+        return obs | {"kind": 2 * obs["kind"]}
+
+
+class Squads(Toy):
+    """Groups of four, numbered from 14 on, where the scripts ask for them."""
+
+    def __init__(self, *args, group_by="entity", **options):
+        super().__init__(*args, **options)
+        self.group_by = group_by
+
+    def _observe(self):
+        obs = super()._observe()
+        return obs | {"group": obs["group"] // 4 + 14} if self.group_by == "squad" else obs
+
+
+def drawn(picture):
+    """A toy that says it has pictures, and returns this one."""
+
+    class Drawn(Toy):
+        metadata = Toy.metadata | {"render_modes": ["rgb_array"]}
+
+        def __init__(self, *args, render_mode=None, **options):
+            super().__init__(*args, **options)
+
+        def render(self):
+            return picture
+
+    return Drawn
 
 
 class Impatient(Toy):
@@ -134,6 +200,18 @@ class Impatient(Toy):
         self.ids += left
         result[0]["kind"][:] = self.live
         return result
+
+
+class Identified(Impatient):
+    def entity_ids(self):
+        return self.ids
+
+
+class Immortal(Impatient):
+    """Nobody leaves, and the identities show it."""
+
+    def entity_ids(self):
+        return 0 * self.ids
 
 
 class Kept(Toy):
@@ -193,8 +271,12 @@ class Worn(Toy):
 
 BROKEN = [
     ("single_observation_space must have both board and position, or neither", lacking("board")),
-    ("the call with (3, num_workers=0, first_match=0, group_by='entity')", lambda num_envs: Toy(num_envs)),
+    ("the call with (3, num_workers=0, group_by='entity', first_match=0)", lambda num_envs: Toy(num_envs)),
     ("the call with", partial(Toy, sise=8)),
+    (
+        "the call with (3, num_workers=0, first_match=0) and",
+        lambda num_envs, *, group_by, **options: Toy(num_envs, group_by=group_by, **options),
+    ),
     ("there must be a method close", lambda num_envs, **_: without_close()),
     ("reset must return a tuple of two", changed("reset", lambda env, x: x[0])),
     ("reset(seed=1) must not fail, and raised TypeError: NoSeed.reset() got an unexpected", NoSeed),
@@ -225,21 +307,13 @@ BROKEN = [
     ('infos["episode"] must hold "l", "r"', episode("l", lambda length: "ten")),
     ('infos["episode"] must hold "l", "r"', episode("l", lambda length: 10)),
     ('infos["episode"]["l"] must be the steps', episode("l", lambda length: length[:, None])),
-    ('infos["_final_obs"] must be an array', stepped("infos", lambda env, x: x | {"final_obs": env.obs})),
-    (
-        'infos["_final_obs"] must be true where',
-        stepped("infos", lambda env, x: x | {"final_obs": env.obs, "_final_obs": np.zeros(3, bool)}, Truncated),
-    ),
     (
         'infos["final_obs"] must be a dict',
-        stepped("infos", lambda env, x: x | {"final_obs": env.obs["board"], "_final_obs": np.ones(3, bool)}),
+        stepped("infos", lambda env, x: x and x | {"final_obs": env.obs["board"]}, Truncated),
     ),
     (
         "group must be in 0 to E - 1",
-        stepped(
-            "infos",
-            lambda env, x: x | {"final_obs": env.obs | {"group": env.obs["group"] + 9}, "_final_obs": np.ones(3, bool)},
-        ),
+        stepped("infos", lambda env, x: x and x | {"final_obs": env.obs | {"group": env.obs["group"] + 9}}, Truncated),
     ),
     ("num_envs must be the number", built(num_envs=7)),
     ("single_observation_space must be a Dict", built(single_observation_space=None)),
@@ -292,7 +366,17 @@ BROKEN = [
     ("the same seed and actions must give the same matches, in an environment that has played too", Worn),
     ("actions of empty slots must not matter", Nosy),
     ("state must return a list", changed("state", lambda env, x: dict(enumerate(x)), Kept)),
+    ("state must hold numbers", changed("state", lambda env, x: [{"rng": env.rng.bit_generator.state}] * 3, Kept)),
+    ("state must hold numbers", changed("state", lambda env, x: [{"number": 2**100}] * 3, Kept)),
     ("after load_state", changed("load_state", forget, Kept)),
+    ("a slot must be seen empty before another entity takes it, here its entity", Identified),
+    ("entity_ids must return an array [N, P, E]", changed("entity_ids", lambda env, x: x[0], Identified)),
+    ("render must return N pictures", drawn(np.zeros((8, 9, 3), np.uint8))),
+    ("render must return N pictures", drawn([np.zeros((8, 9), np.uint8)] * 3)),
+    ("render must return N pictures", drawn([np.zeros((8, 9, 3))] * 3)),
+    ("render must return N pictures", drawn([np.zeros((1, 8, 9, 3), np.uint8)] * 3)),
+    ("render must return N pictures", drawn([np.zeros((8, 9, 3), np.uint8)] * 2)),
+    ("render() must not fail, and raised TypeError", drawn(None)),
 ]
 
 
@@ -304,7 +388,19 @@ def test_names_what_is_broken(clause, make_env):
     assert len(sentences) <= 2
 
 
-@pytest.mark.parametrize("make_env", [Toy, Kept, Truncated, partial(ToyVecEnv, slots=1), NO_BOARD])
+SILENT = [
+    Toy,
+    Kept,
+    Truncated,
+    Squads,
+    Immortal,
+    partial(ToyVecEnv, slots=1),
+    NO_BOARD,
+    drawn([np.zeros((8, 9, 3), np.uint8)] * 4),
+]
+
+
+@pytest.mark.parametrize("make_env", SILENT)
 def test_silent_about_the_toy(make_env):
     checker = Checker(make_env, num_envs=4)
     checker.check(200)
@@ -330,7 +426,7 @@ PLACES = {"reset": lambda junk: changed("reset", lambda env, x: (junk, {}))}
 PLACES |= {key: partial(lambda key, junk: shown(key, lambda env, x: junk), key) for key in ARRAYS}
 PLACES |= {name: partial(lambda name, junk: stepped(name, lambda env, x: junk), name) for name in RESULT}
 PLACES |= {
-    f"infos {key}": partial(lambda key, junk: stepped("infos", lambda env, x: x | {key: junk}), key)
+    f"infos {key}": partial(lambda key, junk: stepped("infos", lambda env, x: x | {key: junk}, Unfinished), key)
     for key in ("_episode", "episode", "final_obs")
 }
 PLACES |= {f"episode {key}": partial(lambda key, junk: episode(key, lambda x: junk), key) for key in "lr"}
@@ -400,6 +496,15 @@ def few_actions():
         ("board never exceeds 1", shown("board", lambda env, x: x // 100)),
         ("first_match had no effect", same("first_match")),
         ("held_out had no effect", same("held_out")),
+        ("the seed of reset had no effect", Fixed),
+        ("the 3 matches were the same", Alike),
+        ("entities were born, but none died", Impatient),
+        ("no entity of kind [1] was ever seen", SecondKind),
+        ('matches were truncated without infos["final_obs"]', Unfinished),
+        (
+            'infos["final_obs"] is the first observation of the next match',
+            stepped("infos", lambda env, x: x and x | {"final_obs": env.obs}, Unfinished),
+        ),
         ("rewards were paid in slots that were empty", stepped("rewards", lambda env, x: x + (env.live & ~env.before))),
         ("some entities have fewer actions", built(single_action_space=few_actions())),
         ("no entity was ever alive", shown("kind", lambda env, x: env.live.fill(False) or x * 0)),
@@ -427,12 +532,10 @@ def test_says_where():
     assert check_env(wrong)[0] == f"board must be in percent, 0 to 100 {place}"
 
 
-def test_knows_entities_by_their_ids():
-    """A slot taken at once looks like one whose entity lives, except for the ids."""
-    assert check_env(Impatient) == []
-    (sentence,) = check_env(Impatient, entity_ids=lambda env: env.ids)
-    clause = "a slot must be seen empty before another entity takes it, here its entity changed"
-    assert sentence.startswith(clause)
+def test_groups_of_its_own():
+    """Those of another --group-by are checked when it is given."""
+    assert check_env(Squads) == []
+    assert check_env(Squads, group_by="squad")[0].startswith("group must be in 0 to E - 1")
 
 
 class Lux(lux.LuxVecEnv):
@@ -450,15 +553,15 @@ class Lux(lux.LuxVecEnv):
                 self.ids[where][same] = number
         return obs
 
+    def entity_ids(self):
+        return self.ids
+
 
 @pytest.mark.parametrize("group_by", ["entity", "cluster"])
 def test_silent_about_lux(group_by):
     """Births, deaths, ends of matches and entities known by the engine's ids are all in order."""
 
-    def make_env(num_envs, **options):
-        return Lux(num_envs, max_robots=4, **options | {"group_by": group_by})
-
-    assert check_env(make_env, 250, num_envs=2, entity_ids=lambda env: env.ids) == []
+    assert check_env(partial(Lux, max_robots=4), 250, num_envs=2, group_by=group_by) == []
 
 
 def test_command(tmp_path):
@@ -480,6 +583,8 @@ def test_command(tmp_path):
     assert code == 1 and said.startswith("group must be in 0 to E - 1")
     code, said = run(ROOT / "examples/toy/toy_env.py:ToyVecEnv", "--steps", "5", "--env-kwargs", "slots", "4")
     assert code == 0 and said.startswith("warning: no match ended in 5 steps")
+    code, said = run("toy:ToyVecEnv", "--group-by", "entity", "--env-kwargs", "group_by", "squad")
+    assert code == 1 and "multiple values for keyword argument 'group_by'" in said
     code, said = run("toy:ToyVecEnv", "--env-kwargs", "sluts", "4")
     assert code == 1 and "unexpected keyword argument 'sluts'" in said
     (tmp_path / "typo.py").write_text("import gymnasium\n)")

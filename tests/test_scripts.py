@@ -164,9 +164,9 @@ BAD_NUMBERS = (
 # Other flags, and what the sentence says
 BAD_FLAGS = [
     ("--total-timesteps 10", "--total-timesteps must be between 512"),  # less than one rollout
-    ("--num-minibatches 7", "does not divide by --num-minibatches"),
-    ("--env-id nowhere:Env", "--env-id nowhere:Env: No module named 'nowhere'"),
-    ("--env-id toy_env:Env", "--env-id toy_env:Env: module 'toy_env' has no attribute 'Env'"),
+    ("--num-minibatches 7", "--num-steps 32 does not divide by --num-minibatches 7"),
+    ("--env-id nowhere:Env", "--env-id nowhere:Env is not module:class: No module named 'nowhere'"),
+    ("--env-id toy_env:Env", "--env-id toy_env:Env is not module:class: module 'toy_env' has no attribute 'Env'"),
     ("--env-id toy_env", "--env-id toy_env"),
     ("--env-id :Env", "--env-id :Env"),
     (f"{TOY} size 8", "unexpected keyword argument 'size'"),

@@ -23,7 +23,8 @@ class TupleEnv:
             raise ValueError(f"the spaces must be a Tuple with a part for each agent, not {spaces[0]} and {spaces[1]}")
         self.game, self.render, self.close = game, game.render, game.close
         self.possible_agents = [f"agent_{i}" for i in range(len(game.action_space))]
-        self.metadata = {"name": game.spec.id.split("/")[-1] if game.spec else type(game).__name__}
+        name = game.spec.id.split("/")[-1] if game.spec else type(game).__name__
+        self.metadata = {**game.metadata, "name": name}
 
     def observation_space(self, agent):
         return self.game.observation_space[self.possible_agents.index(agent)]

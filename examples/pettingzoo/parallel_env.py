@@ -73,7 +73,8 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         together = (p[:, None] == p) & (k[:, None] == k if group_by == "cluster" else e[:, None] == e)
         self.obs["group"][:, p, e] = e[together.argmax(1)]  # named after its first member
         name, mode = str(game.metadata.get("name", "game")), gym.vector.AutoresetMode.SAME_STEP
-        self.metadata = {"name": name, "autoreset_mode": mode, "render_modes": ["rgb_array"]}
+        drawn = {"rgb_array"}.intersection(game.metadata.get("render_modes", ()))
+        self.metadata = {"name": name, "autoreset_mode": mode, "render_modes": [*drawn]}
 
     def reset(self, *, seed=None, options=None):
         """Begin a match everywhere; match i is the same for the same seed, whatever N is."""
