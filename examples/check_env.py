@@ -423,11 +423,14 @@ class Checker:
         """Expect pictures of an environment that says it has them, as --capture-video does."""
         env = self.make(held_out=True, render_mode="rgb_array")
         self.reset(env)
-        with self.doing("render()"):
+        try:
             pictures = [np.asarray(picture) for picture in env.render()]
-        fits = [x.ndim == 3 and x.shape[-1] == 3 and x.dtype == np.uint8 for x in pictures]
-        clause = "render must return N pictures, arrays [height, width, 3] of type uint8"
-        self.expect(len(fits) == self.num_envs and all(fits), clause)
+        except Exception as error:  # some games draw only where there is a screen
+            self.warn(True, f"--capture-video cannot draw: render() raised {raised(error)}")
+        else:
+            fits = [x.ndim == 3 and x.shape[-1] == 3 and x.dtype == np.uint8 for x in pictures]
+            clause = "render must return N pictures, arrays [height, width, 3] of type uint8"
+            self.expect(len(fits) == self.num_envs and all(fits), clause)
         self.close(env)
 
     def replay(self, env, obs, start, played, clause, change_empty=False):
