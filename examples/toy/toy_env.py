@@ -17,7 +17,8 @@ class ToyVecEnv(gym.vector.VectorEnv):
     """N matches of P = 2 teams of up to E = slots workers, who come and go. The right button earns 1 / E.
 
     The scripts pass num_workers, held_out, first_match and group_by to every environment. Evaluation (held_out) and
-    the other processes of torchrun (first_match) play other matches; the rest is nothing to a toy.
+    the other processes of torchrun (first_match) play other matches; the rest is nothing to a toy. A match lasts LENGTH
+    steps by the rules, so it is terminated; a mere time limit would truncate it, and needs infos["final_obs"].
     """
 
     metadata = {"name": "toy", "autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}
