@@ -47,6 +47,8 @@ def load(source):
         agent = HybridNet(envs.single_observation_space, int(envs.single_action_space.nvec.max()))
         agent.load_state_dict(content["model"])
         assert not ZipFile(path).testzip()
+    except (Refused, global_ppo.Refused):  # its environment cannot be made
+        raise
     except Exception:  # a damaged file can raise anything
         raise Refused(f"{path} is damaged, or not a checkpoint of today's trajsep_ppo.py or global_ppo.py")
     if not isinstance(envs, lux.LuxVecEnv):

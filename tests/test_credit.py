@@ -154,6 +154,7 @@ def test_example(tmp_path):
         ("nothing", "there is no checkpoint at nothing"),
         ("text.pt", "text.pt is damaged, or not a checkpoint of today's trajsep_ppo.py"),
         ("other.pt", "other.pt plays toy_env:ToyVecEnv, and this page draws Lux AI only"),
+        ("gone.pt", "--env-id gone:Game is not module:class: No module named 'gone'"),
         ("run.pt --map 1000000", "--map must be between 0 and 999,999"),
         ("run.pt --steps 0", "--steps at least 1"),
         ("run.pt --out nowhere/page.html", "nowhere/page.html cannot be written; is its folder there?"),
@@ -165,7 +166,9 @@ def test_refuses(arguments, reason, tmp_path, monkeypatch, capsys):
     Path("empty").mkdir()
     Path("text.pt").write_text("no checkpoint")
     untrained("run.pt")
-    untrained("other.pt", env_id="toy_env:ToyVecEnv")
+    content = torch.load(untrained("other.pt", env_id="toy_env:ToyVecEnv"))
+    content["args"]["env_id"] = "gone:Game"
+    torch.save(content, "gone.pt")
     before = sorted(Path().rglob("*"))
     monkeypatch.setattr(sys, "argv", ["credit.py", *arguments.split()])
     with pytest.raises(SystemExit) as exit:
