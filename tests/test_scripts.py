@@ -365,6 +365,20 @@ def test_an_environment_that_fails(script, error, end_of, monkeypatch, tmp_path)
     assert ("Traceback" in said) == (error in (ValueError, KeyError))
 
 
+class Unmade(ToyVecEnv):
+    """The toy game with a mistake of its author."""
+
+    def __init__(self, *args, **options):
+        self.there_is_none
+
+
+@both
+def test_an_environment_with_a_mistake(script, end_of, tmp_path):
+    """It is not taken for a wrong --env-id: its line is shown."""
+    code, said = end_of(script, "--env-id test_scripts:Unmade")
+    assert code == 1 and "self.there_is_none" in said and "module:class" not in said
+
+
 class Endless(ToyVecEnv):
     """The toy game, of which only the first match ends."""
 
