@@ -215,6 +215,18 @@ def test_larger_map():
     assert f"{clipped['global']} of its ratios are clipped, and {clipped['default']} of the method's" in text
 
 
+def test_one_robot():
+    """So is what the README says of learning from one robot a step."""
+    data, last = plot.load(figures.RESULTS / "ablation.csv")
+    ice = {
+        arm: figures.of_seeds(data[arm, "sampled"], last, "ice_transferred")
+        for arm in ("separate", "top-1", "random-1")
+    }
+    assert "two of five seeds learn next to nothing" in README and sorted(ice["top-1"] < 5000) == [0, 0, 0, 1, 1]
+    recovered = f"{ice['random-1'].mean() / ice['separate'].mean():.0%}"
+    assert f"a robot drawn at random recovers {recovered}" in " ".join(README.split())
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_end(path):
     """An empty line follows each table: without it the next paragraph becomes a row."""
