@@ -211,6 +211,8 @@ def test_every_arm_has_its_place():
     assert set(study.SHARED) < set(ablation.ARMS)
     for section in study.SECTIONS:
         assert {arm for pair in section.pairs for arm in pair} <= set(section.arms.split())
+        colours = [plot.ARMS[arm][1] for arm in section.arms.split()]
+        assert section.name == "ladder" or len(set(colours)) == len(colours)  # of the lines of a picture
 
 
 def crossed(rng, seeds, maps, of_seed, of_map, rest):
