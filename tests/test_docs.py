@@ -275,6 +275,9 @@ def test_first_output():
     summaries = [evaluation["summary"]["ice_transferred"] for evaluation in json.loads(text).values()]
     cells = ["{mean:,.2f} ± {std:,.2f}".format(**summary) for summary in summaries]
     assert len(cells) == 2 and all(cell in README for cell in cells)
+    text = (ROOT / "benchmark" / "default_run" / "avx512" / "evaluation.json").read_text()
+    other = [evaluation["summary"]["ice_transferred"]["mean"] for evaluation in json.loads(text).values()]
+    assert "{:,.2f} and {:,.2f} on one with AVX-512".format(*other) in " ".join(README.split())
     with open(ROOT / "benchmark" / "wrong_sign.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for policy in {row["policy"] for row in rows}:
