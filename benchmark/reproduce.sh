@@ -7,7 +7,7 @@
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
 #
-# The study has 186 trainings, the search 66, the NeurIPS stage 6, the other games 80, the battles 40. How long
+# The study has 186 trainings, the search 66, the NeurIPS stage 12, the other games 80, the battles 40. How long
 # all of it takes is not measured yet at this size; expect a day on two cores. Not made here are matches
 # against bots that must be fetched first, and what shows a single training or match (the pages of
 # credit, the bands of a healthy run): benchmark/README.md has their commands.
@@ -76,7 +76,8 @@ step python benchmark/plot.py --results "$out/study" --out "$out/study"
 step python benchmark/study.py --results "$out/study" --out "$out/docs"
 step python benchmark/search.py --out "$out/search" $search --flags="$tiny"
 stage="--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 40"
-step python benchmark/ablation.py --arms default global $neurips --schedule 102400 --flags="$stage $tiny" --out "$out/neurips"
+arms="default global-reward global-critic-reward global"
+step python benchmark/ablation.py --arms $arms $neurips --schedule 102400 --flags="$stage $tiny" --out "$out/neurips"
 step python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
 if [ $has_games = yes ]; then
     step python benchmark/other_games.py --out "$out/games" $games

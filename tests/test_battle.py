@@ -283,7 +283,7 @@ def test_comparison_continues_and_draws(tmp_path):
 
 
 def test_armies(tmp_path):
-    """Every battle counts for both; the factor is of the steps until three quarters are killed."""
+    """Every battle counts for both; the factor is of the steps until half of the frozen army are killed."""
     env = BattleVecEnv(1, map_size=16)
     for arm, seed in itertools.product(("separate", "global"), (1, 2, 1000)):
         folder = tmp_path / f"{arm}_{seed}"
@@ -295,10 +295,10 @@ def test_armies(tmp_path):
         torch.save({"args": {"env_kwargs": {"map_size": 16}}, "model": agent.state_dict()}, folder / "checkpoint_64.pt")
     (tmp_path / "separate_3").mkdir()  # a training that has not ended
     kills = {("separate", 1): (0, 6, 6), ("separate", 2): (0, 6, 6), ("global", 1): (0, 0, 6), ("global", 2): (0, 0, 0)}
-    lines = ["arm,seed,global_step,opponent,kills"]
+    lines = ["arm,seed,global_step,opponent,won,kills"]
     for (arm, seed), values in kills.items():
-        lines += [f"{arm},{seed},{1024 * (index + 1)},random,{x}" for index, x in enumerate(values)]
-        lines += [f"{arm},{seed},3072,frozen,1"]
+        lines += [f"{arm},{seed},{1024 * (index + 1)},frozen,{x / 6},{x}" for index, x in enumerate(values)]
+        lines += [f"{arm},{seed},1024,random,1,6"]
     (tmp_path / "battle.csv").write_text("\n".join(lines))
     armies.main(armies.Args(works=(tmp_path,), out=tmp_path / "out", battles=2, jobs=1))
     rows = list(csv.DictReader((tmp_path / "out" / "armies.csv").open()))
@@ -307,9 +307,10 @@ def test_armies(tmp_path):
         assert (one["arm"], one["opponent"]) == (other["opponent"], other["arm"]) and one["arm"] != other["arm"]
         assert float(one["won"]) + float(other["won"]) == 1
         assert float(one["kills"]) + float(other["survivors"]) == 6 == float(other["kills"]) + float(one["survivors"])
-    found, soldiers = armies.factors(tmp_path)
-    assert soldiers == 6 and found["separate"].tolist() == [1, 1]
-    assert found["global"].tolist() == [(2048 + 768) / (1024 + 768), np.inf]
+    soldiers, shares, factors = armies.against_frozen(tmp_path)
+    assert soldiers == 6 and shares["separate"].tolist() == [1, 1] and shares["global"].tolist() == [1, 0]
+    assert factors["separate"].tolist() == [1, 1]
+    assert factors["global"].tolist() == [(2048 + 512) / (1024 + 512), np.inf]
     won = [float(x["won"]) for x in rows if x["arm"] == "separate"]
     assert f"|  | {np.mean(won):.0%} of 4 |" in (tmp_path / "out" / "armies.md").read_text()
     assert (tmp_path / "out" / "armies.png").stat().st_size > 5_000

@@ -378,7 +378,7 @@ def test_battle(tmp_path, monkeypatch, capsys):
         compare.main(args)
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: True)
-    args.out = ROOT / "benchmark" / "battle"
+    args.out = ROOT / "benchmark" / "battle_81"
     compare.main(args)
     assert "already; another --out and --work make it again" in capsys.readouterr().out
 

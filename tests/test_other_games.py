@@ -3,6 +3,7 @@
 import csv
 import json
 
+import armies
 import compare
 import numpy as np
 import other_games
@@ -79,7 +80,27 @@ def test_results_in_the_pages():
     page = (ROOT / "examples" / "README.md").read_text()
     results = ROOT / "benchmark"
     assert other_games.mean_returns(read_csv(results / "other_games" / "games.csv")) in page
-    assert shares_won(read_csv(results / "battle_16" / "battle.csv")) in page
+    for size in (16, 81):
+        assert shares_won(read_csv(results / f"battle_{size}" / "battle.csv")) in page
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert " ".join(armies.shares_won(read_csv(results / "armies" / "armies.csv")).split()) in page
+
+
+def test_more_soldiers():
+    """What docs/results.md says of the battles with the fixed army, and the first screen of the README."""
+    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    others = ("ippo", "mappo", "global")
+    said = []
+    for size in (16, 81):
+        soldiers, won, factors = armies.against_frozen(ROOT / "benchmark" / f"battle_{size}")
+        assert soldiers == size and {*won} == {"separate", *others} and won["separate"].mean() == 1
+        assert {len(x) for x in (*won.values(), *factors.values())} == {5}
+        medians = sorted(float(np.median(factors[arm])) for arm in others)
+        said.append(f"{medians[0]:.1f} to {medians[-1]:.1f} times")
+    assert f"need {said[0]} the method's steps with 16 soldiers, and {said[1]} with 81" in page
+    assert won["ippo"].max() == won["mappo"].max() == won["global"].max() == 0
+    _, won, _ = armies.against_frozen(ROOT / "benchmark" / "battle_16")
+    assert f"as in IPPO, win {won['ippo'].mean():.0%} of these battles, and with 81 none" in page
 
 
 def test_looks_of_the_arms(monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ Each army is the last checkpoint of its training. An army fights those of the ot
     written to --out
     armies.csv    a row for every battle: soldiers, arm, opponent's arm, seed, won, kills, survivors, length
     armies.md     for each size of armies, the share that the row's arm won against the column's; a draw counts half
-    armies.png    environment steps until an arm kills three quarters of a random army, as a multiple of the method's
+    armies.png    against the army that compare.py has frozen, for each size: battles won, and environment steps until
+                  half of it is killed, as a multiple of the method's
 """
 
 import itertools
@@ -34,7 +35,7 @@ from trajsep_ppo import Refused, checkpoints  # noqa: E402
 
 COLUMNS = ("soldiers", "arm", "opponent", "seed", "won", "kills", "survivors", "length")
 METHOD = "separate"
-SHARE_KILLED = 0.75
+SHARE_KILLED = 0.5
 
 
 @dataclass
@@ -93,43 +94,62 @@ def shares_won(rows):
     return "\n\n".join(parts) + "\n"
 
 
-def factors(work):
-    """Arm -> of each seed, steps until it kills SHARE_KILLED of a random army, over the median of the method's."""
+def against_frozen(work):
+    """What each seed of an arm reaches against the frozen army of compare.py.
+
+    Args:
+        work: folder with compare.py's battle.csv.
+
+    Returns:
+        The number of soldiers of an army (the most that anybody killed); arm -> share of battles won [seeds] by the
+        last checkpoints; and arm -> factor [seeds]: environment steps to kill SHARE_KILLED of the frozen army, over
+        the median of the method's.
+    """
+    rows = read_csv(work / "battle.csv")
+    soldiers = max(float(row["kills"]) for row in rows)
     runs = {}
-    for row in read_csv(work / "battle.csv"):
-        if row["opponent"] == "random":
+    for row in rows:
+        if row["opponent"] == "frozen":
             run = runs.setdefault(row["arm"], {}).setdefault(row["seed"], {})
-            run.setdefault(int(row["global_step"]), {"kills": []})["kills"].append(float(row["kills"]))
-    most = max(max(metrics["kills"]) for seeds in runs.values() for run in seeds.values() for metrics in run.values())
-    steps = {}
+            battles = run.setdefault(int(row["global_step"]), {"won": [], "kills": []})
+            for key, values in battles.items():
+                values.append(float(row[key]))
+    won, steps = {}, {}
     for arm, seeds in runs.items():
         common = sorted(set.intersection(*map(set, seeds.values())))
-        steps[arm] = np.array(steps_to(seeds, "kills", SHARE_KILLED * most, common))
-    return {arm: values / np.median(steps[METHOD]) for arm, values in steps.items()}, int(most)
+        won[arm] = np.array([np.mean(run[common[-1]]["won"]) for run in seeds.values()])
+        steps[arm] = np.array(steps_to(seeds, "kills", SHARE_KILLED * soldiers, common))
+    return int(soldiers), won, {arm: values / np.median(steps[METHOD]) for arm, values in steps.items()}
 
 
 def draw(works, path):
-    """The factors of each arm against the number of soldiers, each seed and their median."""
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    lines = {}
-    for work in works:
-        of_arms, soldiers = factors(work)
-        for arm, values in of_arms.items():
-            finite = values[np.isfinite(values)]
-            axis.plot([soldiers] * len(finite), finite, "o", color=ARMS[arm][3], alpha=0.3, ms=4)
-            lines.setdefault(arm, []).append((soldiers, np.median(values)))
-    for arm, points in lines.items():
-        name, _, _, colour, style = ARMS[arm]
-        axis.plot(*zip(*sorted(points)), marker="o", color=colour, linestyle=style, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="soldiers of an army", ylabel="steps, as a multiple of the method's")
-    sizes = sorted({soldiers for points in lines.values() for soldiers, _ in points})
-    axis.set_xticks(sizes, [f"{size}" for size in sizes], minor=False)
-    axis.set_xticks([], minor=True)
+    """What against_frozen finds, against the number of soldiers: each seed; mean of battles won, median of factors."""
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
+    found = sorted((against_frozen(work) for work in works), key=lambda x: x[0])
+    for arm, (name, _, _, colour, style) in ARMS.items():
+        for axis, column, middle in ((axes[0], 1, np.mean), (axes[1], 2, np.median)):
+            points = [(x[0], x[column][arm]) for x in found if arm in x[column]]
+            for soldiers, values in points:
+                axis.plot([soldiers] * len(values), values, "o", color=colour, alpha=0.3, ms=4)
+            middles = [(soldiers, middle(values)) for soldiers, values in points]
+            look = {"color": colour, "linestyle": style, "zorder": 3 if style == ":" else 2}  # dots hide least
+            axis.plot(*zip(*middles), marker="o", label=name, **look)
+    sizes = [x[0] for x in found]
+    for axis in axes:
+        axis.set(xscale="log", xlabel="soldiers of an army")
+        axis.set_xticks(sizes, [f"{size}" for size in sizes], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_title("share of battles won against the frozen army", fontsize=10)
+    axes[0].set_ylim(-0.05, 1.05)
+    axes[1].set_title("steps to kill half of it, as a multiple of separate's", fontsize=10)
     factors_shown = (0.5, 1, 2, 3, 5, 10)
-    axis.set_yticks(factors_shown, [f"{factor:g}" for factor in factors_shown])
-    axis.set_yticks([], minor=True)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axes[1].set_yscale("log")
+    axes[1].set_yticks(factors_shown, [f"{factor:g}" for factor in factors_shown])
+    axes[1].set_yticks([], minor=True)
+    handles, _ = axes[0].get_legend_handles_labels()
+    handles.append(plt.Line2D([], [], color="grey", marker="o", ms=4, alpha=0.5, linestyle="", label="small: a seed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
