@@ -15,10 +15,11 @@ import numpy as np
 import plot
 from PIL import Image, ImageSequence
 from plot import ROOT, plt
-from study import PUBLISHED, claims, components, factor, lines_of, runs_by_arm
+from study import IN_THEIR_REGIME, PUBLISHED, SHARED, claims, components, factor, lines_of, runs_by_arm
 
 RESULTS = ROOT / "benchmark" / "study"
 NEURIPS = ROOT / "benchmark" / "neurips"
+BATTLES = ROOT / "benchmark" / "battle_81" / "battle.csv"
 
 SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
@@ -87,17 +88,17 @@ def comparison(data, last):
 
 
 def larger_teams(data, last):
-    """The table of the NeurIPS stage in docs/results.md: final means of both scripts, with their intervals."""
+    """The table of the NeurIPS stage in docs/results.md: final means of the arms, with their intervals."""
     rows = []
-    for arm, (script, *_) in SCRIPTS.items():
-        sampled, greedy = data[arm, "sampled"], data[arm, "greedy"]
-        cells = [plot.final(runs, last, "ice_transferred") for runs in (sampled, greedy)]
-        cells += [plot.final(runs, last, "ice_per_factory") for runs in (sampled, greedy)]
-        rows.append([f"`{script}`", str(len(sampled)), *cells, plot.final(sampled, last, "factories_alive_share", 2)])
-    factors = [factor(data["default", policy], data["global", policy], last) for policy in ("sampled", "greedy")]
-    rows.append(["factor", "", *factors, "", "", ""])
-    head = ["", "seeds", "ice per team", "with greedy actions", "ice per starting factory", "with greedy actions"]
-    return plot.table([*head, "share of its factories that survive"], rows)
+    for arm in ("default", "global-reward", "global-critic-reward", "global"):
+        if (arm, "sampled") in data:
+            both = [data[arm, policy] for policy in ("sampled", "greedy")]
+            ice = [plot.final(runs, last, "ice_transferred") for runs in both]
+            ratio = factor(data["default", "sampled"], both[0], last)
+            rest = [plot.final(both[0], last, "ice_per_factory"), plot.final(both[0], last, "factories_alive_share", 2)]
+            rows.append([SHARED[arm], str(len(both[0])), ice[0], ratio, ice[1], *rest])
+    head = ["what the team shares", "seeds", "ice per team", "the method over it", "with greedy actions"]
+    return plot.table([*head, "ice per starting factory", "share of its factories that survive"], rows)
 
 
 def waiting(data, last):
@@ -113,26 +114,30 @@ def waiting(data, last):
     return plot.table([*head, "full-length matches, greedy"], rows)
 
 
-def ends(data, last, larger):
-    """The README's table of factors: the paper, its regime on this code, and the flags of this code on both stages.
+def why(data, last, larger, battles):
+    """The README's first table: what the method reaches beside its relatives, means over seeds and matches.
 
     Args:
         data, last: what plot.load returns of the study.
         larger: the same, as a pair, of the NeurIPS stage.
+        battles: rows of compare.py's battle.csv.
     """
-    paper = [PUBLISHED[arm][0] for arm in ("separate", "global")]
-    rows = [["the authors", *(f"{ice:,}" for ice in paper), f"{paper[0] / paper[1]:.1f}"]]
+    relatives = ("global-reward", "global-critic-reward", "global")  # as in IPPO, as in MAPPO, one trajectory
+    theirs = [IN_THEIR_REGIME[arm] for arm in relatives]
+    rows = [["ice: the authors' numbers", *(f"{PUBLISHED[arm][0]:,}" for arm in ("separate", *relatives))]]
     for what, (found, end), arms in (
-        ("this code, their regime: up to 20 robots", (data, last), ("authors", "global-authors")),
-        ("the default flags: up to six robots", (data, last), ("default", "global")),
-        ("the same on the larger map: up to 40 robots", larger, ("default", "global")),
+        ("ice: their flags, up to 20 robots", (data, last), (IN_THEIR_REGIME["separate"], *theirs)),
+        ("ice: our flags, up to 6 robots", (data, last), ("default", *relatives)),
+        ("ice: larger map, up to 40 robots", larger, ("default", *relatives)),
     ):
-        if {(arm, "sampled") for arm in arms} <= set(found):
-            both = [found[arm, "sampled"] for arm in arms]
-            seeds = "; ".join(sorted({f"{len(runs)} seeds" for runs in both}))
-            cells = [plot.final(runs, end, "ice_transferred") for runs in both]
-            rows.append([f"{what} ({seeds})", *cells, factor(*both, end)])
-    return plot.table(["final ice per team", "a trajectory for each", "one for the team", "factor"], rows)
+        means = [plot.values_of(found[arm, "sampled"], "ice_transferred", [end])[0].mean() for arm in arms]
+        rows.append([what, *(f"{mean:,.0f}" for mean in means)])
+    row = ["battles won, armies of 81"]
+    steps = max(int(x["global_step"]) for x in battles)
+    for arm in ("separate", "ippo", "mappo", "global"):
+        own = [x for x in battles if (x["arm"], x["opponent"], int(x["global_step"])) == (arm, "frozen", steps)]
+        row.append(f"{np.mean([float(x['won']) for x in own]):.0%}")
+    return plot.table(["", "this method", "as in IPPO", "as in MAPPO", "one trajectory"], [*rows, row])
 
 
 def draw_result(data, path):
@@ -251,9 +256,9 @@ def main(out: Optional[Path] = None, film: Optional[Path] = None):
     if film:
         shorten(film, out / "match.gif")
     larger = plot.load(NEURIPS / "ablation.csv")
-    tables = ends(data, last, larger), results(data, last), claims(runs_by_arm(data), last), components(data, last)
-    print(*tables, comparison(data, last), larger_teams(*larger), waiting(data, last), sep="\n")
-    print(matches(ROOT / "benchmark" / "matches"))
+    of_readme = why(data, last, larger, plot.read_csv(BATTLES)), results(data, last)
+    of_readme += claims(runs_by_arm(data), last), components(data, last), matches(ROOT / "benchmark" / "matches")
+    print(*of_readme, comparison(data, last), larger_teams(*larger), waiting(data, last), sep="\n")
     print(f"written to {out}: {', '.join(files)}")
 
 

@@ -9,7 +9,7 @@ first setting is the default. Stopped and started again, it continues.
     written to --out
     search/    ablation.csv and runs.csv of the search; an arm is <script>-<number of the setting>
     winners/   the same of the best
-    search.md  the settings of the best of each script, and what they reach
+    search.md  what the settings reach, and the best of each script in full
 """
 
 import os
@@ -51,14 +51,41 @@ def final_ice(folder, arm):
     return plot.values_of(data[arm, "sampled"], "ice_transferred", [last])[0]
 
 
-def best(folder, commands):
-    """Names of the BEST arms of each script by final ice, the best first."""
-    ice = {name: final_ice(folder, name).mean() for name in commands}
-    names = []
-    for script in SCRIPTS:
-        own = [name for name in commands if name.startswith(f"{script}-")]
-        names += sorted(own, key=lambda name: -ice[name])[:BEST]
-    return names
+def found(folder, commands, script):
+    """Arms of a script by their mean final ice in the search, the best first: name -> ice."""
+    ice = {name: final_ice(folder, name).mean() for name in commands if name.startswith(f"{script}-")}
+    return dict(sorted(ice.items(), key=lambda item: -item[1]))
+
+
+def all_commands(number=SETTINGS):
+    """Name of an arm -> its command: each setting with both scripts."""
+    commands = {}
+    for script, program in SCRIPTS.items():
+        for index, words in enumerate(settings(number)):
+            commands[f"{script}-{index}"] = f"{program} {words}"
+    return commands
+
+
+def report(folder, commands):
+    """In Markdown: what the search found, and what the best settings of each script reach in full.
+
+    Args:
+        folder: that of the results.
+        commands: those that were tried.
+    """
+    tried, winners = [], []
+    for script, program in SCRIPTS.items():
+        ice = found(folder / "search", commands, script)
+        place = [*ice].index(f"{script}-0") + 1
+        values = [*ice.values()]
+        cells = (f"{x:,.0f}" for x in (max(values), np.median(values), min(values)))
+        tried.append([f"`{program}`", *cells, f"{ice[f'{script}-0']:,.0f} (place {place} of {len(ice)})"])
+        for name in [*ice][:BEST]:
+            mean, low, high = plot.estimate(final_ice(folder / "winners", name))
+            winners.append([f"`{commands[name]}`", f"{ice[name]:,.0f}", f"{mean:,.0f} ({low:,.0f} to {high:,.0f})"])
+    head = ["ice per team in the search", "best setting", "median", "worst", "the default"]
+    of_best = plot.table(["the best settings", "ice per team in the search", "in full"], winners)
+    return f"{plot.table(head, tried)}\n\n{of_best}\n"
 
 
 def main(
@@ -79,24 +106,15 @@ def main(
         steps: environment steps of a training of the search, a multiple of 1,024.
         flags: more flags for every training in full, in quotes.
     """
-    commands = {}
-    for script, program in SCRIPTS.items():
-        for index, words in enumerate(settings(number)):
-            commands[f"{script}-{index}"] = f"{program} {words}"
+    commands = all_commands(number)
     options = {"parallel": parallel, "schedule": ()}
     arms = tuple(f"{name}={command}" for name, command in commands.items())
     tuning = {"seeds": (TUNING_SEED,), "first_map": TUNING_MAP, "flags": f"--total-timesteps {steps}"}
     ablation.main(arm=arms, out=out / "search", **options, **tuning)
-    names = best(out / "search", commands)
-    arms = tuple(f"{name}={commands[name]}" for name in names)
+    best = [name for script in SCRIPTS for name in [*found(out / "search", commands, script)][:BEST]]
+    arms = tuple(f"{name}={commands[name]}" for name in best)
     ablation.main(arm=arms, out=out / "winners", seeds=seeds, flags=flags, **options)
-    rows = []
-    for name in names:
-        mean, low, high = plot.estimate(final_ice(out / "winners", name))
-        found = final_ice(out / "search", name).mean()
-        rows.append([f"`{commands[name]}`", f"{found:,.0f}", f"{mean:,.0f} ({low:,.0f} to {high:,.0f})"])
-    head = ["setting", "ice per team in the search", "in full"]
-    plot.write(out / "search.md", plot.table(head, rows) + "\n")
+    plot.write(out / "search.md", report(out, commands))
     print(f"written to {out / 'search.md'}")
 
 

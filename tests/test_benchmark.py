@@ -551,26 +551,32 @@ def test_comparison_of_known_numbers(tmp_path):
     assert means == ["`trajsep_ppo.py`", "1,000", "10,150", "10,550", "2,538", "2,995"]
     rows = figures.larger_teams(*plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
     rows = [[cell.split(" (")[0] for cell in row.strip("| ").split(" | ")] for row in rows]
-    assert rows[0] == ["`trajsep_ppo.py`", "2", "10,150", "10,550", "2,538", "2,638", "1.00"]
-    assert rows[1] == ["`global_ppo.py`", "1", "5,600", "6,000", "1,400", "1,500", "0.55"]
-    assert rows[2][:4] == ["factor", "", "1.8", "1.8"]
+    assert rows[0] == ["20% of the reward", "2", "10,150", "1.0", "10,550", "2,538", "1.00"]
+    assert rows[1] == ["reward, value, ratio, entropy, dones", "1", "5,600", "1.8", "6,000", "1,400", "0.55"]
+    assert len(rows) == 2  # the arms that were run
 
 
-def test_both_ends(tmp_path):
-    """Two seeds of each arm, a factor of means; a rung that was not run is left out."""
-    lengths = {"default": 1000, "global": 500}
+def test_why(tmp_path):
+    """Means of the seeds on each map, of each arm in its column; battles count at the last step, against one enemy."""
+    relatives = ("global-reward", "global-critic-reward", "global")
+    lengths = dict(zip(("default", *relatives), (1000, 800, 600, 500)))
+    lengths |= {study.IN_THEIR_REGIME[arm]: 400 - i for i, arm in enumerate(("separate", *relatives))}
     arms = {arm: {seed: {4096: [length] * 10} for seed in (1, 2)} for arm, length in lengths.items()}
     made_up(tmp_path, arms)
-    study_data = plot.load(tmp_path / "ablation.csv")
-    made_up(tmp_path, {arm: {1: {2048: [length] * 10}} for arm, length in (("default", 800), ("global", 200))})
-    rows = figures.ends(*study_data, plot.load(tmp_path / "ablation.csv")).splitlines()[2:]
-    assert rows[0] == "| the authors | 44,472 | 3,066 | 14.5 |" and len(rows) == 3
-    first, *cells = rows[1].strip("| ").split(" | ")
-    assert first == "the default flags: up to six robots (2 seeds)"
-    assert cells == ["10,150 (9,515 to 10,785)", "5,150 (4,515 to 5,785)", "2.0"]
-    first, *cells = rows[2].strip("| ").split(" | ")
-    assert first == "the same on the larger map: up to 40 robots (1 seeds)"
-    assert cells[0].startswith("8,100 (") and cells[-1] == "3.9"
+    data, last = plot.load(tmp_path / "ablation.csv")
+    made_up(tmp_path, {arm: {1: {2048: [length] * 10}} for arm, length in zip(lengths, (900, 700, 300, 200))})
+    columns = ("arm", "opponent", "global_step", "won")
+    battles = [dict(zip(columns, row)) for row in itertools.product(("separate", "ippo"), ("frozen",), (1, 2), (0.5,))]
+    battles += [dict(zip(columns, row)) for row in (("mappo", "frozen", 2, 1), ("global", "frozen", 2, 0))]
+    battles += [dict(zip(columns, row)) for row in (("separate", "frozen", 2, 1), ("ippo", "random", 2, 0))]
+    rows = figures.why(data, last, plot.load(tmp_path / "ablation.csv"), battles).splitlines()
+    cells = [row.removesuffix(" |").split(" | ")[-4:] for row in rows]
+    assert cells[0] == ["this method", "as in IPPO", "as in MAPPO", "one trajectory"] and len(rows) == 7
+    assert cells[2] == ["44,472", "9,614", "2,643", "3,066"]
+    assert cells[3] == ["4,150", "4,140", "4,130", "4,120"]
+    assert cells[4] == ["10,150", "8,150", "6,150", "5,150"]
+    assert cells[5] == ["9,100", "7,100", "3,100", "2,100"]
+    assert cells[6] == ["75%", "50%", "100%", "0%"]
 
 
 def test_waiting_by_hand(tmp_path):
@@ -621,5 +627,8 @@ def test_search(tmp_path, monkeypatch):
     assert [name.split("=")[0] for name in tried] == ["method-0", "method-1", "baseline-0", "baseline-1"]
     assert trained == (tried[1], tried[2])
     assert (first["seeds"], first["first_map"], second["seeds"]) == ((1,), 0, (11,)) and "first_map" not in second
-    rows = (tmp_path / "search.md").read_text().splitlines()[2:]
+    head, _, method, baseline, _, _, _, *rows = (tmp_path / "search.md").read_text().splitlines()
+    assert method == "| `trajsep_ppo.py` | 5,100 | 3,100 | 1,100 | 1,100 (place 2 of 2) |"
+    assert baseline == "| `global_ppo.py` | 9,100 | 6,100 | 3,100 | 9,100 (place 1 of 2) |"
     assert rows[0].startswith(f"| `{tried[1].split('=', 1)[1]}` | 5,100 | 5,100 (") and len(rows) == 2
+    assert rows[1].startswith(f"| `{tried[2].split('=', 1)[1]}` | 9,100 | 9,100 (")
