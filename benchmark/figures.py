@@ -127,7 +127,7 @@ def why(data, last, larger, battles):
     rows = [["ice: the authors' numbers", *(f"{PUBLISHED[arm][0]:,}" for arm in ("separate", *relatives))]]
     for what, (found, end), arms in (
         ("ice: their flags, up to 20 robots", (data, last), (IN_THEIR_REGIME["separate"], *theirs)),
-        ("ice: our flags, up to 6 robots", (data, last), ("default", *relatives)),
+        ("ice: default flags, up to 6 robots", (data, last), ("default", *relatives)),
         ("ice: larger map, up to 40 robots", larger, ("default", *relatives)),
     ):
         means = [plot.values_of(found[arm, "sampled"], "ice_transferred", [end])[0].mean() for arm in arms]

@@ -387,7 +387,7 @@ def components(data, last):
 
 
 def claims(runs, last):
-    """The README's table of the newest abstract's claims: ratios of final ice, in their regime and with our flags."""
+    """The README's table of the newest abstract's claims: ratios of final ice, in their regime and with ours."""
     rows = []
     for what, theirs_said, *pair in CLAIMS:
         row = [what, theirs_said]
@@ -399,7 +399,7 @@ def claims(runs, last):
             ratios = [one.mean() / other.mean(), one.min() / other.max(), one.max() / other.min()]
             row.append("{} ({} to {})".format(*(as_claimed(ratio, theirs_said) for ratio in ratios)))
         rows.append(row)
-    return table(["the abstract", "theirs", "ours, in their regime", "ours, with our flags"], rows)
+    return table(["the abstract", "theirs", "ours, in their regime", "ours, with the default flags"], rows)
 
 
 def as_claimed(ratio, example):

@@ -126,5 +126,5 @@ def test_looks_of_the_arms(monkeypatch, tmp_path):
         own = [float(row["return"]) for row in curves if (row["game"], row["arm"]) == (game, "separate")]
         heights = panel.collections[0].get_paths()[0].vertices[:, 1]
         assert (min(heights), max(heights)) == (min(own), max(own))
-    assert {"thin: a seed", "all 16 soldiers"} < {*lines}  # of the battle
+    assert {"thin: a seed, thick: their mean", "all 16 soldiers"} < {*lines}  # of the battle
     assert "frozen at 8,192 steps" in figure.axes[1].get_title()

@@ -123,27 +123,29 @@ def against_frozen(work):
 
 
 def draw(works, path):
-    """What against_frozen finds, against the number of soldiers: each seed; mean of battles won, median of factors."""
+    """What against_frozen finds for each size of armies: the seeds, and (large) their mean or median."""
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
     found = sorted((against_frozen(work) for work in works), key=lambda x: x[0])
-    for arm, (name, _, _, colour, style) in ARMS.items():
+    for number, (arm, (name, _, _, colour, _)) in enumerate(ARMS.items()):
         for axis, column, middle in ((axes[0], 1, np.mean), (axes[1], 2, np.median)):
-            points = [(x[0], x[column][arm]) for x in found if arm in x[column]]
-            for soldiers, values in points:
-                axis.plot([soldiers] * len(values), values, "o", color=colour, alpha=0.3, ms=4)
-            middles = [(soldiers, middle(values)) for soldiers, values in points]
-            look = {"color": colour, "linestyle": style, "zorder": 3 if style == ":" else 2}  # dots hide least
-            axis.plot(*zip(*middles), marker="o", label=name, **look)
-    sizes = [x[0] for x in found]
+            for size, results in enumerate(found):
+                if arm not in results[column]:
+                    continue
+                x, values = size + 0.16 * (number - 1.5), results[column][arm]
+                axis.plot([x] * len(values), values, "o", color=colour, alpha=0.35, ms=4)
+                axis.plot(x, middle(values), "o", color=colour, ms=8, label=name if size == 0 else None)
+                if never := np.isinf(values).sum():
+                    axis.annotate(f"{never} never", (x, 5.2), ha="center", fontsize=8, color=colour)
     for axis in axes:
-        axis.set(xscale="log", xlabel="soldiers of an army")
-        axis.set_xticks(sizes, [f"{size}" for size in sizes], minor=False)
-        axis.set_xticks([], minor=True)
+        axis.set_xticks(range(len(found)), [f"armies of {results[0]}" for results in found])
+        axis.set_xlim(-0.5, len(found) - 0.5)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_title("share of battles won against the frozen army", fontsize=10)
+    axes[0].set_title("share of battles won against the frozen army\n(large: mean of the seeds)", fontsize=10)
     axes[0].set_ylim(-0.05, 1.05)
-    axes[1].set_title("steps to kill half of it, as a multiple of separate's", fontsize=10)
-    factors_shown = (0.5, 1, 2, 3, 5, 10)
+    axes[1].set_title(
+        "steps to kill half of the frozen army, as a multiple\nof separate's (large: median)", fontsize=10
+    )
+    factors_shown = (0.5, 1, 2, 3, 4, 6)
     axes[1].set_yscale("log")
     axes[1].set_yticks(factors_shown, [f"{factor:g}" for factor in factors_shown])
     axes[1].set_yticks([], minor=True)
