@@ -604,6 +604,21 @@ def test_the_page_of_results_shows_what_the_data_says():
     assert figures.larger_teams(*plot.load(figures.NEURIPS / "ablation.csv")) in text
 
 
+def test_the_page_of_results_shows_the_search():
+    """Its tables are those of the kept matches; at each setting the method has more, and so have its best in full."""
+    text, commands = (ROOT / "docs" / "results.md").read_text(), search.all_commands()
+    folder = ROOT / "benchmark" / "search"
+    tried, winners = search.report(folder, commands).strip().split("\n\n")
+    assert tried in text and winners in text
+    method, baseline = (search.found(folder / "search", commands, script) for script in search.SCRIPTS)
+    ratios = [method[f"method-{i}"] / baseline[f"baseline-{i}"] for i in range(search.SETTINGS)]
+    assert f"the method has more ice, {min(ratios):.1f} to {max(ratios):.0f} times the baseline's" in text
+    best = [max(search.final_ice(folder / "winners", name).mean() for name in [*ice][:3]) for ice in (method, baseline)]
+    assert "the method ends with {:,.0f} ice and the baseline with {:,.0f}: {:.1f} times".format(
+        *best, best[0] / best[1]
+    ) in " ".join(text.split())
+
+
 def test_search(tmp_path, monkeypatch):
     """The same settings for both scripts; the best of each, by the ice of the search, train in full."""
     made = search.settings()
