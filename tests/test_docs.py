@@ -204,11 +204,23 @@ def test_larger_map():
 
     text = " ".join((ROOT / "docs" / "results.md").read_text().split())
     built = [seeds_of(arm, "lights_built", "heavies_built") for arm in ("default", "global")]
-    assert [round(min(built[0])), round(max(built[0]))] == [8, 14] and "with eight to 14 robots per team" in text
+    assert [round(min(built[0])), round(max(built[0]))] == [7, 14] and "with seven to 14 robots per team" in text
     lost = 1 - np.mean(seeds_of("global", "factories_alive_share"))
     assert f"loses {lost:.0%} of its factories" in " ".join(README.split())
     assert f"loses {lost:.0%} of its factories and half of the {np.mean(built[1]):.0f} robots that it builds" in text
     assert np.mean(seeds_of("global", "robots_lost")) == pytest.approx(np.mean(built[1]) / 2, rel=0.1)
+    larger, end = plot.load(figures.NEURIPS / "ablation.csv")
+    ice = {arm: plot.values_of(larger[arm, "sampled"], "ice_transferred", [end])[0] for arm, _ in larger}
+    for arm, words in (
+        ("global-reward", "more than IPPO's arm (95% interval: {:,.0f} to {:,.0f})"),
+        ("global-critic-reward", "more than MAPPO's ({:,.0f} to {:,.0f})"),
+        ("global", "more than the baseline, the last row ({:,.0f} to {:,.0f})"),
+    ):
+        mean, low, high, _ = study.difference(ice["default"], ice[arm])
+        assert f"{mean:,.0f} " in text and words.format(low, high) in text
+    for arm, name in (("global-reward", "IPPO they end"), ("global-critic-reward", "MAPPO")):
+        seeds = ice[arm].mean(1)
+        assert f"as in {name} with {min(seeds):,.0f} to {max(seeds):,.0f}" in text
     assert f"{clipped['global']} of its ratios are clipped, and {clipped['default']} of the method's" in text
 
 
