@@ -7,6 +7,7 @@ The results are from benchmark/study, on maps that were never looked at while fl
 Intervals are for other seeds and other maps (`plot.estimate`).
 """
 
+import sys
 from pathlib import Path
 from typing import Optional
 
@@ -17,6 +18,10 @@ from PIL import Image, ImageSequence
 from plot import ROOT, plt
 from study import IN_THEIR_REGIME, PUBLISHED, SHARED, claims, components, factor, lines_of, runs_by_arm
 
+sys.path.append(str(ROOT / "examples" / "battle"))
+
+from compare import last_shares  # noqa: E402
+
 RESULTS = ROOT / "benchmark" / "study"
 NEURIPS = ROOT / "benchmark" / "neurips"
 BATTLES = ROOT / "benchmark" / "battle_81" / "battle.csv"
@@ -25,6 +30,7 @@ SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are
     "default": ("trajsep_ppo.py", "#0072B2", "-"),
     "global": ("global_ppo.py", "#D55E00", "--"),
 }
+RELATIVES = ("global-reward", "global-critic-reward", "global")  # as in IPPO, as in MAPPO, one trajectory
 PAPER = ("the paper, a trajectory for each", "the paper, one for the team")
 
 
@@ -90,7 +96,7 @@ def comparison(data, last):
 def larger_teams(data, last):
     """The table of the NeurIPS stage in docs/results.md: final means of the arms, with their intervals."""
     rows = []
-    for arm in ("default", "global-reward", "global-critic-reward", "global"):
+    for arm in ("default", *RELATIVES):
         if (arm, "sampled") in data:
             both = [data[arm, policy] for policy in ("sampled", "greedy")]
             ice = [plot.final(runs, last, "ice_transferred") for runs in both]
@@ -122,22 +128,19 @@ def why(data, last, larger, battles):
         larger: the same, as a pair, of the NeurIPS stage.
         battles: rows of compare.py's battle.csv.
     """
-    relatives = ("global-reward", "global-critic-reward", "global")  # as in IPPO, as in MAPPO, one trajectory
-    theirs = [IN_THEIR_REGIME[arm] for arm in relatives]
-    rows = [["ice: the authors' numbers", *(f"{PUBLISHED[arm][0]:,}" for arm in ("separate", *relatives))]]
-    for what, (found, end), arms in (
-        ("ice: their flags, up to 20 robots", (data, last), (IN_THEIR_REGIME["separate"], *theirs)),
-        ("ice: default flags, up to 6 robots", (data, last), ("default", *relatives)),
-        ("ice: larger map, up to 40 robots", larger, ("default", *relatives)),
+    arms, separate = ("default", *RELATIVES), ("separate", *RELATIVES)
+    rows = [["ice: the authors' numbers", *(f"{PUBLISHED[arm][0]:,}" for arm in separate)]]
+    for what, (found, end), columns in (
+        ("ice: their flags, up to 20 robots", (data, last), [IN_THEIR_REGIME[arm] for arm in separate]),
+        ("ice: default flags, up to 6 robots", (data, last), arms),
+        ("ice: larger map, up to 40 robots", larger, arms),
     ):
-        means = [plot.values_of(found[arm, "sampled"], "ice_transferred", [end])[0].mean() for arm in arms]
+        means = [of_seeds(found[arm, "sampled"], end, "ice_transferred").mean() for arm in columns]
         rows.append([what, *(f"{mean:,.0f}" for mean in means)])
-    row = ["battles won, armies of 81"]
-    steps = max(int(x["global_step"]) for x in battles)
-    for arm in ("separate", "ippo", "mappo", "global"):
-        own = [x for x in battles if (x["arm"], x["opponent"], int(x["global_step"])) == (arm, "frozen", steps)]
-        row.append(f"{np.mean([float(x['won']) for x in own]):.0%}")
-    return plot.table(["", "this method", "as in IPPO", "as in MAPPO", "one trajectory"], [*rows, row])
+    won = last_shares(battles)
+    of_arms = [f"{won[arm].mean():.0%}" for arm in ("separate", "ippo", "mappo", "global")]
+    rows.append(["battles won, armies of 81", *of_arms])
+    return plot.table(["", "this method", "as in IPPO", "as in MAPPO", "one trajectory"], rows)
 
 
 def draw_result(data, path):

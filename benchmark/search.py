@@ -19,6 +19,7 @@ import ablation
 import numpy as np
 import plot
 from plot import ROOT
+from study import runs_by_arm
 
 CHOICES = {
     "--learning-rate": (3e-4, 5e-4, 1e-3, 2e-3),
@@ -45,15 +46,15 @@ def settings(number=SETTINGS):
     return [f"{words} --num-minibatches {values[-1] // 4}" for words, values in zip(flags, drawn)]
 
 
-def final_ice(folder, arm):
-    """Final ice per team [seeds, maps] of an arm, with sampled actions."""
+def final_ice(folder):
+    """Arm -> its final ice per team [seeds, maps], with sampled actions."""
     data, last = plot.load(folder / "ablation.csv")
-    return plot.values_of(data[arm, "sampled"], "ice_transferred", [last])[0]
+    return {arm: plot.values_of(runs, "ice_transferred", [last])[0] for arm, runs in runs_by_arm(data).items()}
 
 
-def found(folder, commands, script):
-    """Arms of a script by their mean final ice in the search, the best first: name -> ice."""
-    ice = {name: final_ice(folder, name).mean() for name in commands if name.startswith(f"{script}-")}
+def found(folder, script):
+    """Arms of a script by their mean final ice in a folder, the best first: name -> ice."""
+    ice = {name: values.mean() for name, values in final_ice(folder).items() if name.startswith(f"{script}-")}
     return dict(sorted(ice.items(), key=lambda item: -item[1]))
 
 
@@ -73,15 +74,15 @@ def report(folder, commands):
         folder: that of the results.
         commands: those that were tried.
     """
-    tried, winners = [], []
+    tried, winners, in_full = [], [], final_ice(folder / "winners")
     for script, program in SCRIPTS.items():
-        ice = found(folder / "search", commands, script)
+        ice = found(folder / "search", script)
         place = [*ice].index(f"{script}-0") + 1
         values = [*ice.values()]
         cells = (f"{x:,.0f}" for x in (max(values), np.median(values), min(values)))
         tried.append([f"`{program}`", *cells, f"{ice[f'{script}-0']:,.0f} (place {place} of {len(ice)})"])
         for name in [*ice][:BEST]:
-            mean, low, high = plot.estimate(final_ice(folder / "winners", name))
+            mean, low, high = plot.estimate(in_full[name])
             winners.append([f"`{commands[name]}`", f"{ice[name]:,.0f}", f"{mean:,.0f} ({low:,.0f} to {high:,.0f})"])
     head = ["ice per team in the search", "best setting", "median", "worst", "the default"]
     of_best = plot.table(["the best settings", "ice per team in the search", "in full"], winners)
@@ -111,7 +112,7 @@ def main(
     arms = tuple(f"{name}={command}" for name, command in commands.items())
     tuning = {"seeds": (TUNING_SEED,), "first_map": TUNING_MAP, "flags": f"--total-timesteps {steps}"}
     ablation.main(arm=arms, out=out / "search", **options, **tuning)
-    best = [name for script in SCRIPTS for name in [*found(out / "search", commands, script)][:BEST]]
+    best = [name for script in SCRIPTS for name in [*found(out / "search", script)][:BEST]]
     arms = tuple(f"{name}={commands[name]}" for name in best)
     ablation.main(arm=arms, out=out / "winners", seeds=seeds, flags=flags, **options)
     plot.write(out / "search.md", report(out, commands))

@@ -565,10 +565,12 @@ def test_why(tmp_path):
     made_up(tmp_path, arms)
     data, last = plot.load(tmp_path / "ablation.csv")
     made_up(tmp_path, {arm: {1: {2048: [length] * 10}} for arm, length in zip(lengths, (900, 700, 300, 200))})
-    columns = ("arm", "opponent", "global_step", "won")
-    battles = [dict(zip(columns, row)) for row in itertools.product(("separate", "ippo"), ("frozen",), (1, 2), (0.5,))]
-    battles += [dict(zip(columns, row)) for row in (("mappo", "frozen", 2, 1), ("global", "frozen", 2, 0))]
-    battles += [dict(zip(columns, row)) for row in (("separate", "frozen", 2, 1), ("ippo", "random", 2, 0))]
+    columns = ("arm", "opponent", "global_step", "won", "seed")
+    battles = [
+        dict(zip(columns, row)) for row in itertools.product(("separate", "ippo"), ("frozen",), (1, 2), (0.5,), (1,))
+    ]
+    battles += [dict(zip(columns, row)) for row in (("mappo", "frozen", 2, 1, 1), ("global", "frozen", 2, 0, 1))]
+    battles += [dict(zip(columns, row)) for row in (("separate", "frozen", 2, 1, 1), ("ippo", "random", 2, 0, 1))]
     rows = figures.why(data, last, plot.load(tmp_path / "ablation.csv"), battles).splitlines()
     cells = [row.removesuffix(" |").split(" | ")[-4:] for row in rows]
     assert cells[0] == ["this method", "as in IPPO", "as in MAPPO", "one trajectory"] and len(rows) == 7
@@ -610,10 +612,11 @@ def test_the_page_of_results_shows_the_search():
     folder = ROOT / "benchmark" / "search"
     tried, winners = search.report(folder, commands).strip().split("\n\n")
     assert tried in text and winners in text
-    method, baseline = (search.found(folder / "search", commands, script) for script in search.SCRIPTS)
+    method, baseline = (search.found(folder / "search", script) for script in search.SCRIPTS)
     ratios = [method[f"method-{i}"] / baseline[f"baseline-{i}"] for i in range(search.SETTINGS)]
     assert f"the method has more ice, {min(ratios):.1f} to {max(ratios):.0f} times the baseline's" in text
-    best = [max(search.final_ice(folder / "winners", name).mean() for name in [*ice][:3]) for ice in (method, baseline)]
+    in_full = search.final_ice(folder / "winners")
+    best = [max(in_full[name].mean() for name in [*ice][: search.BEST]) for ice in (method, baseline)]
     assert "the method ends with {:,.0f} ice and the baseline with {:,.0f}: {:.1f} times".format(
         *best, best[0] / best[1]
     ) in " ".join(text.split())

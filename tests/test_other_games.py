@@ -87,7 +87,7 @@ def test_results_in_the_pages():
 
 
 def test_more_soldiers():
-    """What docs/results.md says of the battles with the fixed army, and the first screen of the README."""
+    """What docs/results.md says of the battles with the frozen army."""
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     others = ("ippo", "mappo", "global")
     said = []

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from compare import ROOT, fight, load, trained_policy  # noqa: E402
+from compare import ROOT, fight, last_shares, load, trained_policy  # noqa: E402
 from other_games import ARMS  # noqa: E402
 from plot import named_or, plt, read_csv, steps_to, table, write, write_csv  # noqa: E402
 
@@ -111,31 +111,33 @@ def against_frozen(work):
     for row in rows:
         if row["opponent"] == "frozen":
             run = runs.setdefault(row["arm"], {}).setdefault(row["seed"], {})
-            battles = run.setdefault(int(row["global_step"]), {"won": [], "kills": []})
-            for key, values in battles.items():
-                values.append(float(row[key]))
-    won, steps = {}, {}
+            run.setdefault(int(row["global_step"]), {"kills": []})["kills"].append(float(row["kills"]))
+    steps = {}
     for arm, seeds in runs.items():
         common = sorted(set.intersection(*map(set, seeds.values())))
-        won[arm] = np.array([np.mean(run[common[-1]]["won"]) for run in seeds.values()])
         steps[arm] = np.array(steps_to(seeds, "kills", SHARE_KILLED * soldiers, common))
-    return int(soldiers), won, {arm: values / np.median(steps[METHOD]) for arm, values in steps.items()}
+    factors = {arm: values / np.median(steps[METHOD]) for arm, values in steps.items()}
+    return int(soldiers), last_shares(rows), factors
 
 
 def draw(works, path):
     """What against_frozen finds for each size of armies: the seeds, and (large) their mean or median."""
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
     found = sorted((against_frozen(work) for work in works), key=lambda x: x[0])
+    handles = []
     for number, (arm, (name, _, _, colour, _)) in enumerate(ARMS.items()):
+        if any(arm in shares for _, shares, _ in found):
+            handles.append(plt.Line2D([], [], color=colour, marker="o", ms=8, linestyle="", label=name))
         for axis, column, middle in ((axes[0], 1, np.mean), (axes[1], 2, np.median)):
             for size, results in enumerate(found):
                 if arm not in results[column]:
                     continue
                 x, values = size + 0.16 * (number - 1.5), results[column][arm]
                 axis.plot([x] * len(values), values, "o", color=colour, alpha=0.35, ms=4)
-                axis.plot(x, middle(values), "o", color=colour, ms=8, label=name if size == 0 else None)
+                axis.plot(x, middle(values), "o", color=colour, ms=8)
                 if never := np.isinf(values).sum():
-                    axis.annotate(f"{never} never", (x, 5.2), ha="center", fontsize=8, color=colour)
+                    look = {"transform": axis.get_xaxis_transform(), "ha": "center", "fontsize": 8, "color": colour}
+                    axis.text(x, 0.95, f"{never} never", **look)
     for axis in axes:
         axis.set_xticks(range(len(found)), [f"armies of {results[0]}" for results in found])
         axis.set_xlim(-0.5, len(found) - 0.5)
@@ -149,7 +151,6 @@ def draw(works, path):
     axes[1].set_yscale("log")
     axes[1].set_yticks(factors_shown, [f"{factor:g}" for factor in factors_shown])
     axes[1].set_yticks([], minor=True)
-    handles, _ = axes[0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color="grey", marker="o", ms=4, alpha=0.5, linestyle="", label="small: a seed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)

@@ -228,18 +228,23 @@ def draw(rows, path, soldiers, frozen_steps):
     plt.close(figure)
 
 
+def last_shares(rows):
+    """Arm -> share of battles won against the frozen army by its last checkpoints [seeds]."""
+    last = max(int(x["global_step"]) for x in rows)
+    seeds = {}
+    for x in rows:
+        if (x["opponent"], int(x["global_step"])) == ("frozen", last):
+            seeds.setdefault(x["arm"], {}).setdefault(x["seed"], []).append(float(x["won"]))
+    return {arm: np.array([np.mean(won) for won in of_arm.values()]) for arm, of_arm in seeds.items()}
+
+
 def shares_won(rows):
     """In Markdown, the share won against the frozen army by the last checkpoints: mean (lowest to highest seed)."""
     last = max(int(x["global_step"]) for x in rows)
-    cells = {}
+    shares, cells = last_shares(rows), {}
     for arm, (name, *_) in ARMS.items():
-        seeds = {}
-        for x in rows:
-            if (x["arm"], x["opponent"], int(x["global_step"])) == (arm, "frozen", last):
-                seeds.setdefault(x["seed"], []).append(float(x["won"]))
-        if seeds:
-            means = [np.mean(won) for won in seeds.values()]
-            cells[name] = f"{np.mean(means):.0%} ({min(means):.0%} to {max(means):.0%})"
+        if arm in shares:
+            cells[name] = "{:.0%} ({:.0%} to {:.0%})".format(shares[arm].mean(), shares[arm].min(), shares[arm].max())
     return table(["steps", *cells], [[f"{last:,}", *cells.values()]]) + "\n"
 
 
