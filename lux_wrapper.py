@@ -301,6 +301,7 @@ LICHEN_TO_SPREAD = 20  # units from which a cell spreads to its neighbours
 
 # Rules of this wrapper
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
+FLIGHT_POWER = np.array([20, 0])  # that light robots keep to run away from opponents
 LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
 FAR = 10**6  # more than any distance or time
 AREA = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)  # steps in x and y from a factory's centre to its cells
@@ -373,7 +374,7 @@ Scene = namedtuple(
     "Scene",
     (
         *("snapshots", "time", "rubble", "lichen", "strains", "own_lichen", "factories"),
-        *("all_robots", "robots", "seen", "maps", "around", "soil"),
+        *("all_robots", "robots", "seen", "maps", "around", "soil", "threat"),
     ),
 )
 
@@ -430,8 +431,10 @@ class LuxEncoder:
            half of the time hardly loses by it, but its likeliest action would wait for ever.
     Of two own robots that would step onto one cell, the first moves and the other waits. With the
     reward "lichen", light robots may also clear rubble that is worth it (4), the water for
-    watering as much at every second step to the end is kept too (7), and no robot may
-        9. end a step where an opponent's robot could destroy it, unless it can wherever it goes.
+    watering as much at every second step to the end is kept too (7), light robots keep FLIGHT_POWER
+    (5), and no robot may
+        9. end a step where an opponent's robot could destroy it, unless it can wherever it goes. To
+           get away it may break rules 4 to 6, and it moves first.
 
     Args:
         options: LuxOptions.
@@ -539,9 +542,10 @@ class LuxEncoder:
         if self.options.grow_lichen:
             soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
         around = self._look_around(robots, factories, rubble, maps, soil)
+        threat = threatened(robots, all_robots, around, maps.robot.shape) if self.options.grow_lichen else None
         return Scene(
             *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen, factories),
-            *(all_robots, robots, list(itertools.compress(all_seen, has_slot)), maps, around, soil),
+            *(all_robots, robots, list(itertools.compress(all_seen, has_slot)), maps, around, soil, threat),
         )
 
     def _read_factories(self, matches):
@@ -778,25 +782,31 @@ class LuxEncoder:
         gain = np.minimum(BATTERY[robots.heavy] - left[PICK_UP], home_power)
         allowed = legal_actions(robots, around, left, gain)
         if self.options.safe_masks:
-            allowed &= self._harmless_actions(scene, left, gain)
-            if self.options.grow_lichen:
-                safe = allowed & ~threatened(robots, scene.all_robots, around, scene.maps.robot.shape)
-                allowed = np.where(safe.any(0), safe, allowed)
+            apart = allowed & self._moves_apart(scene)
+            allowed = apart & self._useful_actions(scene, left, gain)
+            if scene.threat is not None:
+                safe, flight = allowed & ~scene.threat, apart & ~scene.threat
+                allowed = np.select([safe.any(0), flight.any(0)], [safe, flight], allowed)
         allowed[STAY] |= ~allowed.any(0)
         who = robots.match, robots.player, robots.slot
         action_mask[..., : len(ROBOT_ACTIONS)][who] = allowed.T
 
-    def _harmless_actions(self, scene, left, gain):
-        """Rules 1, 2 and 4 to 6 of the safe masks for the robots, bool [A, R].
+    def _moves_apart(self, scene):
+        """Rules 1 and 2 of the safe masks for the robots, bool [A, R]."""
+        robots = scene.robots
+        apart = np.ones((len(ROBOT_ACTIONS), len(robots.x)), bool)
+        cells = robots.match, robots.player, scene.around.x[MOVES], scene.around.y[MOVES]
+        apart[MOVES] = ~(scene.maps.robot[cells] | scene.maps.centre[cells])
+        return apart
+
+    def _useful_actions(self, scene, left, gain):
+        """Rules 4 to 6 of the safe masks for the robots, bool [A, R].
 
         `left` [A, R] is the power that each action leaves, `gain` [R] what picking up gives.
         """
         robots = scene.robots
         around = scene.around
-        harmless = np.ones(left.shape, bool)
-        cells = robots.match, robots.player, around.x[MOVES], around.y[MOVES]
-        harmless[MOVES] = ~(scene.maps.robot[cells] | scene.maps.centre[cells])
-
+        useful = np.ones(left.shape, bool)
         here = robots.match, robots.x, robots.y
         cargo = CARGO[robots.heavy]
         on_ice = self.ice[here]
@@ -806,16 +816,18 @@ class LuxEncoder:
         mines = (on_ice & (robots.ice < cargo)) | (on_ore & (robots.ore < cargo))
         clears = (around.rubble[STAY] > 0) & (on_ice | on_ore) | others_lichen
         clears |= (around.worth_clearing > 0) & (robots.heavy == 0)
-        harmless[DIG] = mines | clears
+        useful[DIG] = mines | clears
 
         order_cost = ORDER_COST[robots.heavy]
-        harmless[PICK_UP] = gain >= 10 * order_cost
+        useful[PICK_UP] = gain >= 10 * order_cost
         steps = around.steps_home
         way_home = steps * MOVE_COST[robots.heavy] + (np.minimum(steps, 2) + 1) * order_cost
+        if self.options.grow_lichen:
+            way_home += FLIGHT_POWER[robots.heavy]
         nearer = steps[MOVES] < steps[STAY]
-        harmless[MOVES] &= (left[MOVES] >= way_home[MOVES]) | nearer
-        harmless[DIG] &= left[DIG] >= way_home[STAY]
-        return harmless
+        useful[MOVES] &= (left[MOVES] >= way_home[MOVES]) | nearer
+        useful[DIG] &= left[DIG] >= way_home[STAY]
+        return useful
 
     # ---------- Orders ----------
 
@@ -841,7 +853,8 @@ class LuxEncoder:
         chosen = actions[robots.match, robots.player, robots.slot]
         yielded = np.zeros((len(scene.time), 2), np.int64)
         if self.options.safe_masks:
-            chosen = yield_moves(robots, chosen, yielded)
+            in_danger = np.zeros(len(chosen), bool) if scene.threat is None else scene.threat[STAY]
+            chosen = yield_moves(robots, chosen, in_danger, yielded)
         orders = [({}, {}) for _ in scene.time]
         self._order_factories(orders, scene, builds, actions)
         delivery = (around.factory >= 0).argmax(0)  # direction
@@ -995,14 +1008,16 @@ def water_costs(strains, strains_before, lichen, num_strains):
     return -(-number // GROWTH_PER_WATER)  # rounded up
 
 
-def yield_moves(robots, actions, yielded):
+def yield_moves(robots, actions, in_danger, yielded):
     """Actions [R] in which only the first of several robots moves onto a cell, and the others stay.
 
-    The first is the one born first. The others are counted in `yielded` [N, P].
+    Those `in_danger` (bool [R]) where they are come first, then those born first. The others are
+    counted in `yielded` [N, P].
     """
     actions = actions.copy()
     goals = set()
-    for row in np.flatnonzero((actions >= UP) & (actions <= LEFT)).tolist():
+    moving = np.flatnonzero((actions >= UP) & (actions <= LEFT))
+    for row in sorted(moving.tolist(), key=lambda row: not in_danger[row]):
         team = robots.match[row], robots.player[row]
         goal = robots.x[row] + DX[actions[row]], robots.y[row] + DY[actions[row]]
         if (team, goal) in goals:

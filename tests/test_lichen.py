@@ -180,6 +180,47 @@ def test_in_danger_everywhere():
         assert {lux.ROBOT_ACTIONS[action] for action in allowed} == set(expected)
 
 
+def allowed_actions(obs, **options):
+    """Names of the actions that the first robot of player 0 may take."""
+    mask = encode(obs, **options)[0]["action_mask"][0, FACTORIES]
+    return {lux.ROBOT_ACTIONS[action] for action in np.flatnonzero(mask)}
+
+
+@pytest.mark.parametrize("reward, kept", [("lichen", 20), ("ice", 0)])
+@pytest.mark.parametrize("kind, dig, step, order", [(robot, 5, 1, 1), (heavy, 60, 20, 10)])
+def test_light_robots_keep_power(reward, kept, kind, dig, step, order):
+    """4 cells from home: what a dig or a step away leaves must pay 4 or 5 steps and 3 orders, and 20 to run away."""
+    kept *= kind is robot
+    for action, cost in (("dig", dig + 4 * step), ("move_left", step + 5 * step)):
+        least = order + cost + 3 * order + kept
+        for power, may in ((least - 1, False), (least, True)):
+            allowed = allowed_actions(official([kind(5, 10, power=power)], ice=[(5, 10)]), reward=reward)
+            assert (action in allowed) == may and "move_right" in allowed
+
+
+def test_running_away_needs_no_reserve():
+    """With 8 units of power it may not leave home, unless it would be destroyed where it is."""
+    obs = official([robot(5, 10, power=8)], ice=[(5, 10)])
+    assert allowed_actions(obs) == {"stay", "move_right"}
+    obs = official([robot(5, 10, power=8)], theirs=[heavy(6, 10)], ice=[(5, 10)])
+    assert allowed_actions(obs) == {"move_up", "move_down", "move_left"}
+    obs = official([robot(5, 10, power=8), robot(4, 10), robot(5, 9)], theirs=[heavy(6, 10)])
+    assert allowed_actions(obs) == {"move_down"}  # not onto own robots
+
+
+@pytest.mark.parametrize("reward, goes", [("lichen", "unit_11"), ("ice", "unit_10")])
+def test_who_is_in_danger_moves_first(reward, goes):
+    """Both step onto (5, 6); a heavy robot of the opponent can reach only the one that was born later."""
+    obs = official([robot(4, 6), robot(5, 5)], theirs=[heavy(5, 4)])
+    encoder = lux.LuxEncoder(replace(OPTIONS, reward=reward))
+    encoder.reset(obs)
+    arrays, view = encoder.encode([lux.read_observation(obs)])
+    actions = np.zeros(arrays["kind"].shape, np.int64)
+    actions[0, 0, FACTORIES : FACTORIES + 2] = lux.RIGHT, lux.DOWN
+    ((orders, _),), (acts,) = encoder.orders(view, actions)
+    assert orders.keys() == {goes} and list(acts.yielded_moves) == [1, 0]
+
+
 def test_weights():
     """Of the default, and of the preset, which can be changed."""
     lichen = lux.weights_of("lichen", {"ore_dug": 1})
