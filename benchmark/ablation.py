@@ -149,7 +149,7 @@ CLAIMED = (  # arms of which something is claimed
 )
 # Flags were chosen with seeds 1 to 10, rules with seeds 11 to 20 too, all on maps below 7000.
 FIRST_SEED, FIRST_MAP = 11, 7000
-SEEDS = {arm: 5 if arm in CLAIMED else 3 for arm in ARMS}
+SEEDS = {arm: 10 if arm in MAIN else 5 if arm in CLAIMED else 3 for arm in ARMS}
 # Environment steps after which the main arms, those of the authors' regime and the rungs below it, and
 # the others are evaluated, at the next checkpoint; and always the last. An evaluation takes half a
 # minute, once matches are long.
@@ -494,8 +494,8 @@ def main(
     Args:
         arms: which arms of the study; by default all, but none beside --arm.
         arm: an arm of your own, NAME=COMMAND in quotes; may be given more than once.
-        seeds: of all these arms; by default 11 to 15 for those of which something is claimed, and 11 to
-            13 for the others.
+        seeds: of all these arms; by default 11 to 20 for the two main ones, 11 to 15 for those of which
+            something is claimed, and 11 to 13 for the others.
         out: folder of the tables and the trainings.
         parallel: trainings or evaluations at a time, each with one thread.
         matches: held-out matches of an evaluation.

@@ -272,7 +272,7 @@ def rungs(runs, last, trainings):
     clipped, rows = shares(trainings, "clipfrac"), []
     for name, pair in LADDER.items():
         if set(pair) <= set(runs):
-            seeds = ", ".join(sorted({str(len(runs[arm])) for arm in pair}))
+            seeds = ", ".join(dict.fromkeys(str(len(runs[arm])) for arm in pair))
             ice = [final(runs[arm], last, "ice_transferred") for arm in pair]
             row = [f"**{name}**: {how(pair[0], '../')}", seeds, *ice, factor(*(runs[arm] for arm in pair), last)]
             rows.append([*row, *(clipped[arm] for arm in pair)])

@@ -45,9 +45,9 @@ TINY = f"{SMALL} --total-timesteps 256 --num-envs 2 --num-steps 32 --num-minibat
 def test_every_prefix_of_the_queue_is_a_result():
     jobs = ablation.queue(ablation.ARMS)
     assert jobs[:4] == [("default", 11), ("global", 11), ("default", 12), ("global", 12)]
-    assert jobs[10:12] == [("separate", 11), ("global-reward", 11)]
-    assert len(jobs) == len(set(jobs)) == 12 * 5 + (len(ablation.ARMS) - 12) * 3
-    others = [seed for arm, seed in jobs[10:]]
+    assert jobs[20:22] == [("separate", 11), ("global-reward", 11)]
+    assert len(jobs) == len(set(jobs)) == 2 * 10 + 10 * 5 + (len(ablation.ARMS) - 12) * 3
+    others = [seed for arm, seed in jobs[20:]]
     assert others == sorted(others)  # a seed of all arms before the next one
     assert ablation.queue(["cluster", "global"], (7,)) == [("global", 7), ("cluster", 7)]
     assert set(plot.ARMS) == set(ablation.ARMS)
