@@ -7,9 +7,9 @@
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
 #
-# The study has 196 trainings, the search 66, the NeurIPS stage 20, the other games 80, the battles 40. All of it in one
+# The study has 196 trainings, the search 66, the NeurIPS stage 25, the other games 80, the battles 40. All of it in one
 # go was not timed. On one core of an AMD EPYC the trainings of the study took 17.3 hours, the search with its
-# evaluations 1.9, the NeurIPS stage 2.4, the battles 0.8: expect a day on two cores. Not made here are matches
+# evaluations 1.9, the NeurIPS stage 3, the battles 0.8: expect a day on two cores. Not made here are matches
 # against bots that must be fetched first, and what shows a single training or match (the pages of
 # credit, the bands of a healthy run): benchmark/README.md has their commands.
 set -euo pipefail
@@ -78,7 +78,9 @@ step python benchmark/study.py --results "$out/study" --out "$out/docs"
 step python benchmark/search.py --out "$out/search" $search --flags="$tiny"
 stage="--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 40"
 arms="default global-reward global-critic-reward global"
-step python benchmark/ablation.py --arms $arms $neurips --schedule 102400 --flags="$stage $tiny" --out "$out/neurips"
+own="global-small-value-loss=global_ppo.py --vf-coef 0.01"
+step python benchmark/ablation.py --arms $arms --arm "$own" $neurips --schedule 102400 --flags="$stage $tiny" \
+    --out "$out/neurips"
 step python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
 if [ $has_games = yes ]; then
     step python benchmark/other_games.py --out "$out/games" $games

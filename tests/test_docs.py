@@ -225,6 +225,11 @@ def test_larger_map():
         seeds = ice[arm].mean(1)
         assert f"as in {name} with {min(seeds):,.0f} to {max(seeds):,.0f}" in text
     assert f"{clipped['global']} of its ratios are clipped, and {clipped['default']} of the method's" in text
+    small = "global-small-value-loss"
+    mean, low, high, _ = study.difference(ice[small], ice["global"])
+    assert f"which is {mean:,.0f} more ({-low:,.0f} less to {high:,.0f} more)" in text
+    assert f"ends with {plot.final(larger[small, 'sampled'], end, 'ice_transferred')}, which" in text
+    assert f"the method has {ice['default'].mean() / ice[small].mean():.1f} times that" in text
 
 
 def test_one_robot():
