@@ -169,21 +169,20 @@ def test_threats():
     assert in_danger > 50
 
 
+def allowed_actions(obs, **options):
+    """Names of the actions that the first robot of player 0 may take."""
+    mask = encode(obs, **options)[0]["action_mask"][0, FACTORIES]
+    return {lux.ROBOT_ACTIONS[action] for action in np.flatnonzero(mask)}
+
+
 def test_in_danger_everywhere():
     """A robot that is in danger whatever it does may do anything."""
     heavies = [heavy(*cell) for cell in ((5, 4), (5, 6), (3, 5), (7, 5))]
     sides = ["move_right", "move_left", "move_down"]
     everything = ["stay", "move_up", *sides, "dig"]
     for number, expected in enumerate((sides, sides[:2], sides[:1], everything), 1):
-        arrays, _ = encode(official([robot(5, 5)], theirs=heavies[:number], ice=[(5, 5)]))
-        allowed = np.flatnonzero(arrays["action_mask"][0, FACTORIES])
-        assert {lux.ROBOT_ACTIONS[action] for action in allowed} == set(expected)
-
-
-def allowed_actions(obs, **options):
-    """Names of the actions that the first robot of player 0 may take."""
-    mask = encode(obs, **options)[0]["action_mask"][0, FACTORIES]
-    return {lux.ROBOT_ACTIONS[action] for action in np.flatnonzero(mask)}
+        obs = official([robot(5, 5)], theirs=heavies[:number], ice=[(5, 5)])
+        assert allowed_actions(obs) == set(expected)
 
 
 @pytest.mark.parametrize("reward, kept", [("lichen", 20), ("ice", 0)])
