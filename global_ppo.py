@@ -92,9 +92,12 @@ def make_envs(args, num_envs, **options):
     except (ImportError, AttributeError, ValueError) as error:
         raise Refused(f"--env-id {args.env_id} is not module:class: {error}")
     try:
-        return make(num_envs, **options, **args.env_kwargs)
+        envs = make(num_envs, **options, **args.env_kwargs)
     except (TypeError, ValueError) as error:
         raise Refused(f"--env-id {args.env_id}: {error}")
+    if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
+        raise Refused(f"--capture-video: {args.env_id} draws no matches")
+    return envs
 
 
 def to_tensors(obs, device):

@@ -40,6 +40,8 @@ BASE = (
 class Toy(HardToy):
     """The toy game with the wrapper's arguments; notes the seeds it is given."""
 
+    metadata = HardToy.metadata | {"render_modes": ["rgb_array"]}
+
     def __init__(self, num_envs, group_by="entity", **_):
         super().__init__(num_envs, slots=6, clusters=3 if group_by == "cluster" else None)
         self.seeds = []

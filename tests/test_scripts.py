@@ -178,6 +178,7 @@ BAD_FLAGS = [
     ("--track", "--track needs `pip install wandb` and `wandb login`: module 'wandb' has no attribute"),
     ("--resume run --num-workers -1", "--num-workers"),
     ("--resume run --env-kwargs slots 6", "the checkpoint does not fit the flags: Error"),
+    ("--env-id toy_env:ToyVecEnv --capture-video", "--capture-video: toy_env:ToyVecEnv draws no matches"),
     ("--evaluate run --env-kwargs slots 6", "run/checkpoint_64.pt does not fit the flags: Error"),
     ("--evaluate run --env-id lux_wrapper:LuxVecEnv --env-kwargs slots 6", "slots"),
 ]
