@@ -135,6 +135,8 @@ FEATURES = (
 LICHEN_FEATURES = (  # these follow with the reward "lichen"
     *("clear_dx", "clear_dy", "clear_distance"),  # to the rubble that is cleared soonest
     "worth_clearing",  # the rubble here is
+    *("raid_dx", "raid_dy", "raid_distance"),  # to the nearest lichen of the opponent
+    "worth_raiding",  # the lichen here is the opponent's
     *("lichen_cells", "room_cells"),  # factories: own lichen, and ground it can spread to, in fifties
 )
 # Weights of what is paid. A robot's terms are paid to the robot, a factory's to the factory.
@@ -144,6 +146,7 @@ REWARDS = {
     "ice_delivered": 0.004,  # robot: a unit of ice that reached a factory of the team
     "ore_delivered": 0.0008,  # robot: a unit of ore that reached a factory of the team
     "rubble_cleared": 0.0,  # robot: a unit of rubble worth clearing (reward "lichen" only)
+    "lichen_destroyed": 0.0,  # robot: a unit of the opponent's lichen dug away (reward "lichen" only)
     "robot_lost": -0.05,  # robot: being destroyed (times 0.1 for a light robot)
     "water_made": 0.004,  # factory: a unit of water refined from ice (4 ice)
     "metal_made": 0.004,  # factory: a unit of metal refined from ore (5 ore)
@@ -157,6 +160,7 @@ REWARD_PRESETS = {
     "lichen": {
         "lichen_grown": 0.01,
         "rubble_cleared": 0.02,
+        "lichen_destroyed": 0.01,
         "ore_dug": 0.004,
         "ore_delivered": 0.004,
         "metal_made": 0.01,
@@ -302,7 +306,10 @@ LICHEN_TO_SPREAD = 20  # units from which a cell spreads to its neighbours
 # Rules of this wrapper
 WATER_RESERVE = 200  # steps that a factory must be able to live on after watering lichen
 FLIGHT_POWER = np.array([20, 0])  # that light robots keep to run away from opponents
+PICK_UP_SHARE = 0.3  # of its battery that a robot picks up at least, so that it walks less
 LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
+CLEAR_UNTIL = 900  # step from which no rubble is worth clearing: lichen needs time to grow
+RAID_FROM = 700  # step from which the opponent's lichen is worth destroying: it would grow again
 FAR = 10**6  # more than any distance or time
 AREA = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)  # steps in x and y from a factory's centre to its cells
 
@@ -385,8 +392,9 @@ BorderedMaps = namedtuple("BorderedMaps", "factory centre robot")
 
 # What is around each robot, arrays [5, R] by direction, the own cell first: the cells as indices
 # in BorderedMaps, what these have there, rubble, and steps to the edge of the nearest factory.
-# Arrays [R]: slot of that factory, and units of rubble worth clearing on the own cell.
-Around = namedtuple("Around", "x y factory impassable rubble steps_home nearest worth_clearing")
+# Arrays [R]: slot of that factory, and units on the own cell of rubble worth clearing and of
+# lichen worth raiding.
+Around = namedtuple("Around", "x y factory impassable rubble steps_home nearest worth_clearing worth_raiding")
 
 # Factories that can pay for a robot, that have a slot for it, and whose first heavy robot this
 # would be (with safe masks): bool [N, P, max_factories]
@@ -395,7 +403,7 @@ Builds = namedtuple("Builds", "can_light can_heavy slot_for_light slot_for_heavy
 # What the entities of a match do in a step, which LuxMatch needs to work out their rewards: dicts
 # unit_id -> RobotAct or FactoryAct, with the Robot or Factory `before` the step; and counts [P].
 Acts = namedtuple("Acts", "robots factories yielded_moves blocked_builds")
-RobotAct = namedtuple("RobotAct", "player slot before delivery_slot worth_clearing")
+RobotAct = namedtuple("RobotAct", "player slot before delivery_slot worth_clearing raided")
 FactoryAct = namedtuple("FactoryAct", "player slot before")
 
 
@@ -430,9 +438,9 @@ class LuxEncoder:
         8. anything else while a factory can build its first heavy robot. A policy that waits there
            half of the time hardly loses by it, but its likeliest action would wait for ever.
     Of two own robots that would step onto one cell, the first moves and the other waits. With the
-    reward "lichen", light robots may also clear rubble that is worth it (4), the water for
-    watering as much at every second step to the end is kept too (7), light robots keep FLIGHT_POWER
-    (5), and no robot may
+    reward "lichen", light robots may also clear rubble that is worth it (4), light robots keep
+    FLIGHT_POWER (5), robots pick up at least PICK_UP_SHARE of their battery (6), the water for
+    watering as much at every second step to the end is kept too (7), and no robot may
         9. end a step where an opponent's robot could destroy it, unless it can wherever it goes. To
            get away it may break rules 4 to 6, and it moves first.
 
@@ -540,8 +548,8 @@ class LuxEncoder:
         maps = bordered_maps(factories, all_robots, self.options.map_size)
         soil = None
         if self.options.grow_lichen:
-            soil = lichen_soil(own_lichen, self.ice | self.ore, rubble, maps.factory)
-        around = self._look_around(robots, factories, rubble, maps, soil)
+            soil = lichen_soil(seen.time, own_lichen, self.ice | self.ore, rubble, maps.factory)
+        around = self._look_around(robots, factories, rubble, lichen, maps, soil)
         threat = threatened(robots, all_robots, around, maps.robot.shape) if self.options.grow_lichen else None
         return Scene(
             *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen, factories),
@@ -603,7 +611,7 @@ class LuxEncoder:
             match, player, slot, _, x, y, *_ = (field[homeless] for field in robots)
             self.home[match, player, slot] = nearest_factory(factories, match, player, x, y)
 
-    def _look_around(self, robots, factories, rubble, maps, soil):
+    def _look_around(self, robots, factories, rubble, lichen, maps, soil):
         """What is Around the robots."""
         x = robots.x + 1 + DX[:, None]  # in bordered maps
         y = robots.y + 1 + DY[:, None]
@@ -616,11 +624,13 @@ class LuxEncoder:
         home = robots.match, robots.player, nearest
         steps_home = np.maximum(np.abs(factories.x[home] - robots.x - DX[:, None]) - 1, 0)
         steps_home += np.maximum(np.abs(factories.y[home] - robots.y - DY[:, None]) - 1, 0)
-        worth_clearing = np.zeros_like(robots.x)
+        worth_clearing = worth_raiding = np.zeros_like(robots.x)
         if soil is not None:
             here = robots.match, robots.player, robots.x, robots.y
             worth_clearing = rubble_there[STAY] * soil.to_clear[here]
-        return Around(x, y, factory, impassable, rubble_there, steps_home, nearest, worth_clearing)
+            worth_raiding = lichen[robots.match, robots.x, robots.y] * soil.to_raid[here]
+        worth = worth_clearing, worth_raiding
+        return Around(x, y, factory, impassable, rubble_there, steps_home, nearest, *worth)
 
     # ---------- Observing ----------
 
@@ -700,9 +710,12 @@ class LuxEncoder:
         }.items():
             features[:, COLUMN[name]] = value
         if scene.soil is not None:
-            way = columns("clear_dx", "clear_dy", "clear_distance")
-            features[:, way] = ways_to_clear(robots, scene.rubble, scene.soil, scene.maps.robot)
+            digs = scene.rubble / DIG_RUBBLE[0]  # of a light robot
+            for name, cells, digs in (("clear", scene.soil.to_clear, digs), ("raid", scene.soil.to_raid, 0 * digs)):
+                way = columns(f"{name}_dx", f"{name}_dy", f"{name}_distance")
+                features[:, way] = ways_to_dig(robots, cells, digs, scene.maps.robot)
             features[:, COLUMN["worth_clearing"]] = around.worth_clearing > 0
+            features[:, COLUMN["worth_raiding"]] = around.worth_raiding > 0
         obs["features"][who] = features
 
     def _observe_match(self, obs, scene):
@@ -819,7 +832,8 @@ class LuxEncoder:
         useful[DIG] = mines | clears
 
         order_cost = ORDER_COST[robots.heavy]
-        useful[PICK_UP] = gain >= 10 * order_cost
+        share = PICK_UP_SHARE * BATTERY[robots.heavy]
+        useful[PICK_UP] = gain >= (share if self.options.grow_lichen else 10 * order_cost)
         steps = around.steps_home
         way_home = steps * MOVE_COST[robots.heavy] + (np.minimum(steps, 2) + 1) * order_cost
         if self.options.grow_lichen:
@@ -863,7 +877,8 @@ class LuxEncoder:
             order = robot_queue(robot, chosen[row], delivery[row])
             orders[robots.match[row]][robots.player[row]][unit_id] = order
         delivery_slot = around.factory[delivery, np.arange(len(delivery))]
-        return orders, self._acts(scene, builds, delivery_slot, yielded)
+        raided = around.worth_raiding * (chosen == DIG)
+        return orders, self._acts(scene, builds, delivery_slot, raided, yielded)
 
     def _order_factories(self, orders, scene, builds, actions):
         """Write the orders of the factories."""
@@ -875,16 +890,20 @@ class LuxEncoder:
             unit_id = list(self.factory_slots[match][player])[slot]
             orders[match][player][unit_id] = FACTORY_ORDERS[int(actions[match, player, slot])]
 
-    def _acts(self, scene, builds, delivery_slot, yielded):
-        """The Acts of each match; `delivery_slot` [R]: of the factory to which a robot would deliver."""
+    def _acts(self, scene, builds, delivery_slot, raided, yielded):
+        """The Acts of each match.
+
+        Arrays [R]: `delivery_slot` of the factory to which a robot would deliver, and `raided`, units of
+        lichen where it raids.
+        """
         may_light = builds.can_light & builds.slot_for_light
         may_heavy = builds.can_heavy & builds.slot_for_heavy
         blocked = (builds.can_light | builds.can_heavy) & ~may_light & ~may_heavy
         acts = [Acts({}, {}, *counts) for counts in zip(yielded, blocked.sum(-1))]
-        rows = (*scene.robots[:3], delivery_slot, scene.around.worth_clearing)
+        rows = (*scene.robots[:3], delivery_slot, scene.around.worth_clearing, raided)
         for (unit_id, robot), *row in zip(scene.seen, *(field.tolist() for field in rows)):
-            match, player, slot, delivery, worth_clearing = row
-            acts[match].robots[unit_id] = RobotAct(player, slot, robot, delivery, worth_clearing)
+            match, player, slot, *rest = row
+            acts[match].robots[unit_id] = RobotAct(player, slot, robot, *rest)
         for match, snapshot in enumerate(scene.snapshots):
             for player, factories in enumerate(snapshot.factories):
                 for unit_id, factory in factories.items():
@@ -1056,17 +1075,19 @@ def robot_queue(robot, action, delivery_direction):
 
 # ---------- Lichen: what the reward "lichen" adds to the encoder ----------
 
-# Bool maps [N, P, H, W]: own `lichen`, `room` where it grows or can spread to, and `to_clear`
-# where only rubble keeps it from spreading next
-Soil = namedtuple("Soil", "lichen room to_clear")
+# Bool maps [N, P, H, W]: own `lichen`, `room` where it grows or can spread to, `to_clear` where
+# only rubble keeps it from spreading next (until CLEAR_UNTIL), and `to_raid` where the opponent's
+# grows (from RAID_FROM on)
+Soil = namedtuple("Soil", "lichen room to_clear to_raid")
 
 
-def lichen_soil(own_lichen, resources, rubble, bordered_factory):
+def lichen_soil(time, own_lichen, resources, rubble, bordered_factory):
     """The Soil of both players, LICHEN_REACH steps over bare ground from own factories and lichen.
 
-    `own_lichen` as in Scene, `resources` bool [N, H, W] (ice and ore), `rubble` units [N, H, W],
-    `bordered_factory` as in BorderedMaps.
+    `time` [N], `own_lichen` as in Scene, `resources` bool [N, H, W] (ice and ore), `rubble` units
+    [N, H, W], `bordered_factory` as in BorderedMaps.
     """
+    time = np.array(time)[:, None, None, None]
     covered = bordered_factory[..., 1:-1, 1:-1] >= 0
     own = np.zeros_like(covered)
     own[own_lichen] = True
@@ -1075,7 +1096,8 @@ def lichen_soil(own_lichen, resources, rubble, bordered_factory):
     reached = covered | own
     for _ in range(LICHEN_REACH):
         reached |= dilate(reached) & fertile & ~under_rubble
-    return Soil(own, reached & ~covered, dilate(reached) & fertile & under_rubble)
+    to_clear = dilate(reached) & fertile & under_rubble & (time < CLEAR_UNTIL)
+    return Soil(own, reached & ~covered, to_clear, own[:, ::-1] & (time >= RAID_FROM))
 
 
 def dilate(cells):
@@ -1093,15 +1115,16 @@ def count_nearest(cells, factories):
     return count
 
 
-def ways_to_clear(robots, rubble, soil, bordered_robot):
-    """Way [R, 3] from robots to the rubble worth clearing that a light robot would have cleared soonest.
+def ways_to_dig(robots, cells, digs, bordered_robot):
+    """Way [R, 3] from robots to the marked cell of their team where they would be done soonest.
 
-    A way is dx, dy and distance in cells / 8, at most 1; (0, 0, 1) where there is no such rubble.
-    Rubble under another own robot is left to that robot.
+    `cells` is bool [N, P, H, W], `digs` [N, H, W] the steps that it takes there. A way is dx, dy and
+    distance in cells / 8, at most 1; (0, 0, 1) where no cell is marked. A cell under another own
+    robot is left to that robot.
     """
     ways = np.tile(np.float32([0, 0, 1]), (len(robots.x), 1))
-    for match, player in np.ndindex(soil.to_clear.shape[:2]):
-        x, y = np.nonzero(soil.to_clear[match, player])
+    for match, player in np.ndindex(cells.shape[:2]):
+        x, y = np.nonzero(cells[match, player])
         if len(x) == 0:
             continue
         rows = np.flatnonzero((robots.match == match) & (robots.player == player))
@@ -1109,7 +1132,7 @@ def ways_to_clear(robots, rubble, soil, bordered_robot):
         dy = y - robots.y[rows, None]
         steps = np.abs(dx) + np.abs(dy)
         occupied = bordered_robot[match, player, x + 1, y + 1] & (steps > 0)
-        time = steps + rubble[match, x, y] / DIG_RUBBLE[0] + np.where(occupied, FAR, 0)
+        time = steps + digs[match, x, y] + np.where(occupied, FAR, 0)
         soonest = np.arange(len(rows)), time.argmin(1)
         way = np.stack([dx[soonest], dy[soonest], steps[soonest]], -1)
         free = time[soonest] < FAR
@@ -1372,6 +1395,9 @@ class LuxMatch:
             if act.worth_clearing:
                 left = state.board.rubble[act.before.x, act.before.y]
                 pay(act, "rubble_cleared", max(act.worth_clearing - left, 0))
+            if act.raided:
+                left = state.board.lichen[act.before.x, act.before.y]
+                pay(act, "lichen_destroyed", max(act.raided - left, 0))
             if unit_id not in state.units[PLAYERS[act.player]]:
                 pay(act, "robot_lost", 1 if act.before.heavy else 0.1)
 

@@ -793,7 +793,13 @@ def test_early_phase_action():
 # ------------------------------------------------------------------------------------------------
 
 WEIGHTS = {"ice_dug": 0.004, "ore_dug": 0.0004, "ice_delivered": 0.004, "ore_delivered": 0.0008}
-WEIGHTS |= {"rubble_cleared": 0.0, "robot_lost": -0.05, "water_made": 0.004, "metal_made": 0.004}
+WEIGHTS |= {
+    "rubble_cleared": 0.0,
+    "lichen_destroyed": 0.0,
+    "robot_lost": -0.05,
+    "water_made": 0.004,
+    "metal_made": 0.004,
+}
 WEIGHTS |= {"lichen_grown": 0.0001, "survived": 0.001, "factory_lost": -0.2}
 # Metrics that are not named as the term that they add up
 METRIC = {"ice_delivered": "ice_transferred", "ore_delivered": "ore"}
@@ -1019,8 +1025,9 @@ def test_everything_was_met():
     if len(found) < len(STAGES):
         pytest.skip("needs all of the matches above")
     count = sum(found.values(), Counter())
-    names = [("metric", name) for name in lux.TEAM_METRICS if name != "rubble_cleared"]
-    paid = [term for term in WEIGHTS if term != "rubble_cleared"]
+    for_lichen = ("rubble_cleared", "lichen_destroyed")  # paid with the reward "lichen" only
+    names = [("metric", name) for name in lux.TEAM_METRICS if name not in for_lichen]
+    paid = [term for term in WEIGHTS if term not in for_lichen]
     names += [(player, term) for player in lux.PLAYERS for term in paid]
     names += ["delivered to the same", "delivered elsewhere"]
     names += ["joined another", "ended by time", "ended by thirst"]

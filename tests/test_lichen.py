@@ -11,6 +11,7 @@ import lux_wrapper as lux
 
 FACTORIES = 3
 WAY = ("clear_dx", "clear_dy", "clear_distance")
+RAID = ("raid_dx", "raid_dy", "raid_distance")
 OPTIONS = lux.LuxOptions(map_size=SIZE, max_factories=FACTORIES, max_robots=9, reward="lichen")
 
 
@@ -55,39 +56,43 @@ def ground(obs, player):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_ground(seed):
-    """Random boards, two thirds rubble: room, rubble worth clearing, ways to it."""
+    """Random boards, two thirds rubble: room, rubble worth clearing, lichen worth raiding, ways to both."""
     rng = np.random.default_rng(seed)
     own = [factory(5, 6), factory(12, 17)]
     covered = footprint({0: own[1]})
     free = [(x, y) for x in range(17) for y in range(SIZE) if not (2 < x < 9 and 2 < y < 9)]
     free = [free[at] for at in rng.permutation(len(free)) if free[at] not in covered]
-    lichen = strain(0, free[-12:-8]) | strain(2, free[-8:-4]) | strain(1, free[-4:])
+    lichen = strain(0, free[-12:-8]) | strain(2, free[-8:-6]) | strain(2, free[-6:-4], 90) | strain(1, free[-4:])
     robots = [heavy(*free[0]), robot(*free[1]), robot(*free[2]), heavy(*free[-20])]
     robots += [robot(*free[-19]), robot(*free[-18]), heavy(*free[-17])]
     robots += [heavy(*free[4]), heavy(*free[-29])]  # on ice and on ore
     theirs = [robot(*free[3]), robot(*free[-5])]
+    time = 699 + seed  # lichen is worth raiding from step 700 on
     rubble = {cell: int(rng.integers(1, 100)) for cell in free[: 2 * len(free) // 3]}
     ice, ore = free[4:9], free[-30:-26]
-    obs = official(robots, own, theirs, rubble=rubble, ice=ice, ore=ore, lichen=lichen)
+    obs = official(robots, own, theirs, rubble=rubble, ice=ice, ore=ore, lichen=lichen, time=time)
     arrays, soil = encode(obs)
     for player, name in enumerate(lux.PLAYERS):
         room, worth, grown = ground(obs, player)
         assert len(worth) > 8
         assert cells_of(soil.room[0, player]) == room
         assert cells_of(soil.to_clear[0, player]) == worth
+        prey = ground(obs, 1 - player)[2] if seed else set()
+        assert cells_of(soil.to_raid[0, player]) == prey and (seed == 0 or prey)
         units = obs["units"][name].values()
         taken = {tuple(unit["pos"]) for unit in units}
         for slot, unit in enumerate(units, FACTORIES):
             here = tuple(unit["pos"])
             row = named(arrays["features"][player, slot])
-            assert row["worth_clearing"] == (here in worth)
+            assert row["worth_clearing"] == (here in worth) and row["worth_raiding"] == (here in prey)
             assert row["lichen_cells"] == row["room_cells"] == 0
             digs = here in ice + ore or (here in worth and unit["unit_type"] == "LIGHT")
             assert arrays["action_mask"][player, slot, lux.DIG] == digs or here in lichen
-            time = {c: distance(here, c) + obs["board"]["rubble"][c] / 2 for c in sorted(worth)}
-            goal = min(time.keys() - taken | ({here} & worth), key=lambda c: (time[c], c))
-            way = np.array([goal[0] - here[0], goal[1] - here[1], distance(here, goal)])
-            assert [row[name] for name in WAY] == np.clip(way / 8, -1, 1).tolist()
+            for names, cells, digs in ((WAY, worth, obs["board"]["rubble"] / 2), (RAID, prey, np.zeros((SIZE, SIZE)))):
+                done = {c: distance(here, c) + digs[c] for c in sorted(cells)}
+                goal = min(done.keys() - taken | ({here} & cells), key=lambda c: (done[c], c), default=None)
+                way = np.array([goal[0] - here[0], goal[1] - here[1], distance(here, goal)]) if goal else [0, 0, 8]
+                assert [row[name] for name in names] == np.clip(np.divide(way, 8), -1, 1).tolist()
         centres = {home["strain_id"]: home["pos"] for home in obs["factories"][name].values()}
         for slot, strain_id in enumerate(centres):
             row = named(arrays["features"][player, slot])
@@ -102,6 +107,15 @@ def test_nothing_to_clear():
         arrays, _ = encode(official([robot(13, 10), robot(14, 10)], rubble=rubble))
         row = named(arrays["features"][0, FACTORIES + 1])
         assert [row[name] for name in WAY] == [0, 0, 1]
+
+
+def test_the_end():
+    """From step 900 on no rubble is worth clearing."""
+    for time in (899, 900):
+        obs = official([robot(13, 10)], rubble={(13, 10): 2}, time=time)
+        arrays, soil = encode(obs)
+        assert named(arrays["features"][0, FACTORIES])["worth_clearing"] == soil.to_clear.any() == (time < 900)
+        assert ("dig" in allowed_actions(obs)) == (time < 900)
 
 
 def test_water_is_saved():
@@ -135,6 +149,34 @@ def test_reward_of_cleared_rubble(reward, paid):
         for amount in (2, 1):
             _, rewards, *_ = env.step(dig)
             assert rewards[0, 0, slot] == pytest.approx(paid * amount * worth)
+
+
+@pytest.mark.parametrize("reward, paid", [("lichen", 0.01), ("ice", 0.0)])
+@pytest.mark.parametrize("kind, digs", [("light", (10, 10)), ("heavy", (90, 0))])
+def test_reward_of_destroyed_lichen(reward, paid, kind, digs):
+    """The opponent's lichen that is dug away is paid by the unit from step 700 on; own lichen and decay are not."""
+    env, (match,) = in_process(1, reward=reward, safe_masks=False)
+    slot = env.options.max_factories
+    idle, build, dig = np.zeros((3, 1, 2, env.options.num_entities), int)
+    build[0, 0, 0] = lux.BUILD_LIGHT if kind == "light" else lux.BUILD_HEAVY
+    dig[0, 0, slot] = lux.DIG
+    env.step(build)
+    state = match.engine.state
+    (unit,) = state.units["player_0"].values()
+    unit.power = 1000
+    x, y = unit.pos.pos = np.array([0, 0])
+    strains = [state.teams[player].factory_strains[0] for player in lux.PLAYERS]
+    for time, strain_id, worth in ((500, strains[1], False), (700, strains[0], False), (700, strains[1], True)):
+        state.env_steps += time - state.real_env_steps
+        state.board.rubble[x, y], state.board.ice[x, y], state.board.ore[x, y] = 0, 0, 0
+        state.board.lichen[x, y], state.board.lichen_strains[x, y] = 92, strain_id
+        for _ in range(2):  # in the first step it is not yet seen; it decays to 90
+            _, rewards, *_ = env.step(idle)
+            assert rewards[0, 0, slot] == 0
+        for amount in digs:
+            _, rewards, *_ = env.step(dig)
+            lost = amount + (kind == "light")  # with the unit that decays in the same step
+            assert rewards[0, 0, slot] == pytest.approx(paid * lost * worth)
 
 
 def test_threats():
@@ -195,6 +237,15 @@ def test_light_robots_keep_power(reward, kept, kind, dig, step, order):
         for power, may in ((least - 1, False), (least, True)):
             allowed = allowed_actions(official([kind(5, 10, power=power)], ice=[(5, 10)]), reward=reward)
             assert (action in allowed) == may and "move_right" in allowed
+
+
+@pytest.mark.parametrize("kind, lichen, ice", [(robot, 45, 10), (heavy, 900, 100)])
+def test_least_power_picked_up(kind, lichen, ice):
+    """30% of the battery, or with the reward "ice" ten times what the order costs."""
+    for reward, least in (("lichen", lichen), ("ice", ice)):
+        for power in (least - 1, least):
+            obs = official([kind(10, 10, power=20)], [factory(10, 10, power=power)])
+            assert ("pick_up_power" in allowed_actions(obs, reward=reward)) == (power == least)
 
 
 def test_running_away_needs_no_reserve():
