@@ -87,11 +87,11 @@ if [ $has_games = yes ]; then
 fi
 if [ $has_battle = yes ]; then
     arms="separate ippo mappo global"
-    for map_size in 24 45; do  # armies of 16 and of 81 soldiers
+    for map_size in 24 45 85; do  # armies of 16, 81 and 289 soldiers
         step python examples/battle/compare.py --arms $arms --map-size $map_size $battle \
             --out "$out/battle_$map_size" --work "$out/battle_$map_size"
     done
-    step python examples/battle/armies.py --works "$out/battle_24" "$out/battle_45" --out "$out/armies"
+    step python examples/battle/armies.py --works "$out"/battle_{24,45,85} --out "$out/armies"
 fi
 step python benchmark/placement.py --out "$out/placement.png"
 step python benchmark/throughput.py --out "$out/throughput" $throughput

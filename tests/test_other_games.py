@@ -9,7 +9,6 @@ import numpy as np
 import other_games
 import plot
 import pytest
-from compare import shares_won
 from plot import ROOT, read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -76,31 +75,47 @@ def test_what_is_refused(tmp_path):
 
 
 def test_results_in_the_pages():
-    """The tables of examples/README.md are those that the kept rows make."""
+    """The tables of the pages are those that the kept rows make."""
     page = (ROOT / "examples" / "README.md").read_text()
     results = ROOT / "benchmark"
     assert other_games.mean_returns(read_csv(results / "other_games" / "games.csv")) in page
-    for size in (16, 81):
-        assert shares_won(read_csv(results / f"battle_{size}" / "battle.csv")) in page
     page = " ".join((ROOT / "docs" / "results.md").read_text().split())
     assert " ".join(armies.shares_won(read_csv(results / "armies" / "armies.csv")).split()) in page
 
 
 def test_more_soldiers():
-    """What docs/results.md says of the battles with the frozen army."""
-    page = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    """What the pages say of the battles with the frozen army."""
+    pages = (ROOT / "docs" / "results.md", ROOT / "examples" / "README.md")
+    page, examples = (" ".join(page.read_text().split()) for page in pages)
+    folders = {size: ROOT / "benchmark" / f"battle_{size}" for size in (16, 81, 289)}
     others = ("ippo", "mappo", "global")
-    said = []
-    for size in (16, 81):
-        soldiers, won, factors = armies.against_frozen(ROOT / "benchmark" / f"battle_{size}")
+    said, shares = {}, {}
+    for size, folder in folders.items():
+        soldiers, won, factors = armies.against_frozen(folder)
         assert soldiers == size and {*won} == {"separate", *others} and won["separate"].mean() == 1
-        assert {len(x) for x in (*won.values(), *factors.values())} == {5}
+        assert {len(x) for x in (*won.values(), *factors.values())} == {3 if size == 289 else 5}
         medians = sorted(float(np.median(factors[arm])) for arm in others)
-        said.append(f"{medians[0]:.1f} to {medians[-1]:.1f} times")
-    assert f"need {said[0]} the method's steps with 16 soldiers, and {said[1]} with 81" in page
-    assert won["ippo"].max() == won["mappo"].max() == won["global"].max() == 0
-    _, won, _ = armies.against_frozen(ROOT / "benchmark" / "battle_16")
-    assert f"as in IPPO, win {won['ippo'].mean():.0%} of these battles, and with 81 none" in page
+        said[size] = f"{medians[0]:.1f} to {medians[-1]:.1f} times"
+        shares[size] = [float(won[arm].mean()) for arm in others]
+    assert f"need {said[16]} the method's steps with 16 soldiers, and {said[81]} with 81" in page
+    ippo, mappo, one = shares[16]
+    assert shares[81] == shares[289] == [0, 0, 0]
+    assert f"as in IPPO, win {ippo:.0%} of these battles, and with 81 or 289 none" in page
+    assert f"the arm as in IPPO {ippo:.0%}, as in MAPPO {mappo:.0%} and one trajectory {one:.0%}; with 81" in examples
+
+    rows = read_csv(folders[289] / "battle.csv")
+    battles = {}
+    for row in rows:
+        key = row["opponent"], row["arm"], int(row["global_step"]), row["seed"]
+        battles.setdefault(key, []).append(float(row["kills"]))
+    kills = {key: np.mean(x) for key, x in battles.items()}
+    ends = {arm: [kills["frozen", arm, 16384, seed] for seed in "123"] for arm in ("separate", *others)}
+    assert ends.pop("separate") == [289, 289, 289]
+    of_others = sorted(sum(ends.values(), []))
+    assert f"the others kill {of_others[0]:.0f} to {of_others[-1]:.0f} when training ends" in page
+    assert sum(x < 289 / 2 for x in of_others) == 5 and "five of their nine seeds less than half" in page
+    random = [mean for key, mean in kills.items() if key[:2] == ("random", "global")]
+    assert max(random) < 0.75 * 289 and "with 289 it never gets there" in page
 
 
 def test_looks_of_the_arms(monkeypatch, tmp_path):

@@ -135,9 +135,9 @@ def draw(works, path):
                 x, values = size + 0.16 * (number - 1.5), results[column][arm]
                 axis.plot([x] * len(values), values, "o", color=colour, alpha=0.35, ms=4)
                 axis.plot(x, middle(values), "o", color=colour, ms=8)
-                if never := np.isinf(values).sum():
+                if never := np.isinf(values).sum():  # one below the other, as they are too wide to stand side by side
                     look = {"transform": axis.get_xaxis_transform(), "ha": "center", "fontsize": 8, "color": colour}
-                    axis.text(x, 0.95, f"{never} never", **look)
+                    axis.text(x, 0.98 - 0.05 * number, f"{never} never", **look)
     for axis in axes:
         axis.set_xticks(range(len(found)), [f"armies of {results[0]}" for results in found])
         axis.set_xlim(-0.5, len(found) - 0.5)
@@ -147,10 +147,11 @@ def draw(works, path):
     axes[1].set_title(
         "steps to kill half of the frozen army, as a multiple\nof separate's (large: median)", fontsize=10
     )
-    factors_shown = (0.5, 1, 2, 3, 4, 6)
+    factors_shown = (0.5, 1, 2, 4, 8)
     axes[1].set_yscale("log")
     axes[1].set_yticks(factors_shown, [f"{factor:g}" for factor in factors_shown])
     axes[1].set_yticks([], minor=True)
+    axes[1].set_ylim(factors_shown[0], factors_shown[-1])
     handles.append(plt.Line2D([], [], color="grey", marker="o", ms=4, alpha=0.5, linestyle="", label="small: a seed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)

@@ -223,7 +223,7 @@ def draw(rows, path, soldiers, frozen_steps):
     handles, _ = axes[1, 0].get_legend_handles_labels()
     handles.append(plt.Line2D([], [], color="grey", linewidth=0.8, label="thin: a seed, thick: their mean"))
     figure.suptitle(f"{soldiers} soldiers against {soldiers}", fontsize=11)
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
