@@ -7,11 +7,12 @@
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
 #
-# The study has 196 trainings, the search 66, the NeurIPS stage 25, the other games 80, the battles 40. All of it in one
+# The study has 196 trainings, the search 66, the NeurIPS stage 25, the other games 80, the battles 60. All of it in one
 # go was not timed. On one core of an AMD EPYC the trainings of the study took 17.3 hours, the search with its
-# evaluations 1.9, the NeurIPS stage 3, the battles 0.8: expect a day on two cores. Not made here are matches
-# against bots that must be fetched first, and what shows a single training or match (the pages of
-# credit, the bands of a healthy run): benchmark/README.md has their commands.
+# evaluations 1.9, the NeurIPS stage 3, the battles 0.8 and with 289 soldiers about 3 more (estimated from 12 of these
+# 20 on a busy machine): expect a day on two cores. Not made here are matches against bots that must be fetched first,
+# and what shows a single training or match (the pages of credit, the bands of a healthy run): benchmark/README.md has
+# their commands.
 set -euo pipefail
 
 size=full
