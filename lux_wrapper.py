@@ -309,7 +309,7 @@ FLIGHT_POWER = np.array([20, 0])  # that light robots keep to run away from oppo
 PICK_UP_SHARE = 0.3  # of its battery that a robot picks up at least, so that it walks less
 LICHEN_REACH = 8  # steps over bare ground from own factories and lichen to rubble worth clearing
 CLEAR_UNTIL = 900  # step from which no rubble is worth clearing: lichen needs time to grow
-RAID_FROM = 700  # step from which the opponent's lichen is worth destroying: it would grow again
+RAID_FROM = 700  # step from which the opponent's lichen is worth destroying: before, it would grow again
 FAR = 10**6  # more than any distance or time
 AREA = np.mgrid[-1:2, -1:2].reshape(2, 9, 1)  # steps in x and y from a factory's centre to its cells
 
@@ -710,8 +710,10 @@ class LuxEncoder:
         }.items():
             features[:, COLUMN[name]] = value
         if scene.soil is not None:
-            digs = scene.rubble / DIG_RUBBLE[0]  # of a light robot
-            for name, cells, digs in (("clear", scene.soil.to_clear, digs), ("raid", scene.soil.to_raid, 0 * digs)):
+            for name, cells, digs in (
+                ("clear", scene.soil.to_clear, scene.rubble / DIG_RUBBLE[0]),  # by a light robot
+                ("raid", scene.soil.to_raid, np.zeros(scene.rubble.shape)),
+            ):
                 way = columns(f"{name}_dx", f"{name}_dy", f"{name}_distance")
                 features[:, way] = ways_to_dig(robots, cells, digs, scene.maps.robot)
             features[:, COLUMN["worth_clearing"]] = around.worth_clearing > 0
