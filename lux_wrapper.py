@@ -534,6 +534,7 @@ class LuxEncoder:
     def _read(self, snapshots):
         """The Scene that these snapshots show; gives slots to new robots."""
         seen = Snapshot(*zip(*snapshots))
+        time = np.array(seen.time)
         rubble = np.array(seen.rubble, np.int16)  # small types make maps faster
         lichen = np.array(seen.lichen, np.int16)
         strains = np.array(seen.strains, np.int16)
@@ -548,11 +549,11 @@ class LuxEncoder:
         maps = bordered_maps(factories, all_robots, self.options.map_size)
         soil = None
         if self.options.grow_lichen:
-            soil = lichen_soil(seen.time, own_lichen, self.ice | self.ore, rubble, maps.factory)
+            soil = lichen_soil(time, own_lichen, self.ice | self.ore, rubble, maps.factory)
         around = self._look_around(robots, factories, rubble, lichen, maps, soil)
         threat = threatened(robots, all_robots, around, maps.robot.shape) if self.options.grow_lichen else None
         return Scene(
-            *(snapshots, np.array(seen.time), rubble, lichen, strains, own_lichen, factories),
+            *(snapshots, time, rubble, lichen, strains, own_lichen, factories),
             *(all_robots, robots, list(itertools.compress(all_seen, has_slot)), maps, around, soil, threat),
         )
 
@@ -1089,7 +1090,7 @@ def lichen_soil(time, own_lichen, resources, rubble, bordered_factory):
     `time` [N], `own_lichen` as in Scene, `resources` bool [N, H, W] (ice and ore), `rubble` units
     [N, H, W], `bordered_factory` as in BorderedMaps.
     """
-    time = np.array(time)[:, None, None, None]
+    time = time[:, None, None, None]
     covered = bordered_factory[..., 1:-1, 1:-1] >= 0
     own = np.zeros_like(covered)
     own[own_lichen] = True

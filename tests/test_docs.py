@@ -340,3 +340,8 @@ def test_matches():
     made = figures.matches(ROOT / "benchmark" / "matches")
     assert len(made.splitlines()) == 2 + len(figures.OPPONENTS)
     assert made in README
+    robots = {}
+    for row in plot.read_csv(ROOT / "benchmark" / "matches" / "bart.csv"):
+        robots.setdefault(row["bot"], []).append(row["robots"])
+    theirs, ours = (" and ".join(robots[bot]) for bot in ("BartvonMeijenfeldt", "submission"))
+    assert f"the 15th ends with {theirs} robots, this bot with {ours} and" in " ".join(README.split())

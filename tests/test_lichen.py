@@ -88,8 +88,8 @@ def test_ground(seed):
             assert row["lichen_cells"] == row["room_cells"] == 0
             digs = here in ice + ore or (here in worth and unit["unit_type"] == "LIGHT")
             assert arrays["action_mask"][player, slot, lux.DIG] == digs or here in lichen
-            for names, cells, digs in ((WAY, worth, obs["board"]["rubble"] / 2), (RAID, prey, np.zeros((SIZE, SIZE)))):
-                done = {c: distance(here, c) + digs[c] for c in sorted(cells)}
+            for names, cells, steps in ((WAY, worth, obs["board"]["rubble"] / 2), (RAID, prey, np.zeros((SIZE, SIZE)))):
+                done = {c: distance(here, c) + steps[c] for c in sorted(cells)}
                 goal = min(done.keys() - taken | ({here} & cells), key=lambda c: (done[c], c), default=None)
                 way = np.array([goal[0] - here[0], goal[1] - here[1], distance(here, goal)]) if goal else [0, 0, 8]
                 assert [row[name] for name in names] == np.clip(np.divide(way, 8), -1, 1).tolist()
