@@ -15,6 +15,7 @@ alone, which keeps the results of the others:
     wrapper     LuxVecEnv against the bare engine: the same matches, the same orders, one core
     torchrun    two processes with a thread each against one
     entities    time and memory of an update by live entities per player
+    bot         a turn of the bot in submission/ by the number of its robots, one thread
     gpu         trainings on the GPU against the same on the CPU cores of its machine; only if it is named
 """
 
@@ -30,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
@@ -37,15 +39,18 @@ from typing import Literal, Optional
 import numpy as np
 import torch
 from ablation import commit
+from luxai_runner.utils import to_json
 from luxai_s2 import LuxAI_S2
+from luxai_s2.unit import UnitType
 from plot import ROOT, Refused, named_or, start, table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lux_wrapper as lux
 import trajsep_ppo
 
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "submission")]
 
+import main as bot  # noqa: E402
 from helpers import scripted  # noqa: E402
 
 ROLLOUT = 16 * 32  # environment steps of an update with the default flags
@@ -364,6 +369,61 @@ def report_entities(result):
     )
 
 
+def bot_turns(robots, turns):
+    """Seconds of each turn of the bot with so many robots, from the runner's JSON to its answer.
+
+    One in three is heavy. Before each turn those that were lost are replaced, on free cells anywhere.
+    """
+    player = bot.Player()
+    player.options = replace(player.options, max_robots=robots)
+    engine = LuxAI_S2(verbose=0)
+    engine.reset(seed=1)
+    state, rng, seconds = engine.state, np.random.default_rng(0), []
+    seen, changes = {}, state.get_compressed_obs()
+    while len(seconds) < turns:
+        line = json.dumps({"player": "player_0", "obs": to_json(changes)})
+        start = time.perf_counter()
+        orders = player.answer(line)
+        if state.real_env_steps >= 0:
+            seconds.append(time.perf_counter() - start)
+        idle = {} if state.real_env_steps >= 0 else lux.early_phase_action(seen or state.get_obs(), "player_1")
+        orders = {key: np.array(x) if isinstance(x, list) else x for key, x in orders.items()}
+        seen = engine.step({"player_0": orders, "player_1": idle})[0]["player_0"]
+        if state.real_env_steps >= 0:
+            refill(engine, robots, rng)
+        changes = state.get_change_obs(seen)
+        seen = state.get_obs()
+    return seconds
+
+
+def refill(engine, robots, rng):
+    """Give the first player so many robots, and all factories water, so that the match goes on."""
+    state = engine.state
+    own = state.units["player_0"]
+    free = state.board.factory_occupancy_map == -1
+    for unit in [*own.values(), *state.units["player_1"].values()]:
+        free[unit.pos.x, unit.pos.y] = False
+    for cell in rng.permutation(np.argwhere(free))[: max(robots - len(own), 0)]:
+        kind = UnitType.HEAVY if rng.random() < 1 / 3 else UnitType.LIGHT
+        unit = engine.add_unit(state.teams["player_0"], kind, cell)
+        unit.power = unit.battery_capacity
+    for factories in state.factories.values():
+        for factory in factories.values():
+            factory.cargo.water = 1000
+
+
+def bots(turns, counts=(10, 50, 100, 200)):
+    return {"turns": {robots: in_a_process(bot_turns, robots, turns)[0] for robots in counts}}
+
+
+def report_bot(result):
+    rows = []
+    for robots, seconds in result["turns"].items():
+        late = np.percentile(seconds, [50, 99, 100]) * 1000
+        rows.append([robots, f"{len(seconds):,}", *(f"{x:.0f}" for x in late)])
+    return table(["own robots", "turns", "median, ms", "99% take at most, ms", "longest, ms"], rows)
+
+
 # -- A GPU ---------------------------------------------------------------------------------
 
 LARGE_STAGE = "--env-kwargs map_size 64 min_factories 4 max_factories 10 max_robots 100"
@@ -405,13 +465,14 @@ REPORTS = {
     "wrapper": report_wrapper,
     "torchrun": report_torchrun,
     "entities": report_entities,
+    "bot": report_bot,
     "gpu": report_gpu,
 }
-Part = Literal["training", "wrapper", "torchrun", "entities", "gpu"]
+Part = Literal["training", "wrapper", "torchrun", "entities", "bot", "gpu"]
 
 
 def main(
-    parts: tuple[Part, ...] = ("training", "wrapper", "torchrun", "entities"),
+    parts: tuple[Part, ...] = ("training", "wrapper", "torchrun", "entities", "bot"),
     steps: Optional[int] = None,
     repeats: Optional[int] = None,
     out: Optional[Path] = None,
@@ -435,6 +496,7 @@ def main(
         "wrapper": partial(wrapper, repeats or 5),
         "torchrun": partial(torchrun, repeats or 3, steps or 8192),
         "entities": entities,
+        "bot": partial(bots, 40 * repeats if repeats else 400),
         "gpu": partial(gpu, repeats or 3, steps or 16384),
     }
     out.mkdir(parents=True, exist_ok=True)

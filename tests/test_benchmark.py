@@ -328,6 +328,27 @@ def test_entities():
         throughput.in_a_process(throughput.crowd_update, "many")
 
 
+def test_turns_of_the_bot(monkeypatch):
+    """It is timed in a match that goes on, with as many robots as named, of both kinds, and it orders them all."""
+    seen, ordered, answer = [], set(), throughput.bot.Player.answer
+
+    def spy(player, line):
+        orders = answer(player, line)
+        units = json.loads(line)["obs"]["units"]["player_0"]
+        seen.append([unit["unit_type"] for unit in units.values()])
+        ordered.update(orders.keys() & units.keys())
+        return orders
+
+    monkeypatch.setattr(throughput.bot.Player, "answer", spy)
+    seconds = throughput.bot_turns(40, 200)
+    crowded = seen[-199:]  # placement comes before, and the first turn, when nothing is built yet
+    assert len(seconds) == 200 and min(seconds) > 0
+    assert {len(kinds) for kinds in crowded} == {40} and set(crowded[0]) == {"LIGHT", "HEAVY"}
+    assert len(ordered) >= 40
+    measured = {"turns": {"200": [0.001] * 98 + [0.1, 0.3]}}
+    assert "| 200 | 100 | 1 | 102 | 300 |" in throughput.report_bot(measured)
+
+
 def test_memory_is_a_goal_of_long_runs(tmp_path, monkeypatch, capsys):
     """While a program still starts, its memory grows."""
     monkeypatch.setattr(luxai_s2.env, "validate_actions", luxai_s2.env.validate_actions)  # puts it back
