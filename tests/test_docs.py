@@ -335,6 +335,39 @@ def test_first_screen():
     assert README.index("download.pytorch.org/whl/cpu") < README.index("install -r requirements.txt")
 
 
+def test_trials_of_growth():
+    """So is the table of what was tried to make the bot grow: means over maps and players."""
+    economy, page = ROOT / "benchmark" / "economy", (ROOT / "submission" / "README.md").read_text()
+    rows = [row for row in plot.read_csv(economy / "economy.csv") if int(row["map"]) < 5006]
+    rows = [row | {"variant": "today"} for row in rows] + plot.read_csv(economy / "trials.csv")
+    named = {row["variant"]: f"(`{row['variant']}`" for row in rows} | {"today": "| today's bot |"}
+
+    def means(variant, step, *keys):
+        of_step = [row for row in rows if row["variant"] == variant and row["step"] == str(step)]
+        return [np.mean([float(row[key]) for row in of_step]) for key in keys]
+
+    lines = page[page.index("## What was tried to make it grow") : page.index("### Earlier trials")].splitlines()
+    found = 0
+    for variant, name in named.items():
+        for line in lines:
+            if line.startswith("|") and name in line:
+                robots = [means(variant, step, "lights", "heavies") for step in (500, 999)]
+                cells = [", ".join(f"{lights:.0f} and {heavies:.1f}" for lights, heavies in robots)]
+                cells += [f"{x:,.0f}" for x in means(variant, 999, "ore_dug", "ice_dug", "power", "lichen")]
+                assert line.endswith(f" | {' | '.join(cells)} |"), variant
+                found += 1
+    assert found == sum(line.startswith("|") for line in lines) - 2
+    text = " ".join(" ".join(lines).split())
+    early = [means(f"income_{income}", 500, "power")[0] for income in (1, 4)]
+    assert "it has {:,.0f} to {:,.0f} power (today {:,.0f})".format(*early, *means("today", 500, "power")) in text
+    late = [means(f"income_{income}", 999, "lichen")[0] for income in (1, 4)]
+    assert "ends with {:,.0f} down to {:,.0f} lichen".format(*late) in text
+    at_800 = [means(variant, 800, "lichen")[0] for variant in ("lights_wait_300", "today")]
+    assert "has {:,.0f} lichen at step 800 instead of {:,.0f}".format(*at_800) in text
+    left = means("lights_wait_300", 999, "lichen_cells", "water")
+    assert "{:.0f} cells, most of them full, and {:,.0f} units of water".format(*left) in text
+
+
 def test_matches():
     """So is the table of the bot's matches."""
     made = figures.matches(ROOT / "benchmark" / "matches")
