@@ -221,6 +221,7 @@ OPPONENTS = {  # file of benchmark/matches/ -> what it is called
     "python": "official Python kit",
     "rl": "official RL kit, its trained model",
     "andrii": "[{0}](https://github.com/{0}), 76th of 646".format("andrii0yerko/lux-ai-s2-2023"),
+    "jeffdshen": "[{0}](https://github.com/{0}), 40th".format("jeffdshen/lux-s2"),
     "bart": "[{0}](https://github.com/{0}), 15th".format("BartvonMeijenfeldt/LuxAISeason2Bot"),
 }
 

@@ -378,3 +378,15 @@ def test_matches():
         robots.setdefault(row["bot"], []).append(row["robots"])
     theirs, ours = (" and ".join(robots[bot]) for bot in ("BartvonMeijenfeldt", "submission"))
     assert f"the 15th ends with {theirs} robots, this bot with {ours} and" in " ".join(README.split())
+    page = " ".join((ROOT / "submission" / "README.md").read_text().split())
+    for name, sentence in {
+        "andrii": "Against andrii0yerko's bot it wins {} of {} games (",
+        "jeffdshen": "Against jeffdshen's it wins {} of {} games (",
+        "neurips_python": "it wins {} of {} games against the Python kit",
+        "neurips_rl": "and {} of {} against the RL kit",
+        "neurips_andrii": "with an exception of its own in all {1} games",
+        "andrii_long": "Against andrii0yerko's bot it wins {} of {} games (`andrii_long.csv`)",
+    }.items():
+        rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
+        ours = [row["result"] for row in rows if row["bot"] in ("submission", "run")]
+        assert sentence.format(ours.count("win"), len(ours)) in page, name
