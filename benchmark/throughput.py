@@ -376,23 +376,21 @@ def bot_turns(robots, turns):
     """
     player = bot.Player()
     player.options = replace(player.options, max_robots=robots)
-    engine = LuxAI_S2(verbose=0)
-    engine.reset(seed=1)
-    state, rng, seconds = engine.state, np.random.default_rng(0), []
-    seen, changes = {}, state.get_compressed_obs()
-    while len(seconds) < turns:
-        line = json.dumps({"player": "player_0", "obs": to_json(changes)})
+    match = lux.LuxMatch(lux.LuxOptions(), lux.weights_of())
+    match.reset(seed=1)
+    engine, rng, seconds = match.engine, np.random.default_rng(0), []
+    refill(engine, robots, rng)
+    message = engine.state.get_obs()  # whole, later what has changed
+    for _ in range(turns):
+        line = json.dumps({"player": "player_0", "obs": to_json(message)})
         start = time.perf_counter()
         orders = player.answer(line)
-        if state.real_env_steps >= 0:
-            seconds.append(time.perf_counter() - start)
-        idle = {} if state.real_env_steps >= 0 else lux.early_phase_action(seen or state.get_obs(), "player_1")
-        orders = {key: np.array(x) if isinstance(x, list) else x for key, x in orders.items()}
-        seen = engine.step({"player_0": orders, "player_1": idle})[0]["player_0"]
-        if state.real_env_steps >= 0:
-            refill(engine, robots, rng)
-        changes = state.get_change_obs(seen)
-        seen = state.get_obs()
+        seconds.append(time.perf_counter() - start)
+        seen = engine.state.get_obs()
+        orders = {unit_id: np.array(order) if isinstance(order, list) else order for unit_id, order in orders.items()}
+        engine.step({"player_0": orders, "player_1": {}})
+        refill(engine, robots, rng)
+        message = engine.state.get_change_obs(seen)
     return seconds
 
 

@@ -330,20 +330,24 @@ def test_entities():
 
 def test_turns_of_the_bot(monkeypatch):
     """It is timed in a match that goes on, with as many robots as named, of both kinds, and it orders them all."""
-    seen, ordered, answer = [], set(), throughput.bot.Player.answer
+    seen, ordered, engines = [], set(), []
+    answer, refill = throughput.bot.Player.answer, throughput.refill
 
     def spy(player, line):
         orders = answer(player, line)
+        board = engines[-1].state.board
+        for name in ("rubble", "lichen"):  # it is told of every change
+            np.testing.assert_array_equal(player.maps[name], getattr(board, name))
         units = json.loads(line)["obs"]["units"]["player_0"]
         seen.append([unit["unit_type"] for unit in units.values()])
         ordered.update(orders.keys() & units.keys())
         return orders
 
     monkeypatch.setattr(throughput.bot.Player, "answer", spy)
+    monkeypatch.setattr(throughput, "refill", lambda engine, *args: engines.append(engine) or refill(engine, *args))
     seconds = throughput.bot_turns(40, 200)
-    crowded = seen[-199:]  # placement comes before, and the first turn, when nothing is built yet
-    assert len(seconds) == 200 and min(seconds) > 0
-    assert {len(kinds) for kinds in crowded} == {40} and set(crowded[0]) == {"LIGHT", "HEAVY"}
+    assert len(seconds) == len(seen) == 200 and min(seconds) > 0
+    assert {len(kinds) for kinds in seen} == {40} and set(seen[0]) == {"LIGHT", "HEAVY"}
     assert len(ordered) >= 40
     measured = {"turns": {"200": [0.001] * 98 + [0.1, 0.3]}}
     assert "| 200 | 100 | 1 | 102 | 300 |" in throughput.report_bot(measured)

@@ -364,8 +364,9 @@ def test_trials_of_growth():
     assert "ends with {:,.0f} down to {:,.0f} lichen".format(*late) in text
     at_800 = [means(variant, 800, "lichen")[0] for variant in ("lights_wait_300", "today")]
     assert "has {:,.0f} lichen at step 800 instead of {:,.0f}".format(*at_800) in text
-    left = means("lights_wait_300", 999, "lichen_cells", "water")
-    assert "{:.0f} cells, most of them full, and {:,.0f} units of water".format(*left) in text
+    lichen, cells, water = means("lights_wait_300", 999, "lichen", "lichen_cells", "water")
+    assert f"{cells:.0f} cells, with {lichen / cells:.0f} units each, and {water:,.0f} units of water" in text
+    assert {row["step"] for row in rows if row["variant"] == "lights_on_ore_paid_double"} == {"100"}
 
 
 def test_matches():
@@ -390,3 +391,8 @@ def test_matches():
         rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
         ours = [row["result"] for row in rows if row["bot"] in ("submission", "run")]
         assert sentence.format(ours.count("win"), len(ours)) in page, name
+    played = [*figures.OPPONENTS, "neurips_python", "neurips_rl", "neurips_andrii"]
+    rows = sum((plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv") for name in played), [])
+    ours = [row for row in rows if row["bot"] == "submission"]
+    assert f"In all {len(ours)} games none of its orders was refused, and it always had a factory" in page
+    assert all(row["refused"] == "0" and row["factories"] != "0" for row in ours)
