@@ -73,8 +73,10 @@ import os
 import signal
 import sys
 import warnings
+import weakref
 from collections import Counter, namedtuple
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import connection
 
 import numpy as np
@@ -993,7 +995,7 @@ def power_left(robots, around):
 
 
 def legal_actions(robots, around, left, gain):
-    """What the game lets robots do, bool [A, R]; `left` [A, R] and `gain` [R] as in _harmless_actions."""
+    """What the game lets robots do, bool [A, R]; `left` [A, R] and `gain` [R] as in _useful_actions."""
     legal = left >= 0
     in_factory = around.factory[STAY] >= 0
     legal[MOVES] &= ~around.impassable[MOVES]
@@ -1640,6 +1642,16 @@ def _make_matches(parent, *args):
     return matches
 
 
+def end_workers(games):
+    """End the worker processes of an AsyncVectorEnv; they hold nothing that has to be saved."""
+    for process in games.processes:
+        process.kill()
+        process.join()
+    for pipe in filter(None, games.parent_pipes):
+        pipe.close()
+    games.closed = True
+
+
 class LuxVecEnv(gym.vector.VectorEnv if gym else object):
     """N matches of Lux AI Season 2, two players each, both played by the caller.
 
@@ -1687,6 +1699,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
     ):
         if gym is None:
             raise ModuleNotFoundError("LuxVecEnv needs Gymnasium: pip install gymnasium")
+        if not find_spec("luxai_s2"):  # here, as workers could only die of it
+            raise ModuleNotFoundError("LuxVecEnv needs the game: pip install -r requirements.txt")
         checked_numbers(num_envs, num_workers, first_match, render_mode, engine_options or {})
         self.num_envs = num_envs
         self.render_mode = render_mode
@@ -1723,7 +1737,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
                 for process in set(multiprocessing.active_children()) - set(others):
                     process.kill()
                 raise
-            atexit.register(self.close)
+            self.end_workers = weakref.finalize(self, end_workers, self.games)  # also if it is only dropped
+            atexit.register(self.end_workers)  # before multiprocessing waits for them
 
     def reset(self, *, seed=None, options=None):
         """Start new matches. Match i plays the same maps for the same seed, whatever N is.
@@ -1820,15 +1835,8 @@ class LuxVecEnv(gym.vector.VectorEnv if gym else object):
         return self.games.envs[0].matches
 
     def close_extras(self, **kwargs):
-        """End the worker processes; they hold nothing that has to be saved."""
-        atexit.unregister(self.close)
         if isinstance(self.games, gym.vector.AsyncVectorEnv):
-            for process in self.games.processes:
-                process.kill()
-                process.join()
-            for pipe in filter(None, self.games.parent_pipes):
-                pipe.close()
-            self.games.closed = True
+            self.end_workers()
 
     def _observations(self, obs):
         """Arrays [workers, matches of each, ...] of `games` as the caller sees them, [N, ...]."""

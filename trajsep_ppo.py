@@ -16,6 +16,7 @@ Source: Takács, Magyar, Gulyás, "Scalable Distributed Reinforcement Learning i
 
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -41,7 +42,7 @@ from hybrid_model import HybridNet
 
 # torchrun's processes share every rollout and minibatch
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+WORLD_SIZE, LOCAL_WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "grad_norm")
 
 
@@ -98,7 +99,7 @@ def make_envs(args, num_envs, **options):
         raise Refused(f"--env-id {args.env_id} is not module:class: {error}")
     try:
         envs = make(num_envs, **options, **args.env_kwargs)
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise Refused(f"--env-id {args.env_id}: {error}")
     if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", ()):
         raise Refused(f"--capture-video: {args.env_id} draws no matches")
@@ -107,7 +108,8 @@ def make_envs(args, num_envs, **options):
 
 def to_tensors(obs, device):
     """Observation arrays [N, P, ...] as tensors [B, ...]; on a CPU they share memory."""
-    return {key: torch.as_tensor(array, device=device).flatten(0, 1) for key, array in obs.items()}
+    arrays = {key: np.ascontiguousarray(array) for key, array in obs.items()}
+    return {key: torch.as_tensor(array, device=device).flatten(0, 1) for key, array in arrays.items()}
 
 
 def group_sum(x, obs):
@@ -163,6 +165,9 @@ def train(args, run_dir, device, checkpoint=None):
     global_step = checkpoint["global_step"] if checkpoint else 0
     torch.manual_seed(args.seed + global_step)
     torch.backends.cudnn.deterministic = True
+    rollout_steps = args.num_envs * args.num_steps
+    num_updates = args.total_timesteps // rollout_steps
+    updates = range(math.ceil(global_step / rollout_steps) + 1, num_updates + 1)
     num_envs = args.num_envs // WORLD_SIZE  # of this process
     envs = make_envs(args, num_envs, num_workers=args.num_workers, first_match=RANK * num_envs)
     num_actions = int(envs.single_action_space.nvec.max())
@@ -193,8 +198,8 @@ def train(args, run_dir, device, checkpoint=None):
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         size = sum(parameter.numel() for parameter in agent.parameters())
         print(f"{size:,} parameters on {device}, from step {global_step}, writing to {run_dir}")
-        if args.total_timesteps - global_step < args.num_envs * args.num_steps:
-            print("all --total-timesteps were played already: nothing is trained")
+        if not updates:
+            print("--total-timesteps leaves no whole rollout to play: nothing is trained")
 
     # Rollout storage. Masks are data: stored with the observation, replayed in the update.
     next_obs = to_tensors(next_obs, device)
@@ -207,15 +212,13 @@ def train(args, run_dir, device, checkpoint=None):
     dones = torch.zeros((args.num_steps, B), dtype=torch.bool, device=device)
     values = torch.zeros((args.num_steps + 1, B, G), device=device)
     active = torch.zeros((args.num_steps + 1, B, G), dtype=torch.bool, device=device)
-    rollout_steps = args.num_envs * args.num_steps
-    num_updates = args.total_timesteps // rollout_steps
     start_time = time.time() - (checkpoint["train_seconds"] if checkpoint else 0)
     progress = tqdm(total=num_updates * rollout_steps, initial=global_step, unit="step", disable=RANK > 0)
     signals = []  # received by this process
     stopped = []  # received by any process, known to all
     handlers = {x: signal(x, lambda number, _: signals.append(number)) for x in (SIGINT, SIGTERM)}
 
-    for update in range(global_step // rollout_steps + 1, num_updates + 1):
+    for update in updates:
         if stopped:
             break
         elapsed = (update - 1) / num_updates
@@ -471,7 +474,7 @@ if __name__ == "__main__":
     signal(SIGTERM, lambda number, _: sys.exit(128 + number))  # closes the environments
     sys.path.insert(0, os.getcwd())  # --env-id is looked for here first, then beside this script
     args = tyro.cli(Args, console_outputs=RANK == 0)
-    run_dir = Path("runs", f"{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
+    run_dir = Path("runs")  # until the run has a name
     checkpoint = None
     try:
         if source := args.evaluate or args.resume:
@@ -487,15 +490,19 @@ if __name__ == "__main__":
                 raise Refused(f"{path} is damaged, or not a checkpoint of this script{hint}")
             args = tyro.cli(Args, default=replace(saved, env_kwargs={}))  # flags override the run's
             args.env_kwargs = saved.env_kwargs | args.env_kwargs
-            if args.evaluate:
-                run_dir = Path("runs", f"evaluate__{run_dir.name}")
-            elif args.total_timesteps < (reached := checkpoint["global_step"]):
+        run_dir = Path("runs", f"{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
+        if args.evaluate:
+            run_dir = Path("runs", f"evaluate__{run_dir.name}")
+        elif args.resume:
+            if "global_step" not in checkpoint:
+                raise Refused(f"{path} holds only weights and flags: --evaluate plays it, --resume cannot continue it")
+            if args.total_timesteps < (reached := checkpoint["global_step"]):
                 raise Refused(f"{path} is at step {reached}: --total-timesteps must not be less")
-            elif path in checkpoints(path.parent)[-1:]:  # else a new run begins
+            if path in checkpoints(path.parent)[-1:]:  # else a new run begins
                 run_dir = path.parent
             args.resume = None
         check_args(args)
-        cuda = args.cuda and torch.cuda.is_available()
+        cuda = args.cuda and torch.cuda.device_count() >= LOCAL_WORLD_SIZE  # a GPU for each process, or none
         device = torch.device(f"cuda:{LOCAL_RANK}" if cuda else "cpu")
         if WORLD_SIZE > 1:
             try:
@@ -515,6 +522,7 @@ if __name__ == "__main__":
             dist.destroy_process_group()
         if RANK > 0:
             os._exit(0)  # in Python's usual end torch's threads sometimes abort
+        run_dir.mkdir(parents=True, exist_ok=True)
         if args.eval_episodes:
             evaluation, rows = {}, defaultdict(dict)
             for how in ("sampled", "greedy"):
@@ -533,17 +541,16 @@ if __name__ == "__main__":
             print(f"\n{args.eval_episodes:5} held-out matches{head}")
             for key, cells in rows.items():
                 print(f"{key:24}{cells.get('sampled', '-'):>26}{cells.get('greedy', '-'):>26}")
-            run_dir.mkdir(parents=True, exist_ok=True)
             Path(run_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=1))
             print(f"\nwritten to {run_dir}/evaluation.json")
-            if args.capture_video:
-                envs = make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
-                frames = []
-                evaluate(agent, envs, args.eval_steps, device, frames=frames)
-                envs.close()
-                film = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
-                frames[0].save(run_dir / "video.gif", **film)
-                print(f"written to {run_dir}/video.gif")
+        if args.capture_video:
+            envs = make_envs(args, 1, num_workers=0, held_out=True, render_mode="rgb_array")
+            frames = []
+            evaluate(agent, envs, args.eval_steps, device, frames=frames)
+            envs.close()
+            film = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+            frames[0].save(run_dir / "video.gif", **film)
+            print(f"written to {run_dir}/video.gif")
     except (Exception, KeyboardInterrupt) as error:
         if "gloo" in str(error):  # the library that connects the processes
             error = ConnectionError("another process of this training has died")

@@ -396,6 +396,12 @@ def main():
     try:
         if min(args.games, args.parallel, args.steps) < 1:
             raise Refused("--games, --parallel and --steps must be at least 1")
+        if not 0 <= args.seed <= 2**32 - 1 - args.games:
+            raise Refused(f"--seed must be between 0 and {2**32 - 1 - args.games}, got {args.seed}")
+        if not 1 <= args.min_factories <= args.max_factories:
+            raise Refused("--min-factories must be at least 1, and at most --max-factories")
+        if not min(args.turn_seconds, args.overage) >= 0:
+            raise Refused("--turn-seconds and --overage must be at least 0")
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
             bots = [main_file(*bot) for bot in zip(names, (one, other))]
             if args.out:

@@ -67,6 +67,11 @@ def test_keeps_the_contract(options):
     assert check_env(make_env, steps=100) == []
 
 
+def test_other_groups_are_refused():
+    with pytest.raises(ValueError, match="group_by must be entity or cluster, got squad"):
+        BattleVecEnv(1, group_by="squad")
+
+
 def test_sees_the_board_from_its_own_side():
     """Own channels show a soldier's health at its position; the other army sees it as an enemy's."""
     lengths = np.zeros(2)

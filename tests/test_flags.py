@@ -185,14 +185,16 @@ def test_global_generators_are_left_alone(script, monkeypatch, tmp_path):
 
 @both
 @pytest.mark.parametrize(
-    "gpu, flag, expected",
-    [(True, "", "cuda"), (True, "--cuda", "cuda"), (True, "--no-cuda", "cpu"), (False, "", "cpu")],
+    "gpus, processes, flag, expected",
+    [(1, 1, "", "cuda"), (1, 1, "--cuda", "cuda"), (1, 1, "--no-cuda", "cpu"), (0, 1, "", "cpu")]
+    + [(1, 2, "", "cpu"), (2, 2, "", "cuda")],
 )
-def test_cuda(script, gpu, flag, expected, monkeypatch, tmp_path):
-    """The network goes to the GPU where there is one, unless --no-cuda is given."""
+def test_cuda(script, gpus, processes, flag, expected, monkeypatch, tmp_path):
+    """The network goes to the GPU where each process of a machine has one, unless --no-cuda is given."""
     to = MagicMock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(hybrid_model.HybridNet, "to", to)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     with pytest.raises(SystemExit):
         start(script, tmp_path, BASE.replace("--no-cuda", flag))
     (device,) = to.call_args.args
@@ -225,6 +227,10 @@ def test_evaluate(script, tmp_path):
     played = [env for env in run.envs if env.seeds]
     assert [env.options for env in played] == [trained.played(held_out=True).options] * 2
 
+    trained = start(script, tmp_path, f"{BASE} --exp-name other --seed 5")
+    run = start(script, tmp_path, f"--evaluate {trained.folder}")
+    assert re.fullmatch(r"evaluate__other__5__\d+", run.folder.name)
+
     (tmp_path / "elsewhere").mkdir()
     path = trained.checkpoints[48].rename(tmp_path / "elsewhere" / "model.pt")
     run = start(script, tmp_path, f"--evaluate {path} --eval-episodes 2")
@@ -246,6 +252,8 @@ def test_capture_video(script, tmp_path):
     assert drawn.num_envs == 1 and drawn.seeds == [7000]
     with Image.open(run.folder / "video.gif") as video:
         assert video.n_frames == 3  # of steps 0, 4 and 8
+    run = start(script, tmp_path, f"--evaluate {run.folder} --eval-episodes 0 --capture-video")
+    assert [path.name for path in run.folder.iterdir()] == ["video.gif"]
 
 
 @both
@@ -283,6 +291,16 @@ def test_resume(script, tmp_path):
     second = start(script, tmp_path / "second", flags, SHORT)
     assert contents(first.folder) == before
     assert [*second.checkpoints] == [48] and same(second.last["model"], first.last["model"])
+    assert second.folder.name.startswith(f"{script.__name__}__1__")
+
+
+@both
+def test_resume_with_longer_rollouts(script, tmp_path):
+    """No more than --total-timesteps is played, and every update of the schedule at most once."""
+    first = start(script, tmp_path, f"{BASE} --total-timesteps 16 --exp-name short")
+    run = start(script, tmp_path, f"--resume {first.folder} --num-steps 16 --total-timesteps 64")
+    assert max(run.checkpoints) == 48  # the second update of two, whose rollouts have 32 steps
+    assert run.last["optimizer"]["state"][0]["step"] == 4 + 4
 
 
 @both
@@ -307,7 +325,19 @@ def test_nothing_left_to_train(script, tmp_path, capsys):
     assert "nothing is trained" not in capsys.readouterr().out
     run = start(script, tmp_path, f"--resume {first.folder} --eval-episodes 1")
     assert run.matches and checkpoint.items() <= contents(run.folder).items()
-    assert "all --total-timesteps were played already: nothing is trained" in capsys.readouterr().out
+    assert "--total-timesteps leaves no whole rollout to play: nothing is trained" in capsys.readouterr().out
+
+
+@both
+def test_arrays_in_any_order(script, base, tmp_path):
+    """An environment may give views, such as boards with other axes in memory: the same is learned."""
+
+    class Views(Toy):
+        def _observe(self):
+            return {key: np.flip(np.flip(x, -1).copy(order="F"), -1) for key, x in super()._observe().items()}
+
+    run = start(script, tmp_path, BASE, Views)
+    assert same(run.last["model"], base(script).last["model"]) and run.matches == base(script).matches
 
 
 @both

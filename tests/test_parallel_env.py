@@ -123,6 +123,8 @@ def test_clusters():
     options = {"team": lambda agent: agent == "cat", "kind": lambda agent: agent != "bob"}
     assert arena(group_by="cluster", **options)[1]["group"][0].tolist() == [[0, 1], [0, 0]]
     assert arena(group_by="cluster")[1]["group"][0].tolist() == [[0, 0, 0]]
+    with pytest.raises(ValueError, match="group_by must be entity or cluster, got clusters"):
+        arena(group_by="clusters")
     assert arena()[1]["group"][0].tolist() == [[0, 1, 2]]
 
 
@@ -317,6 +319,21 @@ GAMES = [  # module, name, its package, steps
     ("tuple_games", "RwareVecEnv", "rware", 60),
     ("tuple_games", "LbfVecEnv", "lbforaging", 60),
 ]
+
+
+def test_foraging_is_cut_short():
+    """Its time limit is a truncation, whose last observation is given; it ends by the rules when all is eaten."""
+    pytest.importorskip("lbforaging", reason="needs examples/gymnasium/requirements.txt")
+    env = importlib.import_module("tuple_games").LbfVecEnv(2)
+    env.reset(seed=1)
+    for step in range(50):
+        _, _, terminated, truncated, infos = env.step(np.zeros((2, 1, 3), np.int64))
+        assert not terminated.any() and truncated.tolist() == [step == 49] * 2
+    assert infos["final_obs"]["kind"].all()
+    for game in env.games:
+        game.game.unwrapped.field[:] = 0
+    _, _, terminated, truncated, _ = env.step(np.zeros((2, 1, 3), np.int64))
+    assert terminated.all() and not truncated.any()
 
 
 @pytest.mark.parametrize("module, name, package, steps", GAMES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import re
@@ -175,6 +176,7 @@ BAD_FLAGS = [
     ("--evaluate nowhere/some.pt", "there is no checkpoint at nowhere/some.pt"),
     ("--resume empty", "there is no checkpoint at empty"),
     ("--resume run --total-timesteps 63", "checkpoint_64.pt is at step 64: --total-timesteps"),
+    ("--resume weights.pt", "weights.pt holds only weights and flags: --evaluate plays it"),
     ("--track", "--track needs `pip install wandb` and `wandb login`: module 'wandb' has no attribute"),
     ("--resume run --num-workers -1", "--num-workers"),
     ("--resume run --env-kwargs slots 6", "the checkpoint does not fit the flags: Error"),
@@ -253,6 +255,7 @@ def bad_flags():
         for flags, says in BAD_FLAGS:
             yield script, flags, says
     yield "trajsep_ppo", "--group-by none", "group_by must be entity or cluster"
+    yield "trajsep_ppo", "--env-id toy_env:ToyVecEnv --group-by cluster", "group_by must be entity, got cluster"
 
 
 @pytest.mark.parametrize("script, flags, says", bad_flags())
@@ -261,10 +264,21 @@ def test_bad_flags(script, flags, says, refused, tmp_path):
     if "run" in flags:
         other = {"model": {"weight": torch.zeros(2, 2)}} if "slots" in flags else {}
         toy_run(script, tmp_path / "run", **other)
+    if "weights" in flags:
+        content = torch.load(toy_run(script, tmp_path / "run"))
+        torch.save({key: content[key] for key in ("args", "model")}, tmp_path / "weights.pt")
     (tmp_path / "empty").mkdir()
     (tmp_path / "wandb").mkdir()  # as W&B makes it; Python takes it for a package
     (sentence,) = refused(script, flags)
     assert says in sentence
+
+
+@both
+def test_without_the_game(script, refused, monkeypatch):
+    """Said before worker processes die of it."""
+    monkeypatch.setattr(importlib.import_module("lux_wrapper"), "find_spec", lambda name: None)
+    (sentence,) = refused(script, "")
+    assert "LuxVecEnv needs the game: pip install -r requirements.txt" in sentence
 
 
 @pytest.mark.parametrize("script, flags, named", ODD_FLAGS)

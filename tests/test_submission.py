@@ -569,6 +569,12 @@ def test_nothing_is_played_in_vain(tmp_path, monkeypatch, capsys):
     for options, sentence in (
         (["idle", "--out", "nowhere/games.csv"], "nowhere/games.csv cannot be written"),
         (["idle", "--games", "0"], "--games, --parallel and --steps must be at least 1"),
+        (["idle", "--seed", "-1"], "--seed must be between 0 and 4294967286, got -1"),
+        (["idle", "--seed", "4294967290"], "--seed must be between"),
+        (["idle", "--min-factories", "6"], "--min-factories must be at least 1, and at most --max-factories"),
+        (["idle", "--min-factories", "0"], "--min-factories"),
+        (["idle", "--turn-seconds", "nan"], "--turn-seconds and --overage must be at least 0"),
+        (["idle", "--overage", "-1"], "--overage"),
         (["bot", "--out", "games.csv"], "Permission denied"),
         (["damaged.tar.gz"], "damaged.tar.gz is no archive"),
         (["damaged.pt"], "holds no network for this game"),

@@ -674,6 +674,22 @@ def test_an_exception_beside_the_matches_is_shown(monkeypatch):
     env.close()
 
 
+def test_an_environment_that_is_only_dropped():
+    """Its workers end too, without a word."""
+    program = (
+        PROGRAM.split("print")[0]
+        + """
+workers = env.games.processes
+del env
+print(*(worker.exitcode for worker in workers))
+env = lux_wrapper.LuxVecEnv(2, num_workers=2)  # until Python ends
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(lux.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"-{signal.SIGKILL} -{signal.SIGKILL}\n", "")
+
+
 PROGRAM = """
 import lux_wrapper, time
 env = lux_wrapper.LuxVecEnv(2, num_workers=2)

@@ -61,6 +61,8 @@ class BattleVecEnv(gym.vector.VectorEnv):
         num_workers=None,
         render_mode=None,
     ):
+        if group_by not in ("entity", "cluster"):
+            raise ValueError(f"group_by must be entity or cluster, got {group_by}")
         if map_size < 12:
             raise ValueError(f"a battle needs a board of 12 x 12 cells or more, got {map_size} x {map_size}")
         self.num_envs = num_envs

@@ -23,12 +23,13 @@ rware = partial(
 )
 RwareVecEnv = partial(ParallelVecEnv, make=as_parallel(rware))
 
-# Three players of different levels pick up food together; the game ends after 50 steps.
-lbf = partial(gym.make, "lbforaging:Foraging-8x8-3p-3f-v3", disable_env_checker=True)
+# Three players of different levels pick up food together. Here too the time limit is Gymnasium's.
+lbf = partial(gym.make, "lbforaging:Foraging-8x8-3p-3f-v3", max_episode_steps=50, disable_env_checker=True)
 
 
 def begin_lbf(env):
-    """Players would not be placed where others stood in the match before."""
+    """The game's own time limit is never reached, and players are not kept from cells of the match before."""
+    env.game.unwrapped._max_episode_steps = 10**9
     for player in env.game.unwrapped.players:
         player.position = None
 

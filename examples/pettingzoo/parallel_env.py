@@ -23,6 +23,8 @@ class ParallelVecEnv(gym.vector.VectorEnv):
         self, num_envs, make, team=None, kind=None, board=None, position=None, before_reset=None, num_workers=None,
         held_out=False, first_match=0, group_by="entity", **options,
     ):  # fmt: on
+        if group_by not in ("entity", "cluster"):
+            raise ValueError(f"group_by must be entity or cluster, got {group_by}")
         try:
             self.games = [make(**options) for _ in range(num_envs)]
         except Exception as error:  # a game may raise anything

@@ -32,6 +32,8 @@ class ToyVecEnv(gym.vector.VectorEnv):
         first_match=0,
         group_by="entity",
     ):
+        if group_by != "entity":
+            raise ValueError(f"each worker is its own group: group_by must be entity, got {group_by}")
         self.num_envs, self.shape = num_envs, (num_envs, 2, slots)
         self.place = [held_out, first_match]
         spaces = {
