@@ -332,9 +332,16 @@ def test_nothing_left_to_train(script, tmp_path, capsys):
 def test_arrays_in_any_order(script, base, tmp_path):
     """An environment may give views, such as boards with other axes in memory: the same is learned."""
 
+    def views(obs):
+        return {key: np.flip(np.flip(x, -1).copy(order="F"), -1) for key, x in obs.items()}
+
     class Views(Toy):
-        def _observe(self):
-            return {key: np.flip(np.flip(x, -1).copy(order="F"), -1) for key, x in super()._observe().items()}
+        def reset(self, **options):
+            return views(super().reset(**options)[0]), {}
+
+        def step(self, actions):
+            obs, *others = super().step(actions)
+            return views(obs), *others
 
     run = start(script, tmp_path, BASE, Views)
     assert same(run.last["model"], base(script).last["model"]) and run.matches == base(script).matches
