@@ -346,7 +346,7 @@ def test_trials_of_growth():
         of_step = [row for row in rows if row["variant"] == variant and row["step"] == str(step)]
         return [np.mean([float(row[key]) for row in of_step]) for key in keys]
 
-    lines = page[page.index("## What was tried to make it grow") : page.index("### Earlier trials")].splitlines()
+    lines = page[page.index("## What was tried to make it grow") :].splitlines()
     found = 0
     for variant, name in named.items():
         for line in lines:
@@ -358,15 +358,23 @@ def test_trials_of_growth():
                 found += 1
     assert found == sum(line.startswith("|") for line in lines) - 2
     text = " ".join(" ".join(lines).split())
-    early = [means(f"income_{income}", 500, "power")[0] for income in (1, 4)]
-    assert "it has {:,.0f} to {:,.0f} power (today {:,.0f})".format(*early, *means("today", 500, "power")) in text
-    late = [means(f"income_{income}", 999, "lichen")[0] for income in (1, 4)]
-    assert "ends with {:,.0f} down to {:,.0f} lichen".format(*late) in text
-    at_800 = [means(variant, 800, "lichen")[0] for variant in ("lights_wait_300", "today")]
-    assert "has {:,.0f} lichen at step 800 instead of {:,.0f}".format(*at_800) in text
-    lichen, cells, water = means("lights_wait_300", 999, "lichen", "lichen_cells", "water")
-    assert f"{cells:.0f} cells, with {lichen / cells:.0f} units each, and {water:,.0f} units of water" in text
-    assert {row["step"] for row in rows if row["variant"] == "lights_on_ore_paid_double"} == {"100"}
+    assert f"has these and {len(named) - found} more variants" in text
+    kept, today = (
+        [*means(variant, 500, "power"), *means(variant, 800, "ice_dug", "water", "lichen")]
+        for variant in ("patch_kept_800", "today")
+    )
+    power, ice, water, lichen = (f"{own:,.0f} {{}}(today {now:,.0f})" for own, now in zip(kept, today))
+    assert f"{power.format('units at step 500 ')}. By step 800 the team has dug {ice.format('ice ')}" in text
+    assert f"has {water.format('units of water ')} and {lichen.format('of lichen ')}" in text
+    said = [means(variant, 999, "heavies", "ice_dug") for variant in ("patch_kept_800", "today")]
+    assert "{:.1f} dig {:,.0f} ice, today's {:.1f} dig {:,.0f}.".format(*said[0], *said[1]) in text
+    assert "({:,.0f}, `patch_kept_free_ice`)".format(*means("patch_kept_free_ice", 999, "ice_dug")) in text
+    waiting = means("lights_wait_300", 999, "ice_dug", "water")
+    assert 1.15 < waiting[0] / means("today", 999, "ice_dug")[0] < 1.25 and "a fifth more ice" in text
+    assert f"and {waiting[1]:,.0f} units of water are left over" in text
+    assert means("ore_cleared_heavies", 999, "heavies")[0] > 1.8 * means("today", 999, "heavies")[0]
+    ended = {row["variant"] for row in rows if row["step"] == "999"}
+    assert max(means(variant, 999, "lichen")[0] for variant in ended) < 1.01 * means("today", 999, "lichen")[0]
 
 
 def test_matches():
