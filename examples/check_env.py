@@ -9,8 +9,8 @@ or in a test of your own:
     assert check_env(partial(MyVecEnv, size=8)) == []
 
 It makes environments as the scripts do and plays random actions that the masks allow, so it finds what comes up in
-such play; the command tells how many births, deaths and ends of matches there were. Its warnings are about what breaks
-no clause, and hurts learning.
+such play; the command tells how many births, deaths and ends of matches there were. (What ends by a mere time limit
+must be truncated.) Its warnings are about what breaks no clause, and hurts learning.
 
 What it cannot see is who is in a slot: an entity that takes another's at once is found only where their kinds differ.
 So an environment may have a method `entity_ids()` for it, which returns an array [N, P, E] of numbers that never come
@@ -81,7 +81,7 @@ class Checker:
     def __init__(self, make_env, num_envs=3, group_by="entity"):
         self.make_env, self.num_envs, self.group_by = make_env, num_envs, group_by
         self.problems, self.warnings, self.seen, self.time = {}, [], Counter(), 0
-        self.kinds = set()
+        self.kinds, self.ended, self.largest = set(), set(), 0.0  # `ended`: after how many steps matches did
 
     def expect(self, fine, clause, vital=False):
         """Note the clause as broken unless all of `fine`, a bool or an array [N, ...], [N, P, ...] or [N, P, E]."""
@@ -260,6 +260,7 @@ class Checker:
         self.expect(rewards.dtype.kind == "f", "rewards must be floating-point numbers", vital=True)
         self.expect(np.isfinite(rewards) | ~live, "the reward of an entity must be finite")
         rewards = np.array(rewards)
+        self.largest = max(self.largest, np.abs(rewards[live]).max(initial=0))
         self.seen["lost rewards"] += int(((rewards != 0) & ~live).sum())
         for name, x in (("terminated", terminated), ("truncated", truncated)):
             self.expect_array(x, name)
@@ -316,6 +317,7 @@ class Checker:
             clause = 'infos["episode"]["r"] must be the sum of the rewards of each team, [N, P]'
             self.expect(fits | ~over[:, None], clause)
             self.seen["ends of matches"] += int(over.sum())
+            self.ended |= set(self.lengths[over].tolist())
             self.lengths[over], self.returns[over] = 0, 0
 
     def check_final(self, final, next_obs, limit):
@@ -342,7 +344,7 @@ class Checker:
             "entities were born, but none died. If some did, their slots were reused at once, and their trajectories"
         )
         silent = self.seen["births"] and not self.seen["deaths"] and not self.identified
-        self.warn(silent, f"{wrong} run on; a method entity_ids() shows this here (see --help)")
+        self.warn(silent, f"{wrong} run on; a method entity_ids() shows this here (see the top of check_env.py)")
         missing = sorted(set(range(1, max(self.kinds, default=0))) - self.kinds)
         self.warn(missing, f"no entity of kind {missing} was ever seen, though kinds are counted from 1 without gaps")
         wrong = 'matches were truncated without infos["final_obs"]: the learner takes their ends for deaths'
@@ -357,6 +359,8 @@ class Checker:
         self.warn(constant, f"features {constant[:8]} are always the same ({len(constant)} in all): they tell nothing")
         wrong = "board never exceeds 1: it is in percent, so the network sees hardly anything of it; 100 is full"
         self.warn("board" in self.arrays and self.seen["board"] <= 1, wrong)
+        wrong = f"rewards are up to {self.largest:.3g} in size: the value loss drowns the policy gradient; scale them"
+        self.warn(self.largest > 10, f"{wrong} to about 0.01 to 0.1 per step")
         wrong = "rewards were paid in slots that were empty before the step: they are dropped, so what an entity earns"
         self.warn(self.seen["lost rewards"], f"{wrong} after its death teaches nobody; pay it when it dies")
         wrong = "some entities have fewer actions than others by single_action_space, and their action_mask allows more"
@@ -528,6 +532,8 @@ def main():
     for sentence in checker.warnings:
         print(f"warning: {sentence}")
     counts = ", ".join(f"{checker.seen[key]} {key}" for key in ("births", "deaths", "ends of matches"))
+    same = f", all after {min(checker.ended)} steps" if len(checker.ended) == 1 else ""
+    counts += f" ({checker.seen['truncations']} truncated{same})"
     print(
         f"{len(checker.problems)} clauses broken; {counts} in {checker.seen['steps']} steps of {args.num_envs} matches"
     )

@@ -506,6 +506,14 @@ def few_actions():
             stepped("infos", lambda env, x: x and x | {"final_obs": env.obs}, Unfinished),
         ),
         ("rewards were paid in slots that were empty", stepped("rewards", lambda env, x: x + (env.live & ~env.before))),
+        (
+            "rewards are up to 12.5 in size",
+            stepped(
+                "infos",
+                lambda env, x: x and x | {"episode": x["episode"] | {"r": 200 * x["episode"]["r"]}},
+                stepped("rewards", lambda env, x: 200 * x),
+            ),
+        ),
         ("some entities have fewer actions", built(single_action_space=few_actions())),
         ("no entity was ever alive", shown("kind", lambda env, x: env.live.fill(False) or x * 0)),
     ],
@@ -578,7 +586,7 @@ def test_command(tmp_path):
     (tmp_path / "mine.py").write_text(toy.replace('"group": slot', '"group": slot + 1'))
     code, said = run("toy:ToyVecEnv")
     assert code == 0 and said.startswith("0 clauses broken; ")
-    assert "60 ends of matches in 200 steps of 3 matches" in said
+    assert "60 ends of matches (0 truncated, all after 10 steps) in 200 steps of 3 matches" in said
     code, said = run("mine:ToyVecEnv", "--steps", "20")
     assert code == 1 and said.startswith("group must be in 0 to E - 1")
     code, said = run(ROOT / "examples/toy/toy_env.py:ToyVecEnv", "--steps", "5", "--env-kwargs", "slots", "4")
