@@ -399,6 +399,13 @@ def test_matches():
         rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
         ours = [row["result"] for row in rows if row["bot"] in ("submission", "run")]
         assert sentence.format(ours.count("win"), len(ours)) in page, name
+    rows = plot.read_csv(ROOT / "benchmark" / "greedy" / "games.csv")
+    greedy, sampled = ([row for row in rows if row["bot"] == bot] for bot in ("greedy", "submission"))
+    won = [row["result"] for row in greedy].count("win")
+    lichen = [np.mean([int(row["lichen"]) for row in bot]) for bot in (greedy, sampled)]
+    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    assert f"it wins {won} of {len(greedy)} games against itself with sampled ones" in results
+    assert "with {:,.0f} lichen against {:,.0f}".format(*lichen) in results
     played = [*figures.OPPONENTS, "neurips_python", "neurips_rl", "neurips_andrii"]
     rows = sum((plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv") for name in played), [])
     ours = [row for row in rows if row["bot"] == "submission"]
