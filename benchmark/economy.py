@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import tyro
 from credit import load
-from plot import COLOURS, named_or, plt, start, write_csv
+from plot import COLOURS, Refused, named_or, plt, start, write_csv
 from torch.distributions import Categorical
 from tqdm import tqdm
 
@@ -108,6 +108,8 @@ def main(
         first_map: seed of the first one's map.
         out: folder of economy.csv and economy.png, instead of runs/economy.
     """
+    if not runs or maps < 1 or first_map < 0:
+        raise Refused("name at least one run; --maps must be at least 1, and --first-map at least 0")
     out = named_or("runs/economy", out, ("economy.csv", "economy.png"))
     rows = [row for source in runs for row in play(source, maps, first_map)]
     out.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,13 @@ def comparison(data, last):
         ratio = f"{baseline / method:#.2g}" if method else "-"
         rows.append([what, *(spread(seeds, text) for seeds in both), ratio])
     both = [greedy_over_sampled(data, arm, last) for arm in SCRIPTS]
-    rows.append(["greedy over sampled, of each seed", *(f"{x.min():.1%} to {x.max():.1%}" for x in both), "-"])
+    rows.append(
+        [
+            "ice per starting factory, greedy over sampled, of each seed",
+            *(f"{x.min():.1%} to {x.max():.1%}" for x in both),
+            "-",
+        ]
+    )
     scripts = [f"`{script}`" for script, *_ in SCRIPTS.values()]
     return plot.table(["", *scripts, "baseline over method"], rows)
 

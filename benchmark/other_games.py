@@ -126,7 +126,10 @@ def random_return(game):
     _, place, env_id, _ = GAMES[game]
     sys.path.append(str(ROOT / "examples" / place))
     module, _, name = env_id.partition(":")
-    envs = getattr(importlib.import_module(module), name)(RANDOM_MATCHES, held_out=True)
+    try:
+        envs = getattr(importlib.import_module(module), name)(RANDOM_MATCHES, held_out=True)
+    except (ImportError, ValueError) as error:
+        raise Refused(f"{game} needs pip install -r examples/{place}/requirements.txt ({error})")
     rng = np.random.default_rng(0)
     obs, _ = envs.reset(seed=0)
     returns = {}
@@ -225,6 +228,8 @@ def main(
         out: folder of the tables and the trainings.
         parallel: trainings at a time, each with one thread.
     """
+    if parallel < 1:
+        raise Refused("--parallel must be at least 1")
     for given, known in ((games, GAMES), (arms, ARMS)):
         if unknown := [name for name in given if name not in known]:
             raise Refused(f"there is no {unknown[0]}; there are {', '.join(known)}")

@@ -9,7 +9,7 @@ from typing import Optional
 import numpy as np
 from luxai_s2 import LuxAI_S2
 from matplotlib.patheffects import withStroke
-from plot import named_or, plt, start
+from plot import Refused, named_or, plt, start
 
 from lux_wrapper import PLAYERS, early_phase_action, placement_score
 
@@ -23,6 +23,8 @@ def main(seed: int = 7, out: Optional[Path] = None):
         seed: map seed.
         out: the picture to write, instead of runs/placement.png.
     """
+    if not 0 <= seed < 2**32:
+        raise Refused(f"--seed must be between 0 and {2**32 - 1}, got {seed}")
     path = named_or("runs/placement.png", out, [""])
     path.parent.mkdir(parents=True, exist_ok=True)
     engine = LuxAI_S2(map_size=48, MIN_FACTORIES=2, MAX_FACTORIES=5, verbose=0)

@@ -445,6 +445,8 @@ def main(results: tuple[Path, ...] = (RESULTS,), out: Optional[Path] = None):
         results: folders with an ablation.csv each.
         out: folder of ablation.md and ablation.png, instead of runs/plot.
     """
+    if not results:
+        raise Refused("--results needs at least one folder")
     out = named_or("runs/plot", out, ("ablation.md", "ablation.png"))
     loaded = {folder: load(folder / "ablation.csv") for folder in results}
     parts = []

@@ -240,6 +240,8 @@ def main(
         _, _, least = PARTS[part]
         if steps < least:
             raise Refused(f"--steps must be at least {least} for {part}")
+    if kills < 1:
+        raise Refused("--kills must be at least 1")
     files = {part: f"{file_of(part, script)}.json" for part in parts}
     out = named_or("runs/reliability", out, files.values())
     out.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import ablation
 import numpy as np
 import plot
-from plot import ROOT
+from plot import ROOT, Refused
 from study import runs_by_arm
 
 CHOICES = {
@@ -107,6 +107,8 @@ def main(
         steps: environment steps of a training of the search, a multiple of 1,024.
         flags: more flags for every training in full, in quotes.
     """
+    if number < 1 or steps < 1024 or steps % 1024:
+        raise Refused("--number must be at least 1, and --steps a multiple of 1024")
     commands = all_commands(number)
     options = {"parallel": parallel, "schedule": ()}
     arms = tuple(f"{name}={command}" for name, command in commands.items())

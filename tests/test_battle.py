@@ -281,6 +281,14 @@ def test_comparison_continues_and_draws(tmp_path):
         assert {x["global_step"] for x in rows} == {"1024", "2048"}
         assert all(float(x["kills"]) <= 16 and float(x["won"]) in (0, 0.5, 1) for x in rows)
     assert written[0] == written[1]
+    for change, sentence in (
+        (["--seeds", "2", "--work", str(tmp_path / "other")], "has battles against an army that is not in"),
+        (["--out", str(tmp_path / "other"), "--work", str(tmp_path / "third"), "--map-size", "3"], "--map-size 3: "),
+        (["--jobs", "0"], "--seeds and --jobs must be at least 1"),
+    ):
+        result = subprocess.run([*command, *change], capture_output=True, text=True)
+        assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
+    assert table.stat().st_mtime_ns == written[0] and not (tmp_path / "other").exists()
     assert (tmp_path / "out" / "battle.png").stat().st_size > 10_000
     won = [float(x["won"]) for x in rows if (x["arm"], x["global_step"], x["opponent"]) == ("mappo", "2048", "frozen")]
     last = (tmp_path / "out" / "battle.md").read_text().splitlines()[-1]

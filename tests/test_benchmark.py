@@ -18,9 +18,11 @@ from types import SimpleNamespace
 import ablation
 import bands
 import compare
+import economy
 import figures
 import luxai_s2.env
 import numpy as np
+import other_games
 import placement
 import plot
 import pytest
@@ -275,6 +277,29 @@ def test_nothing_is_overwritten_that_was_not_named(tmp_path, monkeypatch):
         assert done.returncode == 2
     assert [path.stat().st_mtime_ns for path in committed] == before
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+
+
+def test_numbers_that_cannot_work(tmp_path, monkeypatch):
+    """They are refused before anything is written or trained."""
+    monkeypatch.chdir(tmp_path)
+    for program, options, sentence in (
+        (search, {"number": 0}, "--number must be at least 1"),
+        (search, {"steps": 1000}, "--steps a multiple of 1024"),
+        (placement, {"seed": -1}, "--seed must be between 0 and 4294967295, got -1"),
+        (plot, {"results": ()}, "--results needs at least one folder"),
+        (economy, {"runs": ()}, "name at least one run"),
+        (economy, {"runs": ("a",), "maps": 0}, "--maps must be at least 1"),
+        (economy, {"runs": ("a",), "first_map": -1}, "--first-map at least 0"),
+        (reliability, {"kills": 0}, "--kills must be at least 1"),
+        (other_games, {"parallel": 0}, "--parallel must be at least 1"),
+    ):
+        with pytest.raises(trajsep_ppo.Refused, match=sentence):
+            program.main(**options, out=tmp_path / "out")
+    monkeypatch.setattr(other_games, "GAMES", {"chess": ("Chess", "board", "no_such_module:Chess", 1024)})
+    with pytest.raises(
+        trajsep_ppo.Refused, match="chess needs pip install -r examples/board/requirements.txt .No module"
+    ):
+        other_games.main(("chess",), out=tmp_path / "games")
 
 
 def test_placement(tmp_path, monkeypatch):

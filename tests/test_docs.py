@@ -358,7 +358,7 @@ def test_trials_of_growth():
                 found += 1
     assert found == sum(line.startswith("|") for line in lines) - 2
     text = " ".join(" ".join(lines).split())
-    assert f"has these and {len(named) - found} more variants" in text
+    assert f"has the others and {len(named) - found} more variants" in text
     kept, today = (
         [*means(variant, 500, "power"), *means(variant, 800, "ice_dug", "water", "lichen")]
         for variant in ("patch_kept_800", "today")

@@ -258,6 +258,8 @@ def main(args):
         raise Refused("the battle needs magent2: pip install -r examples/battle/requirements.txt")
     if unknown := [arm for arm in args.arms if arm not in ARMS]:
         raise Refused(f"there is no arm {unknown[0]}; there are {', '.join(ARMS)}")
+    if min(args.seeds, args.jobs) < 1:
+        raise Refused("--seeds and --jobs must be at least 1")
     args.work, results = args.work.resolve(), args.out / "battle.csv"
     rows = read_csv(results) if results.exists() else []
     measured = {(x["arm"], int(x["seed"])) for x in rows}
@@ -265,14 +267,21 @@ def main(args):
     missing = [run for run in runs if run not in measured]
     for run in runs:
         is_done(args, *run, args.steps)  # before anything is written
-    is_done(args, *FROZEN, args.frozen_steps)
+    frozen, folder, _ = is_done(args, *FROZEN, args.frozen_steps)
     if not missing:
         print(f"all of it is in {results} already; another --out and --work make it again")
         return
+    if rows and not frozen:
+        raise Refused(
+            f"{results} has battles against an army that is not in {folder}; name its --work, or another --out"
+        )
     from battle_env import BattleVecEnv  # here: nothing else needs magent2
 
+    try:
+        soldiers = BattleVecEnv(1, map_size=args.map_size).size
+    except ValueError as error:
+        raise Refused(f"--map-size {args.map_size}: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
-    soldiers = BattleVecEnv(1, map_size=args.map_size).size
     train(args, *FROZEN, args.frozen_steps)
     with ProcessPoolExecutor(args.jobs) as pool:
         jobs = [pool.submit(measure, args, *run) for run in missing]
