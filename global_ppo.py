@@ -509,7 +509,6 @@ if __name__ == "__main__":
             dist.destroy_process_group()
         if RANK > 0:
             os._exit(0)  # in Python's usual end torch's threads sometimes abort
-        run_dir.mkdir(parents=True, exist_ok=True)
         if args.eval_episodes:
             evaluation, rows = {}, defaultdict(dict)
             for how in ("sampled", "greedy"):
@@ -528,6 +527,7 @@ if __name__ == "__main__":
             print(f"\n{args.eval_episodes:5} held-out matches{head}")
             for key, cells in rows.items():
                 print(f"{key:24}{cells.get('sampled', '-'):>26}{cells.get('greedy', '-'):>26}")
+            run_dir.mkdir(parents=True, exist_ok=True)
             Path(run_dir, "evaluation.json").write_text(json.dumps(evaluation, indent=1))
             print(f"\nwritten to {run_dir}/evaluation.json")
         if args.capture_video:
@@ -536,6 +536,7 @@ if __name__ == "__main__":
             evaluate(agent, envs, args.eval_steps, device, frames=frames)
             envs.close()
             film = {"save_all": True, "append_images": frames[1:], "duration": 50, "loop": 0}
+            run_dir.mkdir(parents=True, exist_ok=True)
             frames[0].save(run_dir / "video.gif", **film)
             print(f"written to {run_dir}/video.gif")
     except (Exception, KeyboardInterrupt) as error:
