@@ -150,11 +150,11 @@ def masked_mean(x, mask, count=None):
 def train(args, run_dir, device, checkpoint=None):
     """Train, from a checkpoint if there is one, and return the agent; logs and checkpoints go to run_dir."""
     global_step = checkpoint["global_step"] if checkpoint else 0
-    torch.manual_seed(args.seed + global_step)
-    torch.backends.cudnn.deterministic = True
     rollout_steps = args.num_envs * args.num_steps
     num_updates = args.total_timesteps // rollout_steps
     updates = range(math.ceil(global_step / rollout_steps) + 1, num_updates + 1)
+    torch.manual_seed(args.seed + global_step)
+    torch.backends.cudnn.deterministic = True
     num_envs = args.num_envs // WORLD_SIZE  # of this process
     envs = make_envs(args, num_envs, num_workers=args.num_workers, first_match=RANK * num_envs)
     num_actions = int(envs.single_action_space.nvec.max())

@@ -593,7 +593,7 @@ def test_comparison_of_known_numbers(tmp_path):
     assert table["final ice per starting factory"] == row
     row = ["2,638 (2,625 to 2,650)", "1,500 (1,500 to 1,500)", "0.57"]
     assert table["the same with greedy actions"] == row
-    of_each = table["greedy over sampled, of each seed"]
+    of_each = table["ice per starting factory, greedy over sampled, of each seed"]
     assert of_each == ["103.9% to 104.0%", "107.1% to 107.1%", "-"]
     assert table["teams that lose a factory"] == ["0.0% (0.0% to 0.0%)", "90.0% (90.0% to 90.0%)", "-"]
     method = figures.results(*plot.load(tmp_path / "ablation.csv")).splitlines()[2]
