@@ -394,11 +394,23 @@ def test_matches():
         "neurips_python": "it wins {} of {} games against the Python kit",
         "neurips_rl": "and {} of {} against the RL kit",
         "neurips_andrii": "with an exception of its own in all {1} games",
-        "andrii_long": "Against andrii0yerko's bot it wins {} of {} games (`andrii_long.csv`)",
     }.items():
         rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
         ours = [row["result"] for row in rows if row["bot"] in ("submission", "run")]
         assert sentence.format(ours.count("win"), len(ours)) in page, name
+    won, lichen, destroyed = [], [], []
+    for games, run in (("andrii", "seed_1"), ("andrii_long", "steps_409600"), ("andrii_longer", "steps_1638400")):
+        rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{games}.csv")
+        won.append(
+            sum(x["bot"] in ("submission", "run") and x["result"] == "win" for x in rows if int(x["seed"]) < 4006)
+        )
+        path = ROOT / "benchmark" / "lichen_run" / run / "evaluation.json"
+        matches = json.loads(path.read_text())["sampled"]["matches"]
+        lichen.append(np.mean(matches["lichen"]))
+        destroyed.append(np.mean(matches["lichen_destroyed"]))
+    assert "end with {:,.0f}, {:,.0f} and {:,.0f} lichen in self-play".format(*lichen) in page
+    assert "digs away {:,.0f}, {:,.0f} and {:,.0f} units of the other's".format(*destroyed) in page
+    assert "they win {}, {} and {} of the same 6 games".format(*won) in page
     rows = plot.read_csv(ROOT / "benchmark" / "greedy" / "games.csv")
     greedy, sampled = ([row for row in rows if row["bot"] == bot] for bot in ("greedy", "submission"))
     won = [row["result"] for row in greedy].count("win")
