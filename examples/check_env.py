@@ -81,7 +81,8 @@ class Checker:
     def __init__(self, make_env, num_envs=3, group_by="entity"):
         self.make_env, self.num_envs, self.group_by = make_env, num_envs, group_by
         self.problems, self.warnings, self.seen, self.time = {}, [], Counter(), 0
-        self.kinds, self.ended, self.largest = set(), set(), 0.0  # `ended`: after how many steps matches did
+        self.kinds = set()
+        self.ended = set()  # after how many steps matches did
 
     def expect(self, fine, clause, vital=False):
         """Note the clause as broken unless all of `fine`, a bool or an array [N, ...], [N, P, ...] or [N, P, E]."""
@@ -260,7 +261,7 @@ class Checker:
         self.expect(rewards.dtype.kind == "f", "rewards must be floating-point numbers", vital=True)
         self.expect(np.isfinite(rewards) | ~live, "the reward of an entity must be finite")
         rewards = np.array(rewards)
-        self.largest = max(self.largest, np.abs(rewards[live]).max(initial=0))
+        self.seen["reward"] = max(self.seen["reward"], np.abs(rewards[live]).max(initial=0))
         self.seen["lost rewards"] += int(((rewards != 0) & ~live).sum())
         for name, x in (("terminated", terminated), ("truncated", truncated)):
             self.expect_array(x, name)
@@ -359,8 +360,9 @@ class Checker:
         self.warn(constant, f"features {constant[:8]} are always the same ({len(constant)} in all): they tell nothing")
         wrong = "board never exceeds 1: it is in percent, so the network sees hardly anything of it; 100 is full"
         self.warn("board" in self.arrays and self.seen["board"] <= 1, wrong)
-        wrong = f"rewards are up to {self.largest:.3g} in size: the value loss drowns the policy gradient; scale them"
-        self.warn(self.largest > 10, f"{wrong} to about 0.01 to 0.1 per step")
+        largest = self.seen["reward"]
+        wrong = f"rewards are up to {largest:.3g} in size: the value loss drowns the policy gradient; scale them"
+        self.warn(largest > 10, f"{wrong} to about 0.01 to 0.1 per step")
         wrong = "rewards were paid in slots that were empty before the step: they are dropped, so what an entity earns"
         self.warn(self.seen["lost rewards"], f"{wrong} after its death teaches nobody; pay it when it dies")
         wrong = "some entities have fewer actions than others by single_action_space, and their action_mask allows more"

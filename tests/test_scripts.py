@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy_env import ToyVecEnv
 
 import global_ppo
+import lux_wrapper
 import trajsep_ppo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,7 +276,7 @@ def test_bad_flags(script, flags, says, refused, tmp_path):
 @both
 def test_without_the_game(script, refused, monkeypatch):
     """Said before worker processes die of it."""
-    monkeypatch.setattr(importlib.import_module("lux_wrapper"), "find_spec", lambda name: None)
+    monkeypatch.setattr(lux_wrapper, "find_spec", lambda name: None)
     (sentence,) = refused(script, "")
     assert "LuxVecEnv needs the game: pip install -r requirements.txt" in sentence
 

@@ -674,36 +674,35 @@ def test_an_exception_beside_the_matches_is_shown(monkeypatch):
     env.close()
 
 
-def test_an_environment_that_is_only_dropped():
-    """Its workers end too, without a word."""
-    program = (
-        PROGRAM.split("print")[0]
-        + """
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(lux.__file__).parent)}
+BEGUN = """
+import lux_wrapper, time
+env = lux_wrapper.LuxVecEnv(2, num_workers=2)
+env.reset(seed=0)
+"""
+DROPPED = f"""{BEGUN}
 workers = env.games.processes
 del env
 print(*(worker.exitcode for worker in workers))
 env = lux_wrapper.LuxVecEnv(2, num_workers=2)  # until Python ends
 """
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(lux.__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"-{signal.SIGKILL} -{signal.SIGKILL}\n", "")
-
-
-PROGRAM = """
-import lux_wrapper, time
-env = lux_wrapper.LuxVecEnv(2, num_workers=2)
-env.reset(seed=0)
+PLAYING = f"""{BEGUN}
 print("playing", flush=True)
 time.sleep(3600)
 """
 
 
+def test_an_environment_that_is_only_dropped():
+    """Its workers end too, without a word."""
+    command = [sys.executable, "-c", DROPPED]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"-{signal.SIGKILL} -{signal.SIGKILL}\n", "")
+
+
 def test_no_orphans_when_the_program_is_killed():
     """Workers end by themselves when the process that owns them is gone."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(lux.__file__).parent)}
-    command = [sys.executable, "-c", PROGRAM]
-    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", PLAYING]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert owner.stdout.readline() == "playing\n"
     owner.kill()
     owner.wait()
