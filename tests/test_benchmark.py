@@ -284,7 +284,8 @@ def test_numbers_that_cannot_work(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for program, options, sentence in (
         (search, {"number": 0}, "--number must be at least 1"),
-        (search, {"steps": 1000}, "--steps a multiple of 1024"),
+        (search, {"steps": 0}, "--steps a multiple of 1024"),
+        (search, {"steps": 1536}, "--steps a multiple of 1024"),
         (placement, {"seed": -1}, "--seed must be between 0 and 4294967295, got -1"),
         (plot, {"results": ()}, "--results needs at least one folder"),
         (economy, {"runs": ()}, "name at least one run"),

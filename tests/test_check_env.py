@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import toy_env
 from check_env import ARRAYS, Checker, check_env
 from helpers import entities
 from toy_env import COLOURS, LENGTH, SIZE, ToyVecEnv
@@ -570,6 +571,13 @@ def test_silent_about_lux(group_by):
     """Births, deaths, ends of matches and entities known by the engine's ids are all in order."""
 
     assert check_env(partial(Lux, max_robots=4), 250, num_envs=2, group_by=group_by) == []
+
+
+def test_lengths_are_those_of_matches_that_ended(monkeypatch):
+    monkeypatch.setattr(toy_env, "LENGTH", np.array([10, 12, 14]))
+    checker = Checker(ToyVecEnv)
+    checker.check(30)
+    assert not checker.problems and checker.ended == {10, 12, 14}
 
 
 def test_command(tmp_path):

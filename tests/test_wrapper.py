@@ -676,6 +676,8 @@ def test_an_exception_beside_the_matches_is_shown(monkeypatch):
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(lux.__file__).parent)}
 BEGUN = """
+import tempfile
+folder = tempfile.TemporaryDirectory()  # Python ends this and other finalizers after what multiprocessing waits for
 import lux_wrapper, time
 env = lux_wrapper.LuxVecEnv(2, num_workers=2)
 env.reset(seed=0)
