@@ -347,6 +347,7 @@ def test_trials_of_growth():
         return [np.mean([float(row[key]) for row in of_step]) for key in keys]
 
     lines = page[page.index("## What was tried to make it grow") :].splitlines()
+    ended = {(row["variant"], row["step"]) for row in rows}
     found = 0
     for variant, name in named.items():
         for line in lines:
@@ -359,22 +360,43 @@ def test_trials_of_growth():
     assert found == sum(line.startswith("|") for line in lines) - 2
     text = " ".join(" ".join(lines).split())
     assert f"has the others and {len(named) - found} more variants" in text
-    kept, today = (
-        [*means(variant, 500, "power"), *means(variant, 800, "ice_dug", "water", "lichen")]
-        for variant in ("patch_kept_800", "today")
+    ice = {variant: means(variant, 999, "ice_dug")[0] for variant in named if (variant, "999") in ended}
+    lichen = {variant: means(variant, 999, "lichen")[0] for variant in ice}
+    again = [lichen[f"today_again_{n}"] for n in (1, 2)]
+    assert "had {:,.0f} and {:,.0f} lichen".format(*sorted(again)) in text
+    assert 1.15 < ice["lights_wait_300"] / ice["today"] < 1.25 and "with a fifth more ice" in text
+    assert 0.75 < ice["ice_needed_7"] / ice["today"] < 0.8 and "with nearly a quarter less, about as much" in text
+    assert 0.95 < lichen["ice_needed_7"] / lichen["today"] < 1
+    patch = ice["today"], ice["power_patch"], lichen["power_patch"]
+    assert (
+        "from {:,.0f} to {:,.0f} ice (`power_patch`), but its lichen stays where it was ({:,.0f})".format(*patch)
+        in text
     )
-    power, ice, water, lichen = (f"{own:,.0f} {{}}(today {now:,.0f})" for own, now in zip(kept, today))
-    assert f"{power.format('units at step 500 ')}. By step 800 the team has dug {ice.format('ice ')}" in text
-    assert f"has {water.format('units of water ')} and {lichen.format('of lichen ')}" in text
-    said = [means(variant, 999, "heavies", "ice_dug") for variant in ("patch_kept_800", "today")]
+    for lights in ("lights_mine_early", "power_patch_lights"):
+        assert re.search(rf"{means(lights, 500, 'lights')[0]:.0f} .{{,40}}with {lichen[lights]:,.0f}", text), lights
+    said = [(means(variant, 999, "heavies")[0], ice[variant]) for variant in ("patch_kept_800", "today")]
     assert "{:.1f} dig {:,.0f} ice, today's {:.1f} dig {:,.0f}.".format(*said[0], *said[1]) in text
-    assert "({:,.0f}, `patch_kept_free_ice`)".format(*means("patch_kept_free_ice", 999, "ice_dug")) in text
-    waiting = means("lights_wait_300", 999, "ice_dug", "water")
-    assert 1.15 < waiting[0] / means("today", 999, "ice_dug")[0] < 1.25 and "a fifth more ice" in text
-    assert f"and {waiting[1]:,.0f} units of water are left over" in text
+    assert f"({ice['patch_kept_free_ice']:,.0f}, `patch_kept_free_ice`)" in text
     assert means("ore_cleared_heavies", 999, "heavies")[0] > 1.8 * means("today", 999, "heavies")[0]
-    ended = {row["variant"] for row in rows if row["step"] == "999"}
-    assert max(means(variant, 999, "lichen")[0] for variant in ended) < 1.01 * means("today", 999, "lichen")[0]
+    assert f"({lichen['ice_carried']:,.0f} lichen against {lichen['ice_not_carried']:,.0f}; `ice_carried`" in text
+    alike = [lichen[variant] for variant in lichen if not variant.startswith("apart")]
+    assert max(alike) < 1.02 * max(again)
+    ends = []
+    for seed in (1, 2):
+        for run in (f"apart_seed_{seed}", f"seed_{seed}"):
+            evaluation = json.loads((ROOT / "benchmark" / "lichen_run" / run / "evaluation.json").read_text())
+            ends.append(evaluation["sampled"]["summary"]["lichen"]["mean"])
+    said = "{:,.0f} lichen instead of {:,.0f}, and with `--seed 2` with {:,.0f} instead of {:,.0f}."
+    assert said.format(*ends) in text
+    wins = []
+    for games in ("apart", "andrii_apart", "andrii"):
+        rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{games}.csv")
+        own = [row["result"] for row in rows if row["bot"] == ("submission" if games == "andrii" else "apart")]
+        wins += [own.count("win"), len(own)]
+    said = (
+        "won {} of {} games against today's bot (`apart.csv`) and {} of {} against andrii0yerko's (`andrii_apart.csv`; "
+    )
+    assert said.format(*wins) + f"today's {wins[4]})" in text and wins[3] == wins[5]
 
 
 def test_matches():
