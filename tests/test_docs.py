@@ -278,11 +278,17 @@ def test_components():
     assert made in README
 
 
+def self_play(run, metric):
+    """Mean of a metric in an evaluation with sampled actions."""
+    evaluation = json.loads((ROOT / "benchmark" / run / "evaluation.json").read_text())
+    return evaluation["sampled"]["summary"][metric]["mean"]
+
+
 def test_lichen():
-    """So are the lichen of the bot in self-play, and that of the same training with another seed, and by default."""
-    for run in ("lichen_run/seed_1", "lichen_run/seed_2", "default_run/avx512"):
-        evaluation = json.loads((ROOT / "benchmark" / run / "evaluation.json").read_text())
-        assert f"{evaluation['sampled']['summary']['lichen']['mean']:,.0f}" in README
+    """So are the lichen of the bot in self-play, and that of a training by default."""
+    for run in ("lichen_run/steps_1638400", "default_run/avx512"):
+        assert f"{self_play(run, 'lichen'):,.0f}" in README
+    assert f"digs away {self_play('lichen_run/steps_1638400', 'lichen_destroyed'):,.0f} units of the other's" in README
 
 
 def test_first_output():
@@ -339,8 +345,8 @@ def test_trials_of_growth():
     """So is the table of what was tried to make the bot grow: means over maps and players."""
     economy, page = ROOT / "benchmark" / "economy", (ROOT / "submission" / "README.md").read_text()
     rows = [row for row in plot.read_csv(economy / "economy.csv") if int(row["map"]) < 5006]
-    rows = [row | {"variant": "today"} for row in rows] + plot.read_csv(economy / "trials.csv")
-    named = {row["variant"]: f"(`{row['variant']}`" for row in rows} | {"today": "| today's bot |"}
+    rows = [row | {"variant": "bot"} for row in rows] + plot.read_csv(economy / "trials.csv")
+    named = {row["variant"]: f"(`{row['variant']}`" for row in rows} | {"bot": "| the bot, trained for longer |"}
 
     def means(variant, step, *keys):
         of_step = [row for row in rows if row["variant"] == variant and row["step"] == str(step)]
@@ -362,41 +368,55 @@ def test_trials_of_growth():
     assert f"has the others and {len(named) - found} more variants" in text
     ice = {variant: means(variant, 999, "ice_dug")[0] for variant in named if (variant, "999") in ended}
     lichen = {variant: means(variant, 999, "lichen")[0] for variant in ice}
-    again = [lichen[f"today_again_{n}"] for n in (1, 2)]
+    again = [lichen[f"short_again_{n}"] for n in (1, 2)]
     assert "had {:,.0f} and {:,.0f} lichen".format(*sorted(again)) in text
-    assert 1.15 < ice["lights_wait_300"] / ice["today"] < 1.25 and "with a fifth more ice" in text
-    assert 0.75 < ice["ice_needed_7"] / ice["today"] < 0.8 and "with nearly a quarter less, about as much" in text
-    assert 0.95 < lichen["ice_needed_7"] / lichen["today"] < 1
-    patch = ice["today"], ice["power_patch"], lichen["power_patch"]
+    assert 1.15 < ice["lights_wait_300"] / ice["short"] < 1.25 and "with a fifth more ice" in text
+    assert 0.75 < ice["ice_needed_7"] / ice["short"] < 0.8 and "with nearly a quarter less, about as much" in text
+    assert 0.95 < lichen["ice_needed_7"] / lichen["short"] < 1
+    patch = ice["short"], ice["power_patch"], lichen["power_patch"]
     assert (
         "from {:,.0f} to {:,.0f} ice (`power_patch`), but its lichen stays where it was ({:,.0f})".format(*patch)
         in text
     )
     for lights in ("lights_mine_early", "power_patch_lights"):
         assert re.search(rf"{means(lights, 500, 'lights')[0]:.0f} .{{,40}}with {lichen[lights]:,.0f}", text), lights
-    said = [(means(variant, 999, "heavies")[0], ice[variant]) for variant in ("patch_kept_800", "today")]
-    assert "{:.1f} dig {:,.0f} ice, today's {:.1f} dig {:,.0f}.".format(*said[0], *said[1]) in text
+    said = [(means(variant, 999, "heavies")[0], ice[variant]) for variant in ("patch_kept_800", "short")]
+    assert "{:.1f} dig {:,.0f} ice, the usual {:.1f} dig {:,.0f}.".format(*said[0], *said[1]) in text
     assert f"({ice['patch_kept_free_ice']:,.0f}, `patch_kept_free_ice`)" in text
-    assert means("ore_cleared_heavies", 999, "heavies")[0] > 1.8 * means("today", 999, "heavies")[0]
+    assert means("ore_cleared_heavies", 999, "heavies")[0] > 1.8 * means("short", 999, "heavies")[0]
     assert f"({lichen['ice_carried']:,.0f} lichen against {lichen['ice_not_carried']:,.0f}; `ice_carried`" in text
     alike = [lichen[variant] for variant in lichen if not variant.startswith("apart")]
     assert max(alike) < 1.02 * max(again)
-    ends = []
-    for seed in (1, 2):
-        for run in (f"apart_seed_{seed}", f"seed_{seed}"):
-            evaluation = json.loads((ROOT / "benchmark" / "lichen_run" / run / "evaluation.json").read_text())
-            ends.append(evaluation["sampled"]["summary"]["lichen"]["mean"])
+    runs = [f"lichen_run/{run}_{seed}" for seed in (1, 2) for run in ("apart_seed", "seed")]
     said = "{:,.0f} lichen instead of {:,.0f}, and with `--seed 2` with {:,.0f} instead of {:,.0f}."
-    assert said.format(*ends) in text
-    wins = []
-    for games in ("apart", "andrii_apart", "andrii"):
-        rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{games}.csv")
-        own = [row["result"] for row in rows if row["bot"] == ("submission" if games == "andrii" else "apart")]
-        wins += [own.count("win"), len(own)]
-    said = (
-        "won {} of {} games against today's bot (`apart.csv`) and {} of {} against andrii0yerko's (`andrii_apart.csv`; "
-    )
-    assert said.format(*wins) + f"today's {wins[4]})" in text and wins[3] == wins[5]
+    assert said.format(*(self_play(run, "lichen") for run in runs)) in text
+    apart, against_andrii, short = won("apart", "apart"), won("andrii_apart", "apart"), won("andrii_short", "short")
+    assert f"it won {apart} games against the short training (`apart.csv`)" in text
+    said = f"and {against_andrii} against andrii0yerko's bot (`andrii_apart.csv`; the short training {short})"
+    assert said in text
+
+
+def games(name):
+    """The games of a file in benchmark/matches: lists of the two players' rows."""
+    rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
+    return list(zip(rows[::2], rows[1::2]))
+
+
+def rows_of(name, bot="submission"):
+    """The rows of a bot in such a file, and those of its opponents."""
+    pairs = [game if game[0]["bot"] == bot else game[::-1] for game in games(name)]
+    return zip(*[(own, other) for own, other in pairs if own["bot"] == bot])
+
+
+def won(name, bot="submission"):
+    """How many of its games a bot has won, as in "46 of 50"."""
+    results = [row["result"] for row in next(rows_of(name, bot))]
+    return f"{results.count('win')} of {len(results)}"
+
+
+def mean_of(rows, key):
+    """Of some rows' values, as a page shows it."""
+    return f"{np.mean([float(row[key]) for row in rows]):,.0f}"
 
 
 def test_matches():
@@ -404,48 +424,47 @@ def test_matches():
     made = figures.matches(ROOT / "benchmark" / "matches")
     assert len(made.splitlines()) == 2 + len(figures.OPPONENTS)
     assert made in README
-    robots = {}
-    for row in plot.read_csv(ROOT / "benchmark" / "matches" / "bart.csv"):
-        robots.setdefault(row["bot"], []).append(int(row["robots"]))
-    theirs, ours = (f"{min(n)} to {max(n)}" for n in (robots["BartvonMeijenfeldt"], robots["submission"]))
+    robots = [[int(row["robots"]) for row in rows] for rows in rows_of("bart")]
+    ours, theirs = (f"{min(n)} to {max(n)}" for n in robots)
     assert f"the 15th ends with {theirs} robots, this bot with {ours} and" in " ".join(README.split())
     page = " ".join((ROOT / "submission" / "README.md").read_text().split())
-    for name, sentence in {
-        "andrii": "Against andrii0yerko's bot it wins {} of {} games (",
-        "jeffdshen": "Against jeffdshen's it wins {} of {} games (",
-        "neurips_python": "it wins {} of {} games against the Python kit",
-        "neurips_rl": "and {} of {} against the RL kit",
-        "neurips_andrii": "with an exception of its own in all {1} games",
-    }.items():
-        rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
-        ours = [row["result"] for row in rows if row["bot"] == "submission"]
-        assert sentence.format(ours.count("win"), len(ours)) in page, name
-    won, lichen, destroyed = [], [], []
-    for games, run in (("andrii", "seed_1"), ("andrii_long", "steps_409600"), ("andrii_longer", "steps_1638400")):
-        rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{games}.csv")
-        won.append(
-            sum(x["bot"] in ("submission", "run") and x["result"] == "win" for x in rows if int(x["seed"]) < 4006)
-        )
-        path = ROOT / "benchmark" / "lichen_run" / run / "evaluation.json"
-        matches = json.loads(path.read_text())["sampled"]["matches"]
-        lichen.append(np.mean(matches["lichen"]))
-        destroyed.append(np.mean(matches["lichen_destroyed"]))
-    assert "end with {:,.0f}, {:,.0f} and {:,.0f} lichen in self-play".format(*lichen) in page
-    assert "digs away {:,.0f}, {:,.0f} and {:,.0f} units of the other's".format(*destroyed) in page
-    assert "they win {}, {} and {} of the same 6 games".format(*won) in page
+    for sentence in (
+        f"Against andrii0yerko's bot it wins {won('andrii')} games (",
+        f"Against jeffdshen's it wins {won('jeffdshen')} games (",
+        f"it wins {won('neurips_python')} games against the Python kit and {won('neurips_rl')} against the RL kit",
+        f"with an exception of its own in all {len(games('neurips_andrii'))} games",
+        f"wins {won('andrii_short', 'short')} games against andrii0yerko's bot",
+        f"and {won('jeffdshen_short', 'short')} against jeffdshen's (`andrii_short.csv`",
+    ):
+        assert sentence in page
+    neurips = ["neurips_python", "neurips_rl", "neurips_andrii"]
+    rows = [row for name in [*figures.OPPONENTS, *neurips] for row in next(rows_of(name))]
+    there = sum(len(games(name)) for name in neurips)
+    said = f"In all {len(rows)} games ({len(rows) - there} in that table, {there} on the stage of NeurIPS) none of its"
+    assert said in page
+    assert all(row["refused"] == "0" and row["factories"] != "0" for row in rows)
+
+
+def test_longer_training():
+    """So are the games of longer trainings against the short one, and what their self-play shows."""
+    page = " ".join((ROOT / "submission" / "README.md").read_text().split())
+    table = {"204,800": "step_204800", "409,600": "step_409600", "819,200": "step_819200", "1,638,400": "submission"}
+    for steps, bot in table.items():
+        own, short = rows_of("training", bot)
+        cells = won("training", bot), mean_of(own, "lichen"), mean_of(short, "lichen")
+        assert f"| {steps} steps | {' | '.join(cells)} |" in page
+    assert f"in {won('training')} matches:" in README
+    runs = [f"lichen_run/{run}" for run in ("seed_1", "steps_409600", "steps_1638400")]
+    lichen, destroyed = ([self_play(run, key) for run in runs] for key in ("lichen", "lichen_destroyed"))
+    assert "end with {:,.0f}, {:,.0f} and {:,.0f} lichen, and dig away".format(*lichen) in page
+    assert "dig away {:,.0f}, {:,.0f} and {:,.0f} units".format(*destroyed) in page
+
+
+def test_greedy():
+    """So are the bot's games with greedy actions against sampled ones."""
     rows = plot.read_csv(ROOT / "benchmark" / "greedy" / "games.csv")
     greedy, sampled = ([row for row in rows if row["bot"] == bot] for bot in ("greedy", "submission"))
     won = [row["result"] for row in greedy].count("win")
-    lichen = [np.mean([int(row["lichen"]) for row in bot]) for bot in (greedy, sampled)]
     results = " ".join((ROOT / "docs" / "results.md").read_text().split())
     assert f"it wins {won} of {len(greedy)} games against itself with sampled ones" in results
-    assert "with {:,.0f} lichen against {:,.0f}".format(*lichen) in results
-    played = [*figures.OPPONENTS, "neurips_python", "neurips_rl", "neurips_andrii"]
-    rows = sum((plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv") for name in played), [])
-    ours = [row for row in rows if row["bot"] == "submission"]
-    neurips = sum(len(plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")) // 2 for name in played[-3:])
-    assert (
-        f"In all {len(ours)} games ({len(ours) - neurips} in that table, {neurips} on the stage of NeurIPS) none of its"
-        in page
-    )
-    assert all(row["refused"] == "0" and row["factories"] != "0" for row in ours)
+    assert f"with {mean_of(greedy, 'lichen')} lichen against {mean_of(sampled, 'lichen')}" in results
