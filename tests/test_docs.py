@@ -397,7 +397,7 @@ def test_trials_of_growth():
 
 
 def games(name):
-    """The games of a file in benchmark/matches: lists of the two players' rows."""
+    """The games of a file in benchmark/matches: pairs of the two players' rows."""
     rows = plot.read_csv(ROOT / "benchmark" / "matches" / f"{name}.csv")
     return list(zip(rows[::2], rows[1::2]))
 
@@ -464,7 +464,7 @@ def test_greedy():
     """So are the bot's games with greedy actions against sampled ones."""
     rows = plot.read_csv(ROOT / "benchmark" / "greedy" / "games.csv")
     greedy, sampled = ([row for row in rows if row["bot"] == bot] for bot in ("greedy", "submission"))
-    won = [row["result"] for row in greedy].count("win")
+    wins = [row["result"] for row in greedy].count("win")
     results = " ".join((ROOT / "docs" / "results.md").read_text().split())
-    assert f"it wins {won} of {len(greedy)} games against itself with sampled ones" in results
+    assert f"it wins {wins} of {len(greedy)} games against itself with sampled ones" in results
     assert f"with {mean_of(greedy, 'lichen')} lichen against {mean_of(sampled, 'lichen')}" in results
