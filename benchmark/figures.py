@@ -1,4 +1,4 @@
-"""Draw the README's pictures, and print its tables and three of docs/results.md.
+"""Draw the README's pictures, and print its tables and four of docs/results.md.
 
     python benchmark/figures.py                            # result.png and network.png in runs/figures
     python benchmark/figures.py --out docs                 # those of the README
@@ -8,6 +8,7 @@ Intervals are for other seeds and other maps (`plot.estimate`).
 """
 
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Optional
 
@@ -24,6 +25,7 @@ from compare import last_shares  # noqa: E402
 
 RESULTS = ROOT / "benchmark" / "study"
 NEURIPS = ROOT / "benchmark" / "neurips"
+REAL_GAME = ROOT / "benchmark" / "real_game"
 BATTLES = ROOT / "benchmark" / "battle_81" / "battle.csv"
 
 SCRIPTS = {  # arm -> script, colour, line style: where the lines meet, both are seen
@@ -126,12 +128,51 @@ def waiting(data, last):
     return plot.table([*head, "full-length matches, greedy"], rows)
 
 
-def why(data, last, larger, battles):
+def games_of(rows):
+    """Arm -> seed -> games of match.py, whose bots are called <arm>__<seed>: pairs of own and opponent's row."""
+    games = defaultdict(lambda: defaultdict(list))
+    for pair in zip(rows[::2], rows[1::2]):
+        for own, other in (pair, pair[::-1]):
+            arm, named, seed = own["bot"].partition("__")
+            if named:
+                games[arm][seed].append((own, other))
+    return games
+
+
+def wins(games):
+    """How many of the games the own bot has won."""
+    return sum(own["result"] == "win" for own, _ in games)
+
+
+def real_game(data, last, strong, duels):
+    """The table of the real game in docs/results.md: self-play, and games against a strong bot and the method.
+
+    Args:
+        data, last: what plot.load returns of benchmark/real_game.
+        strong, duels: rows of match.py, as games_of takes them.
+    """
+    rows, strong, duels = [], games_of(strong), games_of(duels)
+    for arm in ("default", *RELATIVES):
+        runs = data[arm, "sampled"]
+        cells = [plot.final(runs, last, "lichen"), plot.final(runs, last, "factories_alive_share", 2)]
+        seeds = [strong[arm][seed] for seed in sorted(strong[arm])]
+        games, against_method = sum(seeds, []), sum(duels[arm].values(), [])
+        cells.append(f"{wins(games)} of {len(games)} ({', '.join(str(wins(seed)) for seed in seeds)})")
+        cells += [f"{np.mean([float(row['lichen']) for row in side]):,.0f}" for side in zip(*games)]
+        cells.append("-" if arm == "default" else f"{wins(against_method)} of {len(against_method)}")
+        rows.append([SHARED[arm], *cells])
+    head = ["what the team shares", "lichen in self-play", "share of its factories that survive"]
+    head += ["won against the 76th (of each seed)", "lichen", "its lichen", "won against the method"]
+    return plot.table(head, rows)
+
+
+def why(data, last, larger, strong, battles):
     """The README's first table: what the method reaches beside its relatives, means over seeds and matches.
 
     Args:
         data, last: what plot.load returns of the study.
         larger: the same, as a pair, of the NeurIPS stage.
+        strong: rows of match.py, as real_game takes them.
         battles: rows of compare.py's battle.csv.
     """
     arms, separate = ("default", *RELATIVES), ("separate", *RELATIVES)
@@ -143,6 +184,9 @@ def why(data, last, larger, battles):
     ):
         means = [of_seeds(found[arm, "sampled"], end, "ice_transferred").mean() for arm in columns]
         rows.append([what, *(f"{mean:,.0f}" for mean in means)])
+    games = games_of(strong)
+    of_arms = [np.mean([wins(seed) / len(seed) for seed in games[arm].values()]) for arm in arms]
+    rows.append(["matches won against the competition's 76th", *(f"{share:.0%}" for share in of_arms)])
     won = last_shares(battles)
     of_arms = [f"{won[arm].mean():.0%}" for arm in ("separate", "ippo", "mappo", "global")]
     rows.append(["battles won, armies of 81", *of_arms])
@@ -266,9 +310,12 @@ def main(out: Optional[Path] = None, film: Optional[Path] = None):
     if film:
         shorten(film, out / "match.gif")
     larger = plot.load(NEURIPS / "ablation.csv")
-    of_readme = why(data, last, larger, plot.read_csv(BATTLES)), results(data, last)
+    strong, duels, battles = map(plot.read_csv, (REAL_GAME / "strong.csv", REAL_GAME / "duels.csv", BATTLES))
+    of_readme = why(data, last, larger, strong, battles), results(data, last)
     of_readme += claims(runs_by_arm(data), last), components(data, last), matches(ROOT / "benchmark" / "matches")
-    print(*of_readme, comparison(data, last), larger_teams(*larger), waiting(data, last), sep="\n")
+    of_results = comparison(data, last), larger_teams(*larger), waiting(data, last)
+    of_results += (real_game(*plot.load(REAL_GAME / "ablation.csv"), strong, duels),)
+    print(*of_readme, *of_results, sep="\n")
     print(f"written to {out}: {', '.join(files)}")
 
 

@@ -33,7 +33,7 @@ from trajsep_ppo import Refused  # noqa: E402
 RESULTS = ROOT / "benchmark" / "study"
 KEYS = ("arm", "seed", "global_step", "train_seconds", "policy", "match_seed", "player")
 METRICS = ("episode_length", "ice_transferred", "factories_alive")
-METRICS += ("ice_per_factory", "factories_alive_share", "starting_factories")
+METRICS += ("ice_per_factory", "factories_alive_share", "starting_factories", "lichen")
 MOST = {"episode_length": 1000, "factories_alive_share": 1}
 # arm -> (label, colour of Okabe and Ito's palette, which the colour-blind can read, line style)
 ARMS = {

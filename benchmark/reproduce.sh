@@ -7,12 +7,12 @@
 # The same command continues it, except the measurements of speed and reliability, which start again;
 # nothing else should run beside those. A try shows that every step works; its numbers mean nothing.
 #
-# The study has 196 trainings, the search 66, the NeurIPS stage 25, the other games 80, the battles 60. All of it in one
-# go was not timed. On one core of an AMD EPYC the trainings of the study took 17.3 hours, the search with its
-# evaluations 1.9, the NeurIPS stage 3, the battles 0.8 and with 289 soldiers about 3 more (estimated from 12 of these
-# 20 on a busy machine): expect a day on two cores. Not made here are matches against bots that must be fetched first,
-# and what shows a single training or match (the pages of credit, the bands of a healthy run): benchmark/README.md has
-# their commands.
+# The study has 196 trainings, the search 66, the NeurIPS stage 25, the real game 15, the other games 80, the battles
+# 60. All of it in one go was not timed. On one core of an AMD EPYC the trainings of the study took 17.3 hours, the
+# search with its evaluations 1.9, the NeurIPS stage 3, the real game 1.5, the battles 0.8 and with 289 soldiers
+# about 3 more (estimated from 12 of these 20 on a busy machine): expect a day on two cores. Not made here are matches
+# on the official engine, most of which need bots that must be fetched first, and what shows a single training or match
+# (the pages of credit, the bands of a healthy run): benchmark/README.md has their commands.
 set -euo pipefail
 
 size=full
@@ -32,6 +32,7 @@ out="${1:-$out}"
 tiny=""
 study=""
 neurips="--seeds 11 12 13 14 15"
+real_game="--seeds 11 12 13"
 search=""
 throughput=""
 reliability=""
@@ -42,6 +43,7 @@ if [ $size = small ]; then
     study="--seeds 11 --matches 2 --schedule 512 --arms default global separate mod-2 top-1 shared-ratio"
     study+=" global-critic-reward authors global-authors lichen"
     neurips="--seeds 11 --matches 2"
+    real_game="--seeds 11 --matches 2"
     search="--number 2 --seeds 11 --steps 1024"
     throughput="--steps 512 --repeats 1"
     reliability="--steps 2048 --kills 1"
@@ -83,6 +85,9 @@ own="global-small-value-loss=global_ppo.py --vf-coef 0.01"
 step python benchmark/ablation.py --arms $arms --arm "$own" $neurips --schedule 102400 --flags="$stage $tiny" \
     --out "$out/neurips"
 step python benchmark/plot.py --results "$out/neurips" --out "$out/neurips"
+stage="--env-kwargs reward lichen max_robots 24"
+step python benchmark/ablation.py --arms $arms --arm "$own" $real_game --schedule 102400 --flags="$stage $tiny" \
+    --out "$out/real_game"
 if [ $has_games = yes ]; then
     step python benchmark/other_games.py --out "$out/games" $games
 fi

@@ -607,6 +607,41 @@ def test_comparison_of_known_numbers(tmp_path):
     assert len(rows) == 2  # the arms that were run
 
 
+def match_rows(opponent, **games):
+    """Rows of match.py: bot -> results of its games; own lichen 2,000, 3,000, ..., the opponent's 100."""
+    rows = []
+    for bot, results in games.items():
+        for game, result in enumerate(results):
+            own = {"bot": bot, "result": result, "lichen": str(2000 + 1000 * game)}
+            other = {"bot": opponent, "result": {"win": "loss", "loss": "win"}.get(result, result), "lichen": "100"}
+            rows += [other, own] if game % 2 else [own, other]
+    return rows
+
+
+def test_real_game(tmp_path):
+    """Each arm's games from either side, with the wins of each seed; against the method, those that the arm wins."""
+    lengths = dict(zip(("default", *figures.RELATIVES), (1000, 800, 600, 500)))
+    made_up(tmp_path, {arm: {seed: {4096: [length] * 10} for seed in (1, 2)} for arm, length in lengths.items()})
+    rows = plot.read_csv(path := tmp_path / "ablation.csv")
+    for row in rows:  # 500 less for the second seed, and as much more for the second player as the first has less
+        row["lichen"] = 5 * int(row["episode_length"]) - 500 * (row["seed"] == "2") + 300 * (2 * int(row["player"]) - 1)
+    plot.write_csv(path, ablation.COLUMNS, rows)
+    results = {"default": "win win", "global-reward": "win draw", "global-critic-reward": "win loss", "global": "loss"}
+    games = {f"{arm}__{seed}": text.split() for arm, text in results.items() for seed in (12, 11)}
+    games["global__12"] = ["loss", "loss", "win"]
+    strong = match_rows("strong", **games)
+    duels = [match_rows("default__11", **{f"{arm}__11": games[f"{arm}__12"]}) for arm in figures.RELATIVES]
+    table = figures.real_game(*plot.load(path), strong, sum(duels, [])).splitlines()
+    cells = [[cell.split(" (")[0] for cell in row.strip("| ").split(" | ")] for row in table[2:]]
+    assert [row[1:3] for row in cells] == [["4,750", "1.00"], ["3,750", "0.80"], ["2,750", "0.60"], ["2,250", "0.50"]]
+    assert [row.strip("| ").split(" | ")[3:] for row in table[2:]] == [
+        ["4 of 4 (2, 2)", "2,500", "100", "-"],
+        ["2 of 4 (1, 1)", "2,500", "100", "1 of 2"],
+        ["2 of 4 (1, 1)", "2,500", "100", "1 of 2"],
+        ["1 of 4 (0, 1)", "2,750", "100", "1 of 3"],
+    ]
+
+
 def test_why(tmp_path):
     """Means of the seeds on each map, of each arm in its column; battles count at the last step, against one enemy."""
     relatives = ("global-reward", "global-critic-reward", "global")
@@ -622,14 +657,18 @@ def test_why(tmp_path):
     ]
     battles += [dict(zip(columns, row)) for row in (("mappo", "frozen", 2, 1, 1), ("global", "frozen", 2, 0, 1))]
     battles += [dict(zip(columns, row)) for row in (("separate", "frozen", 2, 1, 1), ("ippo", "random", 2, 0, 1))]
-    rows = figures.why(data, last, plot.load(tmp_path / "ablation.csv"), battles).splitlines()
+    larger, names = plot.load(tmp_path / "ablation.csv"), ("default__1", "default__2", *(f"{x}__1" for x in relatives))
+    won = (["win"] * 3, ["loss"], ["win", "draw"], ["loss", "loss", "loss", "win"], ["loss"])
+    strong = match_rows("strong", **dict(zip(names, won)))
+    rows = figures.why(data, last, larger, strong, battles).splitlines()
     cells = [row.removesuffix(" |").split(" | ")[-4:] for row in rows]
-    assert cells[0] == ["this method", "as in IPPO", "as in MAPPO", "one trajectory"] and len(rows) == 7
+    assert cells[0] == ["this method", "as in IPPO", "as in MAPPO", "one trajectory"] and len(rows) == 8
     assert cells[2] == ["44,472", "9,614", "2,643", "3,066"]
     assert cells[3] == ["4,150", "4,140", "4,130", "4,120"]
     assert cells[4] == ["10,150", "8,150", "6,150", "5,150"]
     assert cells[5] == ["9,100", "7,100", "3,100", "2,100"]
-    assert cells[6] == ["75%", "50%", "100%", "0%"]
+    assert cells[6] == ["50%", "50%", "25%", "0%"]  # of seeds, however many games each has
+    assert cells[7] == ["75%", "50%", "100%", "0%"]
 
 
 def test_waiting_by_hand(tmp_path):

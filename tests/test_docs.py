@@ -170,8 +170,8 @@ def test_result():
     """The README's results are what the matches say."""
     data, last = plot.load(figures.RESULTS / "ablation.csv")
     larger = plot.load(figures.NEURIPS / "ablation.csv")
-    battles = plot.read_csv(figures.BATTLES)
-    assert figures.why(data, last, larger, battles) in README and figures.results(data, last) in README
+    strong, battles = plot.read_csv(figures.REAL_GAME / "strong.csv"), plot.read_csv(figures.BATTLES)
+    assert figures.why(data, last, larger, strong, battles) in README and figures.results(data, last) in README
     assert study.claims(study.runs_by_arm(data), last) in README
 
 
@@ -443,6 +443,47 @@ def test_matches():
     said = f"In all {len(rows)} games ({len(rows) - there} in that table, {there} on the stage of NeurIPS) none of its"
     assert said in page
     assert all(row["refused"] == "0" and row["factories"] != "0" for row in rows)
+
+
+def test_real_game():
+    """So are the table of the arms that were trained for lichen, and what the pages say of their games and seeds."""
+    data, last = plot.load(figures.REAL_GAME / "ablation.csv")
+    strong, duels = (plot.read_csv(figures.REAL_GAME / f"{name}.csv") for name in ("strong", "duels"))
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert figures.real_game(data, last, strong, duels) in text
+    text = " ".join(text.split())
+    own, *others = (sum(figures.games_of(strong)[arm].values(), []) for arm in ("default", *figures.RELATIVES))
+    own, *others = (f"{figures.wins(games)} of {len(games)}" for games in (own, *others))
+    fewest, most = (end(int(won.split()[0]) for won in others) for end in (min, max))
+    pairs = [game for arm in figures.RELATIVES for seed in figures.games_of(duels)[arm].values() for game in seed]
+    assert f"wins {own} games against that bot, the others {fewest} to {most}, and all {len(pairs)}" in text
+    assert [method["result"] for _, method in pairs] == ["win"] * len(pairs)
+    assert f"against the others this method wins all of its {len(pairs)} ([details]" in " ".join(README.split())
+    small = data["global-small-value-loss", "sampled"]
+    assert f"ends self-play with {plot.final(small, last, 'lichen')} lichen" in text
+    assert f"[wins {own} matches](#the-real-game) against the" in text and f"the baseline {others[-1][0]}." in text
+    assert f"win [{own}](../docs/results.md#the-real-game)" in (ROOT / "submission" / "README.md").read_text()
+    lichen = {arm: plot.values_of(data[arm, "sampled"], "lichen", [last])[0] for arm in ("default", *figures.RELATIVES)}
+    assert f"{lichen['default'].mean() / lichen['global'].mean():.1f} times the baseline's lichen" in text
+    for arm, words in (
+        ("global", "map by map {:,.0f} more (95% interval: {:,.0f} to {:,.0f})"),
+        ("global-reward", "{:,.0f} more than IPPO's arm ({:,.0f} to {:,.0f})"),
+        ("global-critic-reward", "{:,.0f} more than MAPPO's ({:,.0f} to {:,.0f})"),
+    ):
+        assert words.format(*study.difference(lichen["default"], lichen[arm])[:3]) in text
+    shares = [figures.of_seeds(data[arm, "sampled"], last, "factories_alive_share").mean() for arm in lichen]
+    method, least, *_, most = shares[0], *sorted(1 - share for share in shares[1:])
+    assert f"lose {least:.0%} to {most:.0%} of their factories in self-play, the method {1 - method:.0%}." in text
+    greedy = figures.of_seeds(data["default", "greedy"], last, "lichen")[0]
+    assert f"ends self-play with {greedy:,.0f} lichen instead of {lichen['default'][0].mean():,.0f}" in text
+    built = {}  # light robots
+    for row in plot.read_csv(figures.REAL_GAME / "ablation.csv"):
+        built.setdefault((row["arm"], row["policy"], row["seed"]), []).append(float(row["lights_built"]))
+    greedy, sampled = (np.mean(built["default", policy, "11"]) for policy in ("greedy", "sampled"))
+    assert f"builds {['no', 'one', 'two', 'three'][round(greedy)]} light robots instead of {sampled:.0f}, and" in text
+    assert np.mean(built["global-reward", "sampled", "11"]) < 0.1 and lichen["global-reward"][0].mean() < 0.1
+    clipped = study.shares(plot.read_csv(figures.REAL_GAME / "runs.csv"), "clipfrac")
+    assert "{global} of the baseline's ratios are clipped, and {default} of the method's.".format(**clipped) in text
 
 
 def test_longer_training():
