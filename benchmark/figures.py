@@ -162,7 +162,7 @@ def real_game(data, last, strong, duels):
         cells.append("-" if arm == "default" else f"{wins(against_method)} of {len(against_method)}")
         rows.append([SHARED[arm], *cells])
     head = ["what the team shares", "lichen in self-play", "share of its factories that survive"]
-    head += ["won against the 76th (of each seed)", "lichen", "its lichen", "won against the method"]
+    head += ["won against the 76th (of each seed)", "own lichen there", "the 76th's", "won against the method"]
     return plot.table(head, rows)
 
 
@@ -186,7 +186,7 @@ def why(data, last, larger, strong, battles):
         rows.append([what, *(f"{mean:,.0f}" for mean in means)])
     games = games_of(strong)
     of_arms = [np.mean([wins(seed) / len(seed) for seed in games[arm].values()]) for arm in arms]
-    rows.append(["matches won against the competition's 76th", *(f"{share:.0%}" for share in of_arms)])
+    rows.append(["matches won against the 76th of 646 bots", *(f"{share:.0%}" for share in of_arms)])
     won = last_shares(battles)
     of_arms = [f"{won[arm].mean():.0%}" for arm in ("separate", "ippo", "mappo", "global")]
     rows.append(["battles won, armies of 81", *of_arms])

@@ -456,9 +456,12 @@ def test_real_game():
     own, *others = (f"{figures.wins(games)} of {len(games)}" for games in (own, *others))
     fewest, most = (end(int(won.split()[0]) for won in others) for end in (min, max))
     pairs = [game for arm in figures.RELATIVES for seed in figures.games_of(duels)[arm].values() for game in seed]
-    assert f"wins {own} games against that bot, the others {fewest} to {most}, and all {len(pairs)}" in text
+    assert (
+        f"wins {own} games against that bot, the other arms {fewest} to {most}; and it wins all {len(pairs)} against"
+        in text
+    )
     assert [method["result"] for _, method in pairs] == ["win"] * len(pairs)
-    assert f"against the others this method wins all of its {len(pairs)} ([details]" in " ".join(README.split())
+    assert f"of the other columns this method wins all of its {len(pairs)} ([details]" in " ".join(README.split())
     small = data["global-small-value-loss", "sampled"]
     assert f"ends self-play with {plot.final(small, last, 'lichen')} lichen" in text
     assert f"[wins {own} matches](#the-real-game) against the" in text and f"the baseline {others[-1][0]}." in text
@@ -480,7 +483,7 @@ def test_real_game():
     for row in plot.read_csv(figures.REAL_GAME / "ablation.csv"):
         built.setdefault((row["arm"], row["policy"], row["seed"]), []).append(float(row["lights_built"]))
     greedy, sampled = (np.mean(built["default", policy, "11"]) for policy in ("greedy", "sampled"))
-    assert f"builds {['no', 'one', 'two', 'three'][round(greedy)]} light robots instead of {sampled:.0f}, and" in text
+    assert f"builds {['no', 'one', 'two', 'three'][round(greedy)]} light robots instead of {sampled:.0f} with" in text
     assert np.mean(built["global-reward", "sampled", "11"]) < 0.1 and lichen["global-reward"][0].mean() < 0.1
     clipped = study.shares(plot.read_csv(figures.REAL_GAME / "runs.csv"), "clipfrac")
     assert "{global} of the baseline's ratios are clipped, and {default} of the method's.".format(**clipped) in text
