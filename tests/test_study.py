@@ -348,7 +348,13 @@ def test_ladder_picture(tmp_path, monkeypatch):
 
 
 def test_one_generation():
-    """All kept trainings are of one commit, without changes of its programs, and were evaluated on the same maps."""
-    rows = [row for path in KEPT.parent.glob("*/runs.csv") for row in plot.read_csv(path)]
-    (commit,), (maps,) = ({row[key] for row in rows} for key in ("commit", "maps"))
-    assert not commit.endswith("-dirty") and maps.startswith(f"{ablation.FIRST_MAP} ")
+    """The trainings of a folder are of one commit, without changes of its programs, and all played the same maps.
+
+    The study and the runs on the NeurIPS stage, which stand in one table, are of the same.
+    """
+    generations = {}
+    for path in KEPT.parent.glob("*/runs.csv"):
+        (generations[path.parent.name],) = {(row["commit"], row["maps"]) for row in plot.read_csv(path)}
+    assert generations["neurips"] == generations["study"]
+    commits, maps = zip(*generations.values())
+    assert not any(commit.endswith("-dirty") for commit in commits) and {*maps} == {f"{ablation.FIRST_MAP} to 7019"}
