@@ -193,25 +193,27 @@ def test_why():
     assert "{:,.0f} to {:,.0f} with this method".format(min(seeds["default"]), max(seeds["default"])) in text
 
 
+def seeds_of(rows, arm, *columns, policy="sampled"):
+    """Means of each seed of an arm, over rows of ablation.csv, of the sum of these columns."""
+    of_seed = {}
+    for row in rows:
+        if (row["arm"], row["policy"]) == (arm, policy):
+            of_seed.setdefault(row["seed"], []).append(sum(float(row[column]) for column in columns))
+    return [np.mean(values) for values in of_seed.values()]
+
+
 def test_larger_map():
     """So is what docs/results.md says of the teams on the NeurIPS stage, and what the README says of the baseline's."""
     rows = plot.read_csv(figures.NEURIPS / "ablation.csv")
     clipped = study.shares(plot.read_csv(figures.NEURIPS / "runs.csv"), "clipfrac")
 
-    def seeds_of(arm, *columns):
-        of_seed = {}
-        for row in rows:
-            if (row["arm"], row["policy"]) == (arm, "sampled"):
-                of_seed.setdefault(row["seed"], []).append(sum(float(row[column]) for column in columns))
-        return [np.mean(values) for values in of_seed.values()]
-
     text = " ".join((ROOT / "docs" / "results.md").read_text().split())
-    built = [seeds_of(arm, "lights_built", "heavies_built") for arm in ("default", "global")]
+    built = [seeds_of(rows, arm, "lights_built", "heavies_built") for arm in ("default", "global")]
     assert [round(min(built[0])), round(max(built[0]))] == [7, 14] and "with seven to 14 robots per team" in text
-    lost = 1 - np.mean(seeds_of("global", "factories_alive_share"))
+    lost = 1 - np.mean(seeds_of(rows, "global", "factories_alive_share"))
     assert f"loses {lost:.0%} of its factories" in " ".join(README.split())
     assert f"loses {lost:.0%} of its factories and half of the {np.mean(built[1]):.0f} robots that it builds" in text
-    assert np.mean(seeds_of("global", "robots_lost")) == pytest.approx(np.mean(built[1]) / 2, rel=0.1)
+    assert np.mean(seeds_of(rows, "global", "robots_lost")) == pytest.approx(np.mean(built[1]) / 2, rel=0.1)
     larger, end = plot.load(figures.NEURIPS / "ablation.csv")
     ice = {arm: plot.values_of(larger[arm, "sampled"], "ice_transferred", [end])[0] for arm, _ in larger}
     for arm, words in (
@@ -448,14 +450,14 @@ def test_matches():
 def test_real_game():
     """So are the table of the arms that were trained for lichen, and what the pages say of their games and seeds."""
     data, last = plot.load(figures.REAL_GAME / "ablation.csv")
-    strong, duels = (plot.read_csv(figures.REAL_GAME / f"{name}.csv") for name in ("strong", "duels"))
+    tables = [plot.read_csv(figures.REAL_GAME / f"{name}.csv") for name in ("strong", "duels")]
     text = (ROOT / "docs" / "results.md").read_text()
-    assert figures.real_game(data, last, strong, duels) in text
-    text = " ".join(text.split())
-    own, *others = (sum(figures.games_of(strong)[arm].values(), []) for arm in ("default", *figures.RELATIVES))
-    own, *others = (f"{figures.wins(games)} of {len(games)}" for games in (own, *others))
+    assert figures.real_game(data, last, *tables) in text
+    text, (strong, duels) = " ".join(text.split()), map(figures.games_of, tables)
+    arms = [sum(strong[arm].values(), []) for arm in ("default", *figures.RELATIVES)]
+    own, *others = (f"{figures.wins(games)} of {len(games)}" for games in arms)
     fewest, most = (end(int(won.split()[0]) for won in others) for end in (min, max))
-    pairs = [game for arm in figures.RELATIVES for seed in figures.games_of(duels)[arm].values() for game in seed]
+    pairs = [game for arm in figures.RELATIVES for seed in duels[arm].values() for game in seed]
     assert (
         f"wins {own} games against that bot, the other arms {fewest} to {most}; and it wins all {len(pairs)} against"
         in text
@@ -479,12 +481,10 @@ def test_real_game():
     assert f"lose {least:.0%} to {most:.0%} of their factories in self-play, the method {1 - method:.0%}." in text
     greedy = figures.of_seeds(data["default", "greedy"], last, "lichen")[0]
     assert f"ends self-play with {greedy:,.0f} lichen instead of {lichen['default'][0].mean():,.0f}" in text
-    built = {}  # light robots
-    for row in plot.read_csv(figures.REAL_GAME / "ablation.csv"):
-        built.setdefault((row["arm"], row["policy"], row["seed"]), []).append(float(row["lights_built"]))
-    greedy, sampled = (np.mean(built["default", policy, "11"]) for policy in ("greedy", "sampled"))
+    rows = plot.read_csv(figures.REAL_GAME / "ablation.csv")
+    greedy, sampled = (seeds_of(rows, "default", "lights_built", policy=policy)[0] for policy in ("greedy", "sampled"))
     assert f"builds {['no', 'one', 'two', 'three'][round(greedy)]} light robots instead of {sampled:.0f} with" in text
-    assert np.mean(built["global-reward", "sampled", "11"]) < 0.1 and lichen["global-reward"][0].mean() < 0.1
+    assert seeds_of(rows, "global-reward", "lights_built")[0] < 0.1 and lichen["global-reward"][0].mean() < 0.1
     clipped = study.shares(plot.read_csv(figures.REAL_GAME / "runs.csv"), "clipfrac")
     assert "{global} of the baseline's ratios are clipped, and {default} of the method's.".format(**clipped) in text
 
