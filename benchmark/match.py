@@ -6,8 +6,8 @@
 
 A bot is a folder with a main file, such a file (main.py, main.js, Main.java, or a program called
 main.out or main.exe), a run or one of its checkpoints, an archive of submission/pack.py, or `idle`,
-which places its factories and then does nothing. Every map is played twice, with the sides
-exchanged. The engine validates all orders. Bots are asked one after the other, and have the time that
+which places its factories and then does nothing. Each game is on a map of its own, and the sides
+alternate. The engine validates all orders. Bots are asked one after the other, and have the time that
 the official runner gives.
 
 The command line `luxai-s2` does the same for one match; it starts on Python 3.10 only.
@@ -428,7 +428,7 @@ def main():
 
 
 def run(bots, names, args):
-    """The rows of `play` for each game. In every second one the second bot is player_0."""
+    """The rows of `play` for each game, each on the next map. In every second one the second bot is player_0."""
     options = {key: getattr(args, key) for key in ("map_size", "min_factories", "max_factories", "steps")}
     one = functools.partial(play, **options, limits=(args.turn_seconds, args.overage))
     with ProcessPoolExecutor(args.parallel) as pool:
@@ -436,7 +436,7 @@ def run(bots, names, args):
         for game in range(args.games):
             replay = args.replays and str(Path(args.replays, str(game)))
             order = -1 if game % 2 else 1
-            sides = {"files": bots[::order], "names": names[::order], "seed": args.seed + game // 2}
+            sides = {"files": bots[::order], "names": names[::order], "seed": args.seed + game}
             games[pool.submit(one, **sides, replay=replay)] = game
         finished = {}
         try:

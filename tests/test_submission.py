@@ -429,7 +429,7 @@ def test_kaggle():
 
 
 def test_matches(tmp_path):
-    """The program: both sides of every map, rows, replays and the result; a run plays as it is."""
+    """The program: a map a game, sides that alternate, rows, replays and the result; a run plays as it is."""
     shutil.copy(MODEL, make_run(tmp_path / "run") / "checkpoint_1024.pt")
     (tmp_path / "run" / "checkpoint_2048 copy.pt").touch()
     command = [sys.executable, matches.__file__, "--a", "run", "--b", "idle"]
@@ -440,7 +440,7 @@ def test_matches(tmp_path):
         rows = list(csv.DictReader(file))
     bots = [f"{row['game']} {row['player']} {row['seed']} {row['bot']}" for row in rows]
     assert bots[:2] == ["0 player_0 4 run", "0 player_1 4 idle"]
-    assert bots[2:] == ["1 player_0 4 idle", "1 player_1 4 run"]
+    assert bots[2:] == ["1 player_0 5 idle", "1 player_1 5 run"]
     assert "font" not in done.stderr
     assert "replays written to replays: " in done.stdout
     for row in rows:
@@ -451,7 +451,7 @@ def test_matches(tmp_path):
     assert " 0.0 robots" in theirs and " 0.0 robots" not in ours
     replay = json.loads((tmp_path / "replays" / "1.json").read_text())
     assert len(replay["observations"]) == len(replay["actions"]) + 1 == 20 + 5 + 1
-    assert replay["observations"][0] == Game(4, map_size=32).message
+    assert replay["observations"][0] == Game(5, map_size=32).message
     boards = [obs["board"] for obs in replay["observations"]]
     assert "ice" in boards[0] and "ice" not in boards[1]
     page = (tmp_path / "replays" / "1.html").read_text()
