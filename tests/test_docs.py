@@ -354,7 +354,7 @@ def test_trials_of_growth():
         of_step = [row for row in rows if row["variant"] == variant and row["step"] == str(step)]
         return [np.mean([float(row[key]) for row in of_step]) for key in keys]
 
-    lines = page[page.index("## What was tried to make it grow") :].splitlines()
+    lines = page[page.index("## What was tried to make it grow") : page.index("## Growth wins games")].splitlines()
     ended = {(row["variant"], row["step"]) for row in rows}
     found = 0
     for variant, name in named.items():
@@ -396,6 +396,31 @@ def test_trials_of_growth():
     assert f"it won {apart} games against the short training (`apart.csv`)" in text
     said = f"and {against_andrii} against andrii0yerko's bot (`andrii_apart.csv`; the short training {short})"
     assert said in text
+
+
+def test_growth_wins_games():
+    """So is the table of the changes that were judged by games."""
+    text = (ROOT / "submission" / "README.md").read_text()
+    lines = [line for line in text[text.index("## Growth wins games") :].splitlines() if line.startswith("| ")]
+    variants = {row["bot"] for game in games("growth") for row in game}
+    variants = {bot for bot in variants if not bot.startswith("short__") and bot not in ("submission", "longer")}
+    assert len(lines) == 1 + len(variants)
+    for variant in variants:
+        own, others = rows_of("growth", variant)
+        numbers = [mean_of(rows, key) for key in ("lichen", "robots") for rows in (own, others)]
+        (line,) = (line for line in lines if f"(`{variant}`)" in line)
+        assert line.endswith(f" | {won('growth', variant)} | {' | '.join(numbers)} |"), variant
+    text = " ".join(text.split())
+    runs = [self_play(f"lichen_run/{run}", "lichen") for run in ("ore_patch_seed_1", "seed_1")]
+    assert "seed, {:,.0f} instead of {:,.0f} (".format(*runs) in text
+    own, others = rows_of("growth", "longer")
+    assert {row["bot"] for row in others} == {"submission"} and f"wins {won('growth', 'longer')} games" in text
+    numbers = [mean_of(rows, key) for rows in (own, others) for key in ("lichen", "robots")]
+    assert "It has {} lichen and {} robots at the end, the bot has {} and {} (".format(*numbers) in text
+    own, others = rows_of("growth", "ore_patch")
+    robots = [mean_of(rows, "robots") for rows in (own, others)]
+    times = sum(int(row["lichen"]) for row in own) / sum(int(row["lichen"]) for row in others)
+    assert "ends with {} robots, its opponent with {}, and with {:.1f} times".format(*robots, times) in text
 
 
 def games(name):
