@@ -13,6 +13,7 @@ import torch
 import tyro
 from helpers import masked_random
 from in_double import double_precision
+from test_encoder import SIZE, heavy, official, robot
 from toy_env import ToyVecEnv
 
 import global_ppo
@@ -182,6 +183,19 @@ def test_may_wait(patched):
     for module, may in ((lux, False), (patched("lux_wrapper", ["may-wait"]), True)):
         obs, _ = module.LuxVecEnv(2, num_workers=0).reset(seed=1)
         assert (obs["action_mask"][obs["kind"] == lux.FACTORY][:, lux.NOTHING] == may).all()
+
+
+def test_rules_of_growth(patched, monkeypatch):
+    """The kept rules of the games fit the wrapper: only heavy robots dig ice, and only light ones ore."""
+    monkeypatch.setattr(ablation, "PATCH_FOLDER", ablation.ROOT / "benchmark" / "matches")
+    for module in (lux, patched("lux_wrapper", ["ore_patch"])):
+        options = module.LuxOptions(map_size=SIZE, max_factories=FACTORIES, max_robots=ROBOTS, reward="lichen")
+        encoder = module.LuxEncoder(options)
+        obs = official([robot(3, 5), heavy(5, 5), robot(7, 5), heavy(3, 9)], ice=[(3, 5), (5, 5)], ore=[(7, 5), (3, 9)])
+        encoder.reset(obs)
+        arrays, _ = encoder.encode([lux.read_observation(obs)])
+        digs = arrays["action_mask"][0, 0, FACTORIES : FACTORIES + 4, lux.DIG]
+        assert digs.tolist() == ([True] * 4 if module is lux else [False, True, True, False])
 
 
 def test_everything_shared_is_the_baseline(patched, tmp_path):
